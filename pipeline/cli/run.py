@@ -1,0 +1,197 @@
+"""`rlhf run` and `rlhf stage`: bring a plan's rows up to date, or one of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pipeline.cli.common import (
+    RUNS,
+    STORE,
+    Json,
+    PlanFile,
+    RunsDir,
+    Sets,
+    StoreDir,
+    print_json,
+    print_table,
+    stage_table,
+)
+
+if TYPE_CHECKING:
+    from pipeline.flow.runner import Again, RowResult, Runner, RunResult
+
+Name = Annotated[
+    str | None, typer.Option("--name", help="name of the run directory; default: the plan file's name")
+]
+SkipBad = Annotated[
+    bool, typer.Option("--skip-bad", help="count malformed records and set them aside instead of stopping")
+]
+AcceptCode = Annotated[
+    bool, typer.Option("--accept-code", help="reuse rows that differ from this plan in nothing but code")
+]
+
+
+def run(
+    plan: PlanFile,
+    sets: Sets = None,
+    from_row: Annotated[
+        str | None, typer.Option("--from", metavar="ROW", help="first row to bring up to date")
+    ] = None,
+    until_row: Annotated[
+        str | None, typer.Option("--until", metavar="ROW", help="last row to bring up to date")
+    ] = None,
+    name: Name = None,
+    skip_bad: SkipBad = False,
+    accept_code: AcceptCode = False,
+    store: StoreDir = STORE,
+    runs: RunsDir = RUNS,
+    json: Json = False,
+) -> None:
+    """Run a plan: compute its stale rows, reuse the others. The same command continues an interrupted run."""
+    runner = _runner(plan, sets, name, skip_bad, accept_code, store, runs)
+    try:
+        runner.run(from_row, until_row)
+    finally:
+        runner.listener.close()
+        if runner.started:
+            print_json(runner.result.document()) if json else print_result(runner.result)
+
+
+def stage(
+    plan: PlanFile,
+    row: Annotated[str, typer.Argument(metavar="ROW", help="row of the plan", show_default=False)],
+    force: Annotated[
+        bool, typer.Option("--force", help="compute a sealed row again and compare digests")
+    ] = False,
+    sets: Sets = None,
+    name: Name = None,
+    skip_bad: SkipBad = False,
+    accept_code: AcceptCode = False,
+    store: StoreDir = STORE,
+    runs: RunsDir = RUNS,
+    json: Json = False,
+) -> None:
+    """Bring one row up to date; with --force compute it again beside the sealed one and compare digests."""
+    if not force:
+        run(plan, sets, row, row, name, skip_bad, accept_code, store, runs, json)
+        return
+    runner = _runner(plan, sets, name, skip_bad, accept_code, store, runs)
+    try:
+        again = runner.again(row)
+    finally:
+        runner.listener.close()
+    print_json(again_document(again)) if json else _print_again(again)
+    if not again.same:
+        raise typer.Exit(1)
+
+
+def _runner(
+    plan: Path,
+    sets: list[str] | None,
+    name: str | None,
+    skip_bad: bool,
+    accept_code: bool,
+    store: Path,
+    runs: Path,
+) -> Runner:
+    from pipeline.cli.progress import listener
+    from pipeline.flow.config import load_document
+    from pipeline.flow.runner import Runner
+    from pipeline.flow.store import Store
+
+    def load() -> Any:
+        from pipeline.flow.plan import load_plan
+
+        return load_plan(plan, plan_sets(sets, skip_bad), stage_table())
+
+    run_dir = runs / run_name(name or load_document(plan).values.get("name") or plan.stem)
+    return Runner(load, Store(store), run_dir, listener(), accept_code=accept_code)
+
+
+def plan_sets(sets: list[str] | None, skip_bad: bool) -> list[str]:
+    return [*(sets or []), *(["skip_bad=true"] if skip_bad else [])]
+
+
+def run_name(name: Any) -> str:
+    """A run's name is one folder below the runs directory."""
+    if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\0" in name:
+        raise typer.BadParameter(f"{name!r} is not a plain name", param_hint="--name")
+    return name
+
+
+# ---------------------------------------------------------------------------------------------------- what
+# is shown
+
+
+def again_document(again: Again) -> dict[str, Any]:
+    return {
+        "row": again.row,
+        "stage": again.stage,
+        "fingerprint": again.fingerprint,
+        "seconds": round(again.seconds, 3),
+        "same": again.same,
+        "slots": again.slots,
+        "scratch": str(again.scratch) if again.scratch else None,
+    }
+
+
+def _print_again(again: Again) -> None:
+    lines = [
+        [slot, str(facts["sealed"])[:16], str(facts["again"])[:16], "same" if facts["same"] else "DIFFERS",
+         " ".join(facts["differs"])]
+        for slot, facts in again.slots.items()
+    ]  # fmt: skip
+    print_table(("slot", "sealed", "again", "", "files that differ"), lines)
+    if again.scratch:
+        print(f"the second result is kept in {again.scratch}")
+
+
+def print_result(result: RunResult) -> None:
+    """The table at the end of a run, and where things are."""
+    from pipeline.cli.progress import clock, figure
+
+    lines = [
+        [row.row, row.status, f"{row.seconds:,.1f}" if row.status != "reused" else "",
+         figure(row.tokens) if row.tokens is not None else "", headline(row)]
+        for row in result.rows
+    ]  # fmt: skip
+    if lines:
+        print_table(("row", "", "seconds", "tokens", "figures"), lines, right=(2, 3))
+        print()
+    print(f"run           {result.run_dir}  ({clock(result.seconds)})")
+    policy = result.final_policy()
+    if policy is not None:
+        print(f"final policy  {policy}")
+
+
+def headline(row: RowResult) -> str:
+    """The two to four figures that matter for a row: those its stage names, else its first numbers.
+
+    A name may be a path into nested metrics: "heldout.accuracy".
+    """
+    from pipeline.cli.progress import figure
+
+    names = (
+        row.headline
+        or [
+            name
+            for name, value in row.metrics.items()
+            if isinstance(value, int | float) and not name.startswith("time/") and name != "tokens"
+        ][:3]
+    )
+    values = [(name, look_up(row.metrics, name)) for name in names]
+    return "  ".join(f"{name} {figure(value)}" for name, value in values if value is not None)
+
+
+def look_up(metrics: Any, name: str) -> Any:
+    """
+    >>> look_up({"heldout": {"accuracy": 0.7}}, "heldout.accuracy")
+    0.7
+    """
+    if isinstance(metrics, dict) and name in metrics:
+        return metrics[name]
+    head, _, rest = name.partition(".")
+    return look_up(metrics[head], rest) if rest and isinstance(metrics, dict) and head in metrics else None

@@ -1,0 +1,215 @@
+"""`rlhf show` and `rlhf lineage`: what a run did, and what one of its rows descends from."""
+
+from __future__ import annotations
+
+import json as jsonlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pipeline.cli.common import RUNS, STORE, Json, RunsDir, StoreDir, print_json, print_table
+
+if TYPE_CHECKING:
+    from pipeline.flow.store import Store
+
+RunArgument = Annotated[
+    str, typer.Argument(metavar="RUN", help="name of a run, or its directory", show_default=False)
+]
+
+
+def show(
+    run: RunArgument,
+    row: Annotated[str | None, typer.Argument(metavar="[ROW]", help="one row of it")] = None,
+    store: StoreDir = STORE,
+    runs: RunsDir = RUNS,
+    json: Json = False,
+) -> None:
+    """Show a run: its rows, figures and places; or everything that is recorded about one row."""
+    run_dir = run_directory(Path(run), runs)
+    if row is None:
+        _show_run(run_dir, json)
+        return
+    from pipeline.flow.store import Store
+
+    opened = Store(store)
+    fingerprint = fingerprint_of(run_dir, row)
+    document = row_document(opened, run_dir, row, fingerprint)
+    if json:
+        print_json(document)
+        return
+    for key, value in document.items():
+        _print_item(key, value)
+
+
+def _print_item(key: str, value: Any, indent: int = 0) -> None:
+    """One line a value, nested mappings indented: settings and metrics read like the plan they came from."""
+    space = "  " * indent
+    if isinstance(value, Mapping) and value:
+        print(f"{space}{key}:")
+        for name, item in value.items():
+            _print_item(str(name), item, indent + 1)
+    else:
+        text = value if isinstance(value, str) else jsonlib.dumps(value, ensure_ascii=False)
+        print(f"{space}{key}: {text}")
+
+
+def _show_run(run_dir: Path, json: bool) -> None:
+    from pipeline.flow.runner import read_summary
+
+    summary = read_summary(run_dir)
+    if not summary:
+        from pipeline.flow.errors import UserError
+
+        raise UserError(f"{run_dir.name}: nothing is recorded yet, its first run is still going on")
+    if json:
+        print_json(summary)
+        return
+    from pipeline.cli.progress import figure
+    from pipeline.cli.run import look_up
+
+    lines = [
+        [row["row"], row["status"], f"{row['seconds']:,.1f}", row["fingerprint"][:12],
+         "  ".join(f"{name} {figure(look_up(row['metrics'], name))}" for name in row["headline"])]
+        for row in summary["rows"]
+    ]  # fmt: skip
+    if lines:
+        print_table(("row", "", "seconds", "fingerprint", "figures"), lines, right=(2,))
+    if summary["error"]:
+        print(f"\nended with exit code {summary['exit_code']}: {summary['error']}")
+
+
+def row_document(store: Store, run_dir: Path, row: str, fingerprint: str) -> dict[str, Any]:
+    """One row of a run as `rlhf show RUN ROW --json` prints it."""
+    if not store.is_sealed(fingerprint):
+        from pipeline.flow.errors import UserError
+
+        log = run_dir / "logs" / f"{row}.log"
+        raise UserError(f"row {row} of {run_dir.name} is not sealed ({fingerprint[:12]}); log: {log}")
+    manifest = store.manifest(fingerprint)
+    outputs = {
+        slot: {
+            "kind": output["kind"],
+            "path": str(store.row_dir(fingerprint) / slot),
+            "digest": output["digest"],
+            "bytes": sum(file["bytes"] for file in output["files"].values()),
+            "lineage": output["lineage"],
+        }
+        for slot, output in manifest["outputs"].items()
+    }
+    kept = ("stage", "version", "settings", "inputs", "metrics", "environment", "seed", "started", "finished")
+    return {
+        "run": run_dir.name,
+        "row": row,
+        "fingerprint": fingerprint,
+        **{key: manifest[key] for key in kept},
+        "outputs": outputs,
+        "log": str(run_dir / "logs" / f"{row}.log"),
+    }
+
+
+# -------------------------------------------------------------------------------- lineage
+
+
+def lineage(
+    run: RunArgument,
+    row: Annotated[str, typer.Argument(metavar="ROW", help="row of the run", show_default=False)],
+    store: StoreDir = STORE,
+    runs: RunsDir = RUNS,
+    json: Json = False,
+) -> None:
+    """Show what a row descends from, down to the raw data."""
+    from pipeline.flow.store import Store
+
+    run_dir = run_directory(Path(run), runs)
+    document = lineage_document(Store(store), run_dir.name, fingerprint_of(run_dir, row))
+    if json:
+        print_json(document)
+        return
+    for line in tree_lines(document["rows"], document["fingerprint"]):
+        print(line)
+
+
+def lineage_document(store: Store, run: str, fingerprint: str) -> dict[str, Any]:
+    """Every row that the given one descends from, as a graph by fingerprint.
+
+    {"run", "row", "fingerprint", "rows": {fingerprint: {"row", "stage", "inputs": {slot: [origin, ...]}}}}
+    where an origin is {"digest", "fingerprint", "slot"} of a sealed row or {"digest", "files"} of raw data.
+    """
+    made = {
+        output["digest"]: (fp, slot)
+        for fp, manifest in store.manifests().items()
+        for slot, output in manifest["outputs"].items()
+    }
+    rows: dict[str, Any] = {}
+    todo = [fingerprint]
+    while todo:
+        fp = todo.pop()
+        manifest = store.manifest(fp)
+        places = manifest.get("places", {})
+        inputs: dict[str, list[dict[str, Any]]] = {}
+        for slot, digests in manifest["inputs"].items():
+            several = digests if isinstance(digests, list) else [digests] if digests else []
+            inputs[slot] = [_origin(digest, places, made) for digest in several]
+            todo += [o["fingerprint"] for o in inputs[slot] if o.get("fingerprint") not in (None, *rows)]
+        rows[fp] = {"row": manifest["row"], "stage": manifest["stage"], "inputs": inputs}
+    return {"run": run, "row": rows[fingerprint]["row"], "fingerprint": fingerprint, "rows": rows}
+
+
+def _origin(
+    digest: str, places: Mapping[str, list[str]], made: Mapping[str, tuple[str, str]]
+) -> dict[str, Any]:
+    if digest in places or digest not in made:
+        return {"digest": digest, "files": list(places.get(digest, []))}
+    fingerprint, slot = made[digest]
+    return {"digest": digest, "fingerprint": fingerprint, "slot": slot}
+
+
+def tree_lines(
+    rows: Mapping[str, Any], fingerprint: str, label: str = "", depth: int = 0, seen: set[str] | None = None
+) -> Iterator[str]:
+    """The graph as an indented tree; a row that was shown already is named, not shown again."""
+    seen = set() if seen is None else seen
+    space, row = "  " * depth, rows[fingerprint]
+    above = fingerprint in seen
+    yield f"{space}{label}{row['row']}  {fingerprint[:12]}" + (
+        "  (shown above)" if above and row["inputs"] else ""
+    )
+    if above:
+        return
+    seen.add(fingerprint)
+    for name, origins in row["inputs"].items():
+        for origin in origins:
+            if "fingerprint" in origin:
+                taken = f"{name} = {origin['slot']} of "
+                yield from tree_lines(rows, origin["fingerprint"], taken, depth + 1, seen)
+            else:
+                where = ", ".join(origin["files"]) or "a file that is not in this store"
+                yield f"{space}  {name} = {where}  {origin['digest'][:12]}"
+
+
+# -------------------------------------------------------------------------------- runs
+
+
+def run_directory(run: Path, runs: Path) -> Path:
+    """The directory of a run given by name or by path; UserError names those that exist."""
+    from pipeline.flow.errors import UserError
+
+    for candidate in (runs / run, run):
+        if (candidate / "rows.json").is_file():
+            return candidate
+    known = ", ".join(sorted(path.parent.name for path in runs.glob("*/rows.json"))) or "none"
+    raise UserError(
+        f"{run}: there is no such run below {runs} (there are: {known}); --runs names another place"
+    )
+
+
+def fingerprint_of(run_dir: Path, row: str) -> str:
+    from pipeline.flow.errors import UserError
+    from pipeline.flow.runner import read_rows
+
+    rows = read_rows(run_dir)
+    if row not in rows:
+        raise UserError(f"{run_dir.name}: no row is called {row}; it has {', '.join(rows)}")
+    return rows[row]

@@ -1,0 +1,109 @@
+"""The records that travel through the chain, one JSON object a line.
+
+    Document      {"text": "The river Orl runs through Dovan."}
+    Conversation  {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}
+    Comparison    {"prompt": [{"role": "user", "content": "Hi"}],
+                   "completions": [{"text": "Hello.", "rank": 0}, {"text": "What.", "rank": 1}]}
+    Rated         {"prompt": [{"role": "user", "content": "Hi"}], "completion": "Hello.", "desirable": true}
+    Prompt        {"id": "p17", "messages": [{"role": "user", "content": "Hi"}]}
+    Sample        {"prompt": {...}, "index": 0, "text": "Hello.", "ids": [...], "logprobs": [...], "stopped": true,
+                   "scores": {"proxy": 1.2}}
+
+Readers of foreign formats live in `sources.py`; they all end in these types.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+ROLES = ("system", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn. `content` is text, a list of typed parts, or None beside `tool_calls`."""
+
+    role: str
+    content: str | tuple[Mapping[str, Any], ...] | None = None
+    tool_calls: tuple[Mapping[str, Any], ...] = ()
+    name: str | None = None
+    weight: float | None = None  # 0 leaves an assistant turn out of the loss under train_on: marked
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """Text for pretraining. A document may instead be a dialogue (`messages`), rendered by the chat template."""
+
+    text: str | None = None
+    messages: tuple[Message, ...] = ()
+    source: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    messages: tuple[Message, ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
+    source: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One answer to a prompt; `rank` 0 is the best and equal ranks are a tie, `score` is higher for better."""
+
+    text: str
+    rank: int | None = None
+    score: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Two or more completions of one prompt, all ranked or all scored."""
+
+    prompt: tuple[Message, ...]
+    completions: tuple[Completion, ...]
+    annotator: str | None = None
+    source: str | None = None
+
+    def worth(self) -> list[float]:
+        """Higher is better: the score where there is one, else the negated rank."""
+        return [c.score if c.score is not None else -float(c.rank or 0) for c in self.completions]
+
+    def pairs(self) -> list[tuple[int, int]]:
+        """(better, worse) indices of every strictly ordered pair; ties are left out."""
+        worth = self.worth()
+        n = len(worth)
+        return [(i, j) for i in range(n) for j in range(n) if worth[i] > worth[j]]
+
+    def ties(self) -> int:
+        n = len(self.completions)
+        return n * (n - 1) // 2 - len(self.pairs())
+
+
+@dataclass(frozen=True, slots=True)
+class Rated:
+    prompt: tuple[Message, ...]
+    completion: str
+    desirable: bool
+    source: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    id: str
+    messages: tuple[Message, ...]
+    source: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One generated answer. `ids` end in the stop token when `stopped`; `logprobs` are aligned with `ids`."""
+
+    prompt: Prompt
+    index: int
+    text: str
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    stopped: bool
+    scores: Mapping[str, float] = field(default_factory=dict)

@@ -1,0 +1,68 @@
+"""The source of kind `world`: generates the small world and writes it as a row of its own, with no inputs.
+
+    sources:
+      world: {kind: world, seed: 0, documents: 50000}
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import Field
+
+from pipeline.data.world import Sizes, as_json, build_world
+from pipeline.flow.artifacts import Comparisons, Conversations, Documents, Judge, Prompts
+from pipeline.flow.config import Settings
+from pipeline.flow.stage import Stage, Workspace
+
+
+class WorldStage(Stage):
+    name = "world"
+    version = 1
+    sources = tuple(f"data/world{part}.py" for part in ("", "_crowd", "_facts", "_text", "_truth"))
+
+    class Config(Settings):
+        """`seed` makes another world: other facts, other people behind the answers, other splits."""
+
+        seed: int = Field(default=0, ge=0, description="Seed of the world.")
+        documents: int = Field(default=Sizes.documents, ge=1, description="Texts for pretraining.")
+        heldout_documents: int = Field(default=Sizes.heldout_documents, ge=1, description="Texts for perplexity.")
+        conversations: int = Field(default=Sizes.conversations, ge=1, description="Demonstrations, and perfect ones.")
+        comparisons: int = Field(default=Sizes.comparisons, ge=1, description="Labelled comparisons for training.")
+        heldout_pairs: int = Field(default=Sizes.heldout_pairs, ge=1, description="Labelled pairs on other prompts.")
+        prompts: int = Field(default=Sizes.prompts, ge=1, description="Prompts to sample from in training.")
+        dev: int = Field(default=Sizes.dev, ge=1, description="Prompts for tuning.")
+        heldout: int = Field(default=Sizes.heldout, ge=1, description="Prompts for the figures that are reported.")
+
+    @dataclass
+    class Inputs:
+        pass
+
+    @dataclass
+    class Outputs:
+        documents: Documents
+        heldout_documents: Documents
+        conversations: Conversations
+        perfect_conversations: Conversations
+        comparisons: Comparisons
+        heldout_pairs: Comparisons
+        prompts: Prompts
+        dev: Prompts
+        heldout: Prompts
+        judge: Judge
+
+    def run(self, inputs: Inputs, workspace: Workspace) -> dict[str, Any]:
+        from pipeline.data.sources import write_jsonl
+
+        settings = self.config.model_dump()
+        world = build_world(settings.pop("seed"), Sizes(**settings))
+        counts = {}
+        for slot in self.Outputs.__dataclass_fields__:
+            if slot == "judge":
+                rows = ({"prompt": as_json(m), "key": key.to_json()} for m, key in world.judge)
+                counts[slot] = write_jsonl(workspace.slot(slot) / "judge.jsonl", rows)
+            else:
+                counts[slot] = write_jsonl(workspace.slot(slot) / "data.jsonl", getattr(world, slot))
+            workspace.progress(len(counts), len(self.Outputs.__dataclass_fields__), unit="files")
+        return counts

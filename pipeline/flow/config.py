@@ -1,0 +1,383 @@
+"""Settings: from YAML and `--set` to validated, frozen values whose identity is known.
+
+    class Settings                        base of every settings class; .identity() -> dict
+    not_identity(default, description)    a field that does not decide the result, such as a token budget
+    parse_settings(cls, values, label, where) -> Settings      UserError: key, place, nearest valid key
+    load_document(path) -> Document       `extends` merged, `path:` keys made absolute, duplicate keys refused
+    load_plan_file(path, sets=()) -> dict                      the merged mapping, `--set` applied literally
+    parse_set(text) -> (keys, value)      "dpo.beta=0.2" -> (("dpo", "beta"), 0.2)
+    assign(document, keys, value, label), merge(below, above)
+    nearest(key, valid) -> str            "; did you mean 'beta'?" or the list of what is valid
+
+The YAML is a subset without surprises: true and false are the only booleans, 1e-4 is a number, dates text;
+anchors, tags and duplicate keys are refused with their line.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_origin
+
+import pydantic
+import yaml
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from .errors import UserError
+
+Keys = tuple[str, ...]
+S = TypeVar("S", bound="Settings")
+UNKNOWN = "unknown_key"
+
+
+class Settings(pydantic.BaseModel):
+    """Frozen values; unknown keys and numbers that are not finite are refused."""
+
+    model_config = pydantic.ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=()
+    )
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _only_known_keys(cls, values: Any) -> Any:
+        if isinstance(values, Mapping):
+            valid = list(cls.model_fields)
+            unknown = [str(key) for key in values if key not in valid]
+            if unknown:
+                words = "; ".join(f"unknown key {key!r}{nearest(key, valid)}" for key in unknown)
+                raise PydanticCustomError(UNKNOWN, "{words}", {"words": words, "keys": unknown})
+            return cls._over_defaults(values)
+        return values
+
+    @classmethod
+    def _over_defaults(cls, values: Mapping[Any, Any]) -> dict[Any, Any]:
+        """A mapping for a nested group changes those keys of the field's own default, and no others.
+
+        A mapping that names another member of a union (another value of its Literal tag) starts from nothing.
+        """
+        out = dict(values)
+        for name, info in cls.model_fields.items():
+            default, given = info.default, out.get(name)
+            if (
+                isinstance(default, Settings)
+                and isinstance(given, Mapping)
+                and not _another_tag(default, given)
+            ):
+                out[name] = merge(default.model_dump(exclude_unset=True), given)
+        return out
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the result, as JSON: every field but those made by `not_identity`, at every depth."""
+        return dict(_identity(self, self.model_dump(mode="json")))
+
+
+def _another_tag(default: Settings, given: Mapping[str, Any]) -> bool:
+    fields = type(default).model_fields
+    tags = [name for name, info in fields.items() if get_origin(info.annotation) is Literal]
+    return any(name in given and given[name] != getattr(default, name) for name in tags)
+
+
+def not_identity(default: Any = ..., description: str = "", **checks: Any) -> Any:
+    """A field that is recorded but not part of a fingerprint. `checks` are pydantic's (gt, le)."""
+    extra: Any = {"identity": False}
+    return pydantic.Field(default, description=description, json_schema_extra=extra, **checks)
+
+
+def _identity(value: Any, dumped: Any) -> Any:
+    if isinstance(value, pydantic.BaseModel):
+        return {
+            name: _identity(getattr(value, name), dumped[name])
+            for name, info in type(value).model_fields.items()
+            if (info.json_schema_extra or {}).get("identity", True)  # type: ignore[union-attr]
+        }
+    if isinstance(value, (list, tuple)):
+        return [_identity(v, d) for v, d in zip(value, dumped, strict=True)]
+    if isinstance(value, Mapping):
+        return {str(key): _identity(v, dumped[str(key)]) for key, v in value.items()}
+    return dumped
+
+
+def nearest(key: str, valid: Iterable[str]) -> str:
+    """The end of an error message: the valid name most like `key`, else all of them."""
+    names = sorted(valid)
+    close = difflib.get_close_matches(key, names, 1, 0.6)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; valid: {', '.join(names)}" if names else ""
+
+
+# --------------------------------------------------------------------------------------- validated settings
+
+
+def parse_settings(cls: type[S], values: Mapping[str, Any], label: str, where: Places | None = None) -> S:
+    """`values` as a `cls`. `label` is what people call this group of settings ("settings.dpo").
+
+    Every problem is reported at once, each with its key and, where `where` knows it, its file and line.
+    """
+    try:
+        return cls.model_validate(dict(values))
+    except pydantic.ValidationError as error:
+        lines = [_problem(detail, values, label, where) for detail in error.errors(include_url=False)]
+        raise UserError("\n".join(dict.fromkeys(lines))) from error
+
+
+def unknown_keys(
+    cls: type[Settings], values: Mapping[str, Any], label: str, where: Places | None = None
+) -> None:
+    """UserError for unknown keys only; values that are missing or of the wrong type pass."""
+    try:
+        cls.model_validate(dict(values))
+    except pydantic.ValidationError as error:
+        details = [d for d in error.errors(include_url=False) if d["type"] == UNKNOWN]
+        if details:
+            raise UserError("\n".join(_problem(d, values, label, where) for d in details)) from error
+
+
+def _problem(detail: ErrorDetails, values: Any, label: str, where: Places | None) -> str:
+    keys: list[str] = []
+    for part in detail["loc"]:  # pydantic adds the tags of unions, which are no keys of the file
+        inside = isinstance(values, Mapping) and part in values
+        if inside or (isinstance(values, list) and isinstance(part, int) and part < len(values)):
+            keys.append(str(part))
+            values = values[part]  # type: ignore[index]
+        elif detail["type"] == "missing" and part == detail["loc"][-1]:
+            keys.append(str(part))
+    at = list(keys)
+    if detail["type"] == UNKNOWN:
+        at.append(detail["ctx"]["keys"][0])
+    place = where.of(label, at) if where else ""
+    given = (
+        ""
+        if detail["type"] in (UNKNOWN, "missing") or isinstance(values, Mapping)
+        else f" (given: {values!r})"
+    )
+    message = detail["msg"].removeprefix("Value error, ")
+    return f"{place}{'.'.join([label, *keys])}: {message}{given}"
+
+
+@dataclass
+class Places:
+    """Where every key of a document stands: keys -> "file:line" or "--set a.b"."""
+
+    lines: dict[Keys, str] = field(default_factory=dict)
+    also: dict[str, tuple[Keys, ...]] = field(default_factory=dict)  # label -> prefixes to look under
+
+    def of(self, label: str, keys: Sequence[str] = ()) -> str:
+        """ "file:line: " of the key, or of the nearest mapping around it; "" where nothing is known."""
+        for prefix in self.also.get(label, (tuple(label.split(".")),)):
+            if found := self.lines.get((*prefix, *keys)):
+                return f"{found}: "
+        for prefix in self.also.get(label, (tuple(label.split(".")),)):
+            for size in range(len(keys) - 1, -1, -1):
+                if found := self.lines.get((*prefix, *keys[:size])):
+                    return f"{found}: "
+        return ""
+
+
+# ----------------------------------------------------------------------------------------------------- YAML
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader's scanner and parser with the scalars of YAML 1.2, without anchors."""
+
+    yaml_implicit_resolvers: dict[Any, Any] = {}
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+            raise yaml.constructor.ConstructorError(
+                None,
+                None,
+                "anchors and aliases are not read: put a shared part into `extends`",
+                event.start_mark,
+            )
+        return super().compose_node(parent, index)
+
+
+for _tag, _pattern, _first in (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("int", r"[-+]?[0-9][0-9_]*|0x[0-9a-fA-F]+", "-+0123456789"),
+    ("float", r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan", "-+.0123456789"),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), list(_first))
+
+
+def read_yaml(text: str, name: str) -> tuple[Any, dict[Keys, int]]:
+    """The value of a YAML text and the line of every key. UserError names `name`:line."""
+    lines: dict[Keys, int] = {}
+    try:
+        node = _Loader(text).get_single_node()
+        return (_build(node, (), lines, name) if node is not None else None), lines
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f":{mark.line + 1}" if mark else ""
+        raise UserError(f"{name}{line}: {error.problem or error}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{name}: is not YAML that can be read ({error})") from error
+
+
+def _build(node: yaml.Node, keys: Keys, lines: dict[Keys, int], name: str) -> Any:
+    line = node.start_mark.line + 1
+    lines.setdefault(keys, line)
+    if not isinstance(node, yaml.ScalarNode) and node.tag.rpartition(":")[2] not in ("seq", "map"):
+        raise UserError(f"{name}:{line}: the tag {node.tag} is not read; write a plain value")
+    if isinstance(node, yaml.SequenceNode):
+        return [_build(item, (*keys, str(i)), lines, name) for i, item in enumerate(node.value)]
+    if isinstance(node, yaml.MappingNode):
+        return _build_mapping(node, keys, lines, name)
+    return _scalar(node, name)
+
+
+def _build_mapping(node: yaml.MappingNode, keys: Keys, lines: dict[Keys, int], name: str) -> dict[str, Any]:
+    built: dict[str, Any] = {}
+    for key_node, value_node in node.value:
+        line = key_node.start_mark.line + 1
+        key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
+        if key is None:
+            raise UserError(f"{name}:{line}: a key must be plain text")
+        if key in built:
+            first = lines[(*keys, key)]
+            raise UserError(f"{name}:{line}: the key {key!r} stands twice (first in line {first}); keep one")
+        lines[(*keys, key)] = line
+        built[key] = _build(value_node, (*keys, key), lines, name)
+    return built
+
+
+def _scalar(node: yaml.Node, name: str) -> Any:
+    kind, text = node.tag.rpartition(":")[2], node.value
+    if kind == "str":
+        return text
+    if kind == "null":
+        return None
+    if kind == "bool":
+        return text.lower() == "true"
+    digits = text.replace("_", "")
+    if kind == "int":
+        return int(digits, 16) if digits.lower().startswith("0x") else int(digits)
+    if kind == "float":
+        return float(re.sub(r"\.(inf|nan)", r"\1", digits.lower()))
+    raise UserError(f"{name}:{node.start_mark.line + 1}: the tag {node.tag} is not read; write a plain value")
+
+
+# ------------------------------------------------------------------------------------ documents and extends
+
+
+@dataclass
+class Document:
+    """A plan file with everything that it extends merged in."""
+
+    values: dict[str, Any]
+    places: Places
+    files: tuple[Path, ...]  # every file read, the plan itself last
+
+
+def load_document(path: Path) -> Document:
+    """Read `path` and all it extends; relative `path:` and `extends` values start at the file naming them."""
+    return _load(Path(path), ())
+
+
+def _load(path: Path, above: tuple[Path, ...]) -> Document:
+    own = path.resolve()
+    if own in above:
+        chain = " -> ".join(str(p.name) for p in (*above, own))
+        raise UserError(f"{path}: extends itself ({chain}); take one of the lines out")
+    values, lines = read_yaml(_text(path), str(path))
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected a mapping of settings, found {type(values).__name__}")
+    extended = values.pop("extends", [])
+    if not isinstance(extended, list) or not all(isinstance(item, str) for item in extended):
+        raise UserError(
+            f"{path}:{lines[('extends',)]}: `extends` is a list of files, such as [model/tiny.yaml]"
+        )
+    merged, places, files = {}, {}, []  # type: dict[str, Any], dict[Keys, str], list[Path]
+    for item in extended:
+        target = path.parent / item
+        if not target.is_file():
+            raise UserError(f"{path}:{lines[('extends',)]}: extends {item!r}, but there is no file {target}")
+        part = _load(target, (*above, own))
+        merged = merge(merged, part.values)
+        places.update(part.places.lines)
+        files.extend(part.files)
+    merged = merge(merged, absolute_paths(values, path.parent))
+    places.update({keys: f"{path}:{line}" for keys, line in lines.items()})
+    return Document(merged, Places(places), (*files, path))
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: there is no such file") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from error
+
+
+def load_plan_file(path: Path, sets: Iterable[str] = ()) -> dict[str, Any]:
+    """The merged mapping of a plan file, each `--set` assigned under its literal keys."""
+    values = load_document(path).values
+    for text in sets:
+        keys, value = parse_set(text)
+        assign(values, keys, absolute_path_value(keys[-1], value, Path.cwd()), f"--set {text}")
+    return values
+
+
+def merge(below: Any, above: Any) -> Any:
+    """Mappings merge key by key, anything else is replaced; a mapping of another `kind` replaces all."""
+    if not isinstance(below, Mapping) or not isinstance(above, Mapping):
+        return above
+    if "kind" in below and "kind" in above and below["kind"] != above["kind"]:
+        return dict(above)
+    merged = dict(below)
+    for key, value in above.items():
+        merged[key] = merge(below[key], value) if key in below else value
+    return merged
+
+
+def absolute_paths(value: Any, folder: Path) -> Any:
+    """`value` with every relative text under a key named `path` made absolute from `folder`."""
+    if isinstance(value, list):
+        return [absolute_paths(item, folder) for item in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        key: absolute_path_value(key, absolute_paths(item, folder), folder) for key, item in value.items()
+    }
+
+
+def absolute_path_value(key: str, value: Any, folder: Path) -> Any:
+    if key != "path":
+        return value
+    if isinstance(value, list):
+        return [absolute_path_value(key, item, folder) for item in value]
+    if not isinstance(value, str):
+        return value
+    return os.path.abspath(folder / Path(value).expanduser())
+
+
+def parse_set(text: str) -> tuple[Keys, Any]:
+    """ "dpo.beta=0.2" -> (("dpo", "beta"), 0.2). The value is YAML."""
+    name, equals, value = text.partition("=")
+    keys = tuple(name.strip().split("."))
+    if not equals or not all(keys):
+        raise UserError(f"--set {text}: expected KEY.KEY=VALUE, such as --set dpo.beta=0.2")
+    return keys, read_yaml(value, f"--set {text}")[0]
+
+
+def assign(document: dict[str, Any], keys: Keys, value: Any, label: str) -> None:
+    """Set `document[k0][k1]... = value`, making mappings on the way; UserError where a key holds none."""
+    for key in keys[:-1]:
+        inner = document.get(key)
+        if inner is None:
+            inner = {}
+        if not isinstance(inner, dict):
+            raise UserError(
+                f"{label}: {key!r} holds {inner!r}, not a mapping, so nothing can be set below it"
+            )
+        document[key] = dict(inner)
+        document = document[key]
+    document[keys[-1]] = value

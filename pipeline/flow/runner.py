@@ -1,0 +1,495 @@
+"""Runs a plan: which rows are stale, each of them as worker processes, sealed one by one.
+
+The runner touches no tensor. Before anything else it takes the lock of the run directory, so that a second
+run of the same directory is refused at once; then it loads and surveys the plan, and goes through the rows
+from top to bottom. A fresh row is reused. A stale one is locked by its fingerprint, its request written, its
+worker started (`pipeline.flow.launch`), its result sealed. The first row that fails ends the run; what is
+sealed stays.
+
+    runs/<name>/plan.json             the plan as resolved
+    runs/<name>/rows.json             {row: fingerprint}: what garbage collection keeps
+    runs/<name>/logs/<row>.log        all that the row's workers printed, and the traceback of a crash
+    runs/<name>/logs/server.log       the same of the fork server
+    runs/<name>/metrics/<row>.jsonl   a link to the row's metrics while it runs, a copy afterwards
+    runs/<name>/summary.json          {run, rows, started, finished, exit_code, error}: for `rlhf show`
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.flow.errors import Damaged, Locked, NonFinite, RowFailed, UserError
+
+if TYPE_CHECKING:
+    from pipeline.flow.launch import Outcome, Workers
+    from pipeline.flow.plan import Plan, Row, RowState
+    from pipeline.flow.store import Store
+
+ERRORS: dict[int, type[UserError]] = {
+    error.exit_code: error for error in (RowFailed, UserError, Damaged, NonFinite, Locked)
+}
+
+
+class Interrupted(UserError):
+    """SIGINT or SIGTERM reached the run; exit code 130 or 143."""
+
+    def __init__(self, number: int) -> None:
+        name = signal.Signals(number).name
+        super().__init__(f"interrupted by {name}; the same command goes on from what is sealed or saved")
+        self.exit_code = 128 + number
+
+
+@dataclass(frozen=True)
+class RowResult:
+    """What became of one row. `artifacts` maps slots to {"path", "digest"}."""
+
+    row: str
+    stage: str
+    status: str  # executed | reused | failed
+    seconds: float = 0.0
+    fingerprint: str = ""
+    artifacts: dict[str, dict[str, str]] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    tokens: int | None = None
+    headline: tuple[str, ...] = ()
+    kinds: dict[str, str] = field(default_factory=dict)  # slot -> artifact kind
+
+    def document(self) -> dict[str, Any]:
+        """The row as `rlhf run --json` prints it."""
+        return {
+            "row": self.row,
+            "stage": self.stage,
+            "status": self.status,
+            "seconds": round(self.seconds, 3),
+            "artifacts": self.artifacts,
+            "metrics": self.metrics,
+        }
+
+
+@dataclass
+class RunResult:
+    run: str
+    run_dir: Path
+    rows: list[RowResult] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def document(self) -> dict[str, Any]:
+        return {"run": self.run, "rows": [row.document() for row in self.rows]}
+
+    def final_policy(self) -> Path | None:
+        """Where the last policy of the run lies."""
+        for row in reversed(self.rows):
+            for slot, kind in row.kinds.items():
+                if kind == "policy":
+                    return Path(row.artifacts[slot]["path"])
+        return None
+
+
+@dataclass(frozen=True)
+class Again:
+    """A sealed row computed once more: {slot: {"sealed", "again", "same", "differs": [file, ...]}}."""
+
+    row: str
+    stage: str
+    fingerprint: str
+    seconds: float
+    slots: dict[str, dict[str, Any]]
+    scratch: Path | None  # where the second result lies, kept where it differs
+
+    @property
+    def same(self) -> bool:
+        return all(slot["same"] for slot in self.slots.values())
+
+
+class Listener:
+    """Hears of a run's events; override what is of interest."""
+
+    def row_started(self, row: str, stage: str, fingerprint: str, why: str) -> None: ...
+
+    def row_reused(self, result: RowResult) -> None: ...
+
+    def row_done(self, result: RowResult) -> None: ...
+
+    def row_failed(self, result: RowResult, message: str) -> None: ...
+
+    def progress(
+        self, row: str, done: float, total: float | None, unit: str, figures: Mapping[str, Any]
+    ) -> None: ...
+
+    def metrics(self, row: str, step: int, values: Mapping[str, Any]) -> None: ...
+
+    def said(self, row: str, text: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Runner:
+    """One run of one plan in one run directory.
+
+    `plan` may be a function that loads it: it is called under the lock, so a second run is refused before any
+    stage is imported. `run` raises the first failure; `result` holds what was done until then.
+    """
+
+    def __init__(
+        self,
+        plan: Plan | Callable[[], Plan],
+        store: Store,
+        run_dir: Path,
+        listener: Listener | None = None,
+        *,
+        accept_code: bool = False,
+    ) -> None:
+        self._load = plan
+        self.store, self.run_dir, self.accept_code = store, Path(run_dir), accept_code
+        self.listener = listener or Listener()
+        self.result = RunResult(self.run_dir.name, self.run_dir)
+        self._workers: Workers | None = None
+        self._interrupted: int | None = None
+        self.started = False  # the run directory is ours and the plan is loaded
+
+    # ------------------------------------------------------------------------------------------- two commands
+
+    def run(self, from_row: str | None = None, until_row: str | None = None) -> RunResult:
+        """Bring every row from `from_row` to `until_row` (default: all) up to date."""
+        started = time.time()
+        error: BaseException | None = None
+        with self._guarded():
+            try:
+                plan = self._open_plan()
+                self._run_rows(plan, span(plan, from_row, until_row))
+            except BaseException as failure:
+                error = failure
+                raise
+            finally:
+                self.result.seconds = time.time() - started
+                if self.started:
+                    self._write_summary(started, error)
+        return self.result
+
+    def again(self, name: str) -> Again:
+        """Compute a sealed row once more beside it and compare; the sealed row stays as it is."""
+        from pipeline.flow.plan import state_of
+
+        with self._guarded():
+            plan = self._open_plan()
+            row = plan.row(name)
+            state = state_of(plan, row, self.store, accept_code=self.accept_code)
+            if state.fingerprint is None or not self.store.is_sealed(state.fingerprint):
+                raise UserError(f"row {name} is not sealed yet, so there is nothing to compare: {state.why}")
+            scratch = self.run_dir / "again" / name
+            shutil.rmtree(scratch, ignore_errors=True)
+            began = time.monotonic()
+            self.listener.row_started(row.name, row.stage, state.fingerprint, "computed again to compare")
+            manifest = self._work(plan, row, scratch, None)
+            slots = _compare(self.store.manifest(state.fingerprint)["outputs"], manifest["outputs"])
+            seconds = time.monotonic() - began
+            if all(slot["same"] for slot in slots.values()):
+                shutil.rmtree(scratch)
+                return Again(name, row.stage, state.fingerprint, seconds, slots, None)
+            return Again(name, row.stage, state.fingerprint, seconds, slots, scratch / "out")
+
+    # ---------------------------------------------------------------------------------------------- all rows
+
+    def _open_plan(self) -> Plan:
+        plan = self._load() if callable(self._load) else self._load
+        (self.run_dir / "logs").mkdir(parents=True, exist_ok=True)
+        (self.run_dir / "metrics").mkdir(exist_ok=True)
+        _write_json(self.run_dir / "plan.json", plan.document)
+        self.started = True
+        return plan
+
+    @contextlib.contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """The run's lock held and signals passed on to the worker."""
+        from pipeline.flow.store import run_lock
+
+        with run_lock(self.run_dir) as lock, self._signals():
+            if lock.recovered:
+                self.listener.said(
+                    self.run_dir.name, f"took over the lock of process {lock.recovered['pid']}, gone"
+                )
+            try:
+                yield
+            finally:
+                self.store.remember()
+                if self._workers is not None:
+                    self._workers.close()
+                    self._workers = None
+
+    def _run_rows(self, plan: Plan, names: list[str]) -> None:
+        """`known`: rows.json. `sealed`: the fingerprints among them that the rows below may read."""
+        from pipeline.flow.plan import check_sources, state_of, survey
+
+        check_sources(replace(plan, rows=[row for row in plan.rows if row.name in names]))
+        previous = read_rows(self.run_dir)
+        known = {row.name: previous[row.name] for row in plan.rows if row.name in previous}
+        sealed = {
+            state.row: state.fingerprint
+            for state in survey(plan, self.store, self.accept_code)
+            if state.status == "fresh" and state.fingerprint is not None
+        }
+        _check_start(plan, names, sealed)
+        known.update({name: sealed[name] for name in sealed if name not in names})
+        for name in names:
+            row = plan.row(name)
+            state = state_of(plan, row, self.store, sealed, self.accept_code)
+            if state.fingerprint is None:
+                raise UserError(f"row {name} {state.why}")
+            known[name] = state.fingerprint
+            self.store.record_run(self.run_dir, {r.name: known[r.name] for r in plan.rows if r.name in known})
+            if state.status == "fresh":
+                self._reuse(plan, row, state.fingerprint)
+            else:
+                self._left_behind(name, previous.get(name), state.fingerprint)
+                self._execute(plan, row, state, sealed)
+            sealed[name] = state.fingerprint
+
+    def _left_behind(self, row: str, previous: str | None, fingerprint: str) -> None:
+        """Say which unfinished work this row no longer continues, since its settings or inputs changed."""
+        if previous and previous != fingerprint and not self.store.is_sealed(previous):
+            work = self.store.partial_dir(previous)
+            if work.exists():
+                self.listener.said(row, f"unfinished work of an earlier version stays in {work} (rlhf gc)")
+
+    # ----------------------------------------------------------------------------------------------- one row
+
+    def _reuse(self, plan: Plan, row: Row, fingerprint: str) -> None:
+        from pipeline.flow.launch import launch_settings, processes_of
+
+        result = self._result(row, fingerprint, "reused", 0.0)
+        self._copy_metrics(row.name, fingerprint)
+        self.result.rows.append(result)
+        self.listener.row_reused(result)
+        processes = processes_of(row.cls, launch_settings(plan.launch))
+        for difference in environment_differences(self.store.manifest(fingerprint), processes):
+            self.listener.said(row.name, f"was computed with {difference}")
+
+    def _execute(self, plan: Plan, row: Row, state: RowState, sealed: Mapping[str, str]) -> None:
+        fingerprint = state.fingerprint
+        assert fingerprint is not None
+        began = time.monotonic()
+        with self.store.lock(fingerprint):
+            if self.store.is_sealed(fingerprint):  # another run sealed it since the survey
+                self._reuse(plan, row, fingerprint)
+                return
+            partial = self.store.partial_dir(fingerprint)
+            self._link_metrics(row.name, partial)
+            self.listener.row_started(row.name, row.stage, fingerprint, state.why)
+            try:
+                manifest = self._work(plan, row, partial, sealed)
+                self.store.seal(fingerprint, manifest)
+            except Exception as error:
+                failed = RowResult(row.name, row.stage, "failed", time.monotonic() - began, fingerprint)
+                self.result.rows.append(failed)
+                self.listener.row_failed(failed, str(error))
+                raise
+        self._copy_metrics(row.name, fingerprint)
+        result = self._result(row, fingerprint, "executed", time.monotonic() - began)
+        self.result.rows.append(result)
+        self.listener.row_done(result)
+
+    def _work(self, plan: Plan, row: Row, partial: Path, sealed: Mapping[str, str] | None) -> dict[str, Any]:
+        """Start the row's workers on a request in `partial`, wait for them, return the manifest they made."""
+        from pipeline.flow.launch import Workers, launch_settings, processes_of
+        from pipeline.flow.plan import request
+        from pipeline.flow.worker import RESULT
+
+        launch = launch_settings(plan.launch)
+        if self._workers is None:
+            self._workers = Workers(launch, log=self.run_dir / "logs" / "server.log")
+        result = partial / RESULT
+        result.unlink(missing_ok=True)
+        self.store.prepare(replace(request(plan, row, self.store, sealed), partial=str(partial)))
+        log = self.run_dir / "logs" / f"{row.name}.log"
+        with open(log, "a", encoding="utf-8") as file:
+            print(f"=== {row.name} {time.strftime('%Y-%m-%d %H:%M:%S')} in {partial}", file=file)
+        outcome = self._workers.run(
+            partial / "request.json",
+            log=log,
+            processes=processes_of(row.cls, launch),
+            on_event=lambda event: self._hear(row.name, event),
+        )
+        if self._interrupted is not None:
+            raise Interrupted(self._interrupted)
+        if outcome.message is not None:
+            raise _failure(row.name, outcome, log)
+        document: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+        return document
+
+    def _hear(self, row: str, event: dict[str, Any]) -> None:
+        match event.pop("event"):
+            case "progress":
+                self.listener.progress(row, **event)
+            case "metrics":
+                self.listener.metrics(row, event["step"], event["metrics"])
+            case "said":
+                self.listener.said(row, event["text"])
+
+    def _result(self, row: Row, fingerprint: str, status: str, seconds: float) -> RowResult:
+        manifest = self.store.manifest(fingerprint)
+        outputs = {slot: self.store.open_output(fingerprint, slot) for slot in manifest["outputs"]}
+        metrics = manifest["metrics"]
+        return RowResult(
+            row=row.name,
+            stage=row.stage,
+            status=status,
+            seconds=seconds,
+            fingerprint=fingerprint,
+            artifacts={slot: {"path": str(a.path), "digest": a.digest} for slot, a in outputs.items()},
+            metrics=metrics,
+            tokens=metrics.get("tokens"),
+            headline=tuple(getattr(row.cls, "headline", ())),
+            kinds={slot: a.kind for slot, a in outputs.items()},
+        )
+
+    # -------------------------------------------------------------------------------------- the run directory
+
+    def _link_metrics(self, row: str, partial: Path) -> None:
+        link = self.run_dir / "metrics" / f"{row}.jsonl"
+        link.unlink(missing_ok=True)
+        link.symlink_to(os.path.relpath(partial / "metrics.jsonl", link.parent))
+
+    def _copy_metrics(self, row: str, fingerprint: str) -> None:
+        copy = self.run_dir / "metrics" / f"{row}.jsonl"
+        copy.unlink(missing_ok=True)
+        sealed = self.store.row_dir(fingerprint) / "metrics.jsonl"
+        if sealed.exists():
+            shutil.copyfile(sealed, copy)
+
+    def _write_summary(self, started: float, error: BaseException | None) -> None:
+        """This run's rows, and those of earlier runs in this directory that still stand in rows.json."""
+        fingerprints = read_rows(self.run_dir)
+        told = {row["row"]: row for row in read_summary(self.run_dir).get("rows", [])}
+        rows = {name: row for name, row in told.items() if fingerprints.get(name) == row["fingerprint"]}
+        for row in self.result.rows:
+            more = {"fingerprint": row.fingerprint, "tokens": row.tokens, "headline": row.headline}
+            rows[row.row] = {**row.document(), **more}
+        summary = {
+            "run": self.result.run,
+            "rows": [rows[name] for name in fingerprints if name in rows],
+            "started": started,
+            "finished": time.time(),
+            "exit_code": getattr(error, "exit_code", 1) if error else 0,
+            "error": (str(error) or type(error).__name__) if error else None,
+        }
+        _write_json(self.run_dir / "summary.json", summary)
+
+    # ----------------------------------------------------------------------------------------------- signals
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Pass SIGINT and SIGTERM to the worker and wait for it; with none at work, end the run here."""
+
+        def handle(number: int, _frame: object) -> None:
+            if self._workers is not None and self._workers.signal(number):
+                self._interrupted = self._interrupted or number
+            else:
+                raise Interrupted(number)
+
+        try:
+            before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # not the main thread: whoever runs us there handles signals
+            before = {}
+        try:
+            yield
+        finally:
+            for number, previous in before.items():
+                signal.signal(number, previous)
+
+
+# ------------------------------------------------------------------------------------------------------
+# pieces
+
+
+def span(plan: Plan, first: str | None, last: str | None) -> list[str]:
+    """Names of the rows from `first` to `last`, both included."""
+    names = [row.name for row in plan.rows]
+    start = names.index(plan.row(first).name) if first else 0
+    end = names.index(plan.row(last).name) if last else len(names) - 1
+    if start > end:
+        raise UserError(f"--from {first} stands below --until {last}, so no row is left to run")
+    return names[start : end + 1]
+
+
+def _check_start(plan: Plan, names: list[str], sealed: Mapping[str, str]) -> None:
+    """Before anything runs: what the chosen rows read from rows that are not chosen must be sealed."""
+    for name in names:
+        for ref in plan.row(name).refs():
+            if ref.row and ref.row not in names and ref.row not in sealed:
+                raise UserError(
+                    f"row {name} reads {ref.text}, but row {ref.row} is not sealed for these settings: "
+                    f"run it too (--from {ref.row})"
+                )
+
+
+def _failure(row: str, outcome: Outcome, log: Path) -> UserError:
+    assert outcome.message is not None
+    kind = ERRORS.get(outcome.code, RowFailed)
+    if outcome.user:
+        return kind(f"row {row}: {outcome.message} (log: {log})")
+    return kind(f"row {row} crashed: {outcome.message} (traceback: {log})")
+
+
+def _compare(sealed: Mapping[str, Any], again: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    slots = {}
+    for slot in sorted({*sealed, *again}):
+        one, other = sealed.get(slot, {}), again.get(slot, {})
+        files, others = one.get("files", {}), other.get("files", {})
+        differs = [name for name in sorted({*files, *others}) if files.get(name) != others.get(name)]
+        same = one.get("digest") == other.get("digest")
+        slots[slot] = {
+            "sealed": one.get("digest"),
+            "again": other.get("digest"),
+            "same": same,
+            "differs": differs,
+        }
+    return slots
+
+
+def environment_differences(manifest: Mapping[str, Any], processes: int) -> list[str]:
+    """What is another now than when the row was computed, versions and world size: said, never identity."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    environment = manifest["environment"]
+    world = environment["world"]
+    differences = [] if world == processes else [f"{world} processes, here it is {processes}"]
+    for package, then in environment["packages"].items():
+        with contextlib.suppress(PackageNotFoundError):
+            now = version(package)
+            if now != then:
+                differences.append(f"{package} {then}, here it is {now}")
+    return differences
+
+
+def read_rows(run_dir: Path) -> dict[str, str]:
+    """rows.json of a run directory, in the plan's order; empty before its first run."""
+    return _read_json(run_dir / "rows.json")
+
+
+def read_summary(run_dir: Path) -> dict[str, Any]:
+    """summary.json of a run directory; empty before its first run."""
+    return _read_json(run_dir / "summary.json")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise Damaged(f"{path}: is not JSON ({error}); remove it and run the plan again") from error
+
+
+def _write_json(path: Path, document: Any) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)

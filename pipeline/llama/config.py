@@ -1,0 +1,143 @@
+"""What a model directory may say about itself: which keys are refused, which our core knows, which are only noted.
+
+    check_config(config, where) -> Verdict(core, why, ignored)
+
+A config.json is data from somewhere else. Keys that execute code or name an attention implementation are refused
+(CVE-2026-4372 and CVE-2026-5241 went through them); sizes must be plain integers in bounds; a field of the
+architecture that our core does not know sends the model to transformers' own class, remote code off.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.flow.errors import UserError
+
+MAX_BYTES = 4 << 20  # of a config file
+REFUSED = ("auto_map", "trust_remote_code", "custom_pipelines", "custom_generate", "code_revision", "use_kernels")
+REFUSED_STARTS = ("_attn_implementation", "attn_implementation", "_experts_implementation", "experts_implementation")
+# Integer fields and the largest value that any published model comes near.
+SIZES = {
+    "vocab_size": 1 << 22,
+    "hidden_size": 1 << 17,
+    "intermediate_size": 1 << 20,
+    "num_hidden_layers": 1 << 10,
+    "num_attention_heads": 1 << 12,
+    "num_key_value_heads": 1 << 12,
+    "head_dim": 1 << 12,
+    "max_position_embeddings": 1 << 26,
+}
+ROPE_FIELDS = {
+    "default": {"rope_type", "type", "rope_theta"},
+    "llama3": {
+        "rope_type", "type", "rope_theta", "factor", "low_freq_factor", "high_freq_factor",
+        "original_max_position_embeddings",
+    },
+}  # fmt: skip
+KNOWN = {
+    *SIZES, "model_type", "hidden_act", "rms_norm_eps", "tie_word_embeddings", "rope_parameters", "rope_theta",
+    "rope_scaling", "attention_bias", "mlp_bias", "attention_dropout", "pretraining_tp", "initializer_range",
+    "pad_token_id", "bos_token_id", "eos_token_id", "id2label", "label2id", "num_labels", "problem_type",
+}  # fmt: skip
+# Say nothing about what is computed.
+HARMLESS = {
+    "architectures", "transformers_version", "torch_dtype", "dtype", "_name_or_path", "use_cache", "return_dict",
+    "output_attentions", "output_hidden_states", "chunk_size_feed_forward", "is_encoder_decoder", "is_decoder",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """core: our own model computes this config. why: what sent it elsewhere. ignored: keys noted and not used."""
+
+    core: bool
+    why: tuple[str, ...]
+    ignored: tuple[str, ...]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of bounded size. Raises UserError naming the file."""
+    if not path.is_file():
+        raise UserError(f"{path}: missing; a model directory has a config.json, safetensors and a tokenizer")
+    if path.stat().st_size > MAX_BYTES:
+        raise UserError(f"{path}: {path.stat().st_size} bytes, a config has at most {MAX_BYTES}")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as problem:
+        raise UserError(f"{path}: no JSON: {problem}") from problem
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: a JSON object was expected")
+    return value
+
+
+def refuse_code(config: Any, where: str) -> None:
+    """Raises UserError for a key, at any depth, that would execute code or choose a kernel."""
+    if isinstance(config, Mapping):
+        for key, value in config.items():
+            if value is not None and (key in REFUSED or str(key).startswith(REFUSED_STARTS)):
+                raise UserError(
+                    f"{where}: the key {key!r} runs code or names an attention implementation and is refused; "
+                    "remove it if you trust the weights, what is computed does not need it"
+                )
+            refuse_code(value, where)
+    elif isinstance(config, list):
+        for value in config:
+            refuse_code(value, where)
+
+
+def check_config(config: Mapping[str, Any], where: str = "config.json") -> Verdict:
+    """Raises UserError for what is refused; otherwise says who computes the model and why."""
+    refuse_code(config, where)
+    kind = config.get("model_type")
+    if not isinstance(kind, str):
+        raise UserError(f"{where}: model_type is missing; a transformers model directory names its family there")
+    for key, most in SIZES.items():
+        value = config.get(key)
+        if value is not None and (type(value) is not int or not 1 <= value <= most):
+            raise UserError(f"{where}: {key} is {value!r}, a whole number from 1 to {most} was expected")
+    if kind != "llama":
+        return Verdict(False, (f"model_type {kind}",), ())
+    _check_heads(config, where)
+    why = [f"field {key}" for key in sorted(config.keys() - KNOWN - HARMLESS) if config[key] is not None]
+    if config.get("hidden_act", "silu") != "silu":
+        why.append(f"hidden_act {config['hidden_act']}")
+    if config.get("pretraining_tp") not in (None, 1):
+        why.append(f"pretraining_tp {config['pretraining_tp']}")
+    if config.get("attention_dropout"):
+        why.append(f"attention_dropout {config['attention_dropout']}")
+    why += _rope_beyond_core(config)
+    return Verdict(not why, tuple(why), tuple(sorted(config.keys() & HARMLESS)))
+
+
+def _check_heads(config: Mapping[str, Any], where: str) -> None:
+    heads, hidden = config.get("num_attention_heads", 32), config.get("hidden_size", 4096)
+    kv_heads = config.get("num_key_value_heads") or heads
+    if heads % kv_heads:
+        raise UserError(f"{where}: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
+    size = config.get("head_dim") or hidden // heads
+    if size % 2 or not size:
+        raise UserError(f"{where}: heads of size {size}: rotary positions need an even, positive size")
+    eps = config.get("rms_norm_eps", 1e-6)
+    if type(eps) not in (int, float) or not 0 < eps < 1:
+        raise UserError(f"{where}: rms_norm_eps is {eps!r}, a number between 0 and 1 was expected")
+
+
+def _rope_beyond_core(config: Mapping[str, Any]) -> list[str]:
+    why = []
+    for name in ("rope_parameters", "rope_scaling"):
+        rope = config.get(name)
+        if rope is None:
+            continue
+        if not isinstance(rope, Mapping):
+            return [f"{name} of an unknown form"]
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        fields = ROPE_FIELDS.get(kind if isinstance(kind, str) else "")
+        if fields is None:
+            why.append(f"{name} of type {kind!r}")
+        else:
+            why += [f"{name}.{key}" for key in sorted(set(rope) - fields)]
+    return why

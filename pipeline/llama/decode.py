@@ -1,0 +1,519 @@
+"""Decoding with a preallocated cache: what a model does for one batch of prompts and for one step.
+
+A cache has R rows (slots) of C columns. A sequence starts in column 0 of its row, so the column of a token is
+its position, and no row needs padding on the left; what lies right of a row's length is masked. Prompts enter
+in batches, each computed once and copied into the rows of its K samples; then all active rows advance
+together, one token a step. Who enters when, what stops and what is returned is the engine's business
+(`pipeline/rollout/native.py`).
+
+Two runners do the same thing:
+
+    LayerRunner    runs the layers of a LLaMA (our core's or transformers') itself: queries, keys and values
+                   in one product, grouped queries without repeated keys, the last layer of a prompt at its
+                   last token only. Adapters that replace linear layers (LoRA ...) work: whatever is not a
+                   plain linear is called.
+    ForwardRunner  calls the model's own forward with `SlotCache` as its cache: every model that keeps
+                   transformers' Cache contract and accepts a 4-D mask.
+
+Shapes: R rows, C columns, N active rows, P prompts, T tokens of the longest prompt, K samples a prompt, H key
+heads, G query heads a key head, W width of a head, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from pipeline.flow.errors import UserError
+
+STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # angles that depend on the position alone
+MATMUL_UP_TO = 192  # tokens of a prompt; on a CPU plain products beat SDPA below, and lose to it above
+NEVER = float("-inf")
+
+
+# --- the cache ----------------------------------------------------------------------------------------------
+
+
+class SlotLayer(CacheLayerMixin):
+    """Keys and values of one layer, [R, H, C, W] each, allocated when the first prompt shows their shape."""
+
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, cache: SlotCache) -> None:
+        super().__init__()
+        self.cache = cache
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        def room(like: Tensor) -> Tensor:  # zeros: a masked column may hold anything finite
+            return like.new_zeros(self.cache.rows, like.shape[1], self.cache.columns, like.shape[3])
+
+        self.keys, self.values = room(key_states), room(value_states)
+        self.is_initialized = True
+
+    def store(self, slots_PK: Tensor, keys_PHTW: Tensor, values_PHTW: Tensor) -> None:
+        """Put each prompt into the rows of its K samples."""
+        if not self.is_initialized:
+            self.lazy_initialization(keys_PHTW, values_PHTW)
+        n = keys_PHTW.shape[2]
+        self.keys[slots_PK, :, :n] = keys_PHTW[:, None]
+        self.values[slots_PK, :, :n] = values_PHTW[:, None]
+
+    def append(self, rows_N: Tensor, positions_N: Tensor, keys_NHW: Tensor, values_NHW: Tensor) -> None:
+        self.keys[rows_N, :, positions_N] = keys_NHW
+        self.values[rows_N, :, positions_N] = values_NHW
+
+    def move(self, source_M: Tensor, target_M: Tensor, columns: int) -> None:
+        self.keys[target_M, :, :columns] = self.keys[source_M, :, :columns]
+        self.values[target_M, :, :columns] = self.values[source_M, :, :columns]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """transformers' contract: take in the new states [N, H, T, W], return all that the queries may
+        see."""
+        at = self.cache
+        if at.slots_PK is not None:
+            self.store(at.slots_PK, key_states, value_states)
+            return key_states, value_states
+        if at.picked_N is not None:  # a token that is stored already
+            return self.keys[at.picked_N, :, : at.seen], self.values[at.picked_N, :, : at.seen]
+        n = key_states.shape[0]
+        self.append(at.row_R[:n], at.positions_N, key_states[:, :, 0], value_states[:, :, 0])
+        return self.keys[:n, :, : at.seen], self.values[:n, :, : at.seen]
+
+    def get_seq_length(self) -> int:
+        return self.cache.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.cache.seen, 0
+
+    def get_max_length(self) -> int:
+        return self.cache.columns
+
+    get_max_cache_shape = get_max_length  # its name before transformers 5.20
+
+
+class SlotCache(Cache):
+    """R rows of C columns for every layer. What the next forward does with it is set before the forward."""
+
+    def __init__(self, layers: int, rows: int, columns: int, device: torch.device) -> None:
+        super().__init__(layers=[SlotLayer(self) for _ in range(layers)])
+        self.rows, self.columns = rows, columns
+        self.row_R = torch.arange(rows, device=device)
+        self.slots_PK: Tensor | None = None
+        self.picked_N: Tensor | None = None
+        self.positions_N: Tensor = self.row_R
+        self.seen = 0
+
+    def fits(self, rows: int, columns: int, like: Tensor) -> bool:
+        """Whether this cache, allocated for an earlier call, can serve again."""
+        first = self.slot(0)
+        same = not first.is_initialized or (
+            first.keys.dtype == like.dtype and first.keys.device == like.device
+        )
+        return same and self.rows >= rows and self.columns >= columns
+
+    def slot(self, layer: int) -> SlotLayer:
+        return self.layers[layer]  # type: ignore[return-value]
+
+    def move(self, source_M: Tensor, target_M: Tensor, columns: int) -> None:
+        for layer in range(len(self.layers)):
+            self.slot(layer).move(source_M, target_M, columns)
+
+
+# --- runners ------------------------------------------------------------------------------------------------
+
+
+class Runner(Protocol):
+    cache: SlotCache
+
+    def prefill(self, ids_PT: Tensor, lengths_P: Tensor, slots_PK: Tensor) -> Tensor:
+        """Store prompts (padded on the right) in their rows; float32 logits [P, V] after each one's last
+        token."""
+
+    def step(self, tokens_N: Tensor, positions_N: Tensor, columns: int) -> Tensor:
+        """Feed row n its token at its position (all below `columns`); float32 logits [N, V] of the next
+        ones."""
+
+
+def causal(tokens: int, like: Tensor) -> Tensor:
+    """Additive mask [T, T]."""
+    return torch.full((tokens, tokens), NEVER, dtype=like.dtype, device=like.device).triu_(1)
+
+
+def visible(positions_N: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+    """Additive mask [N, 1, 1, columns]: a token sees the columns up to its own."""
+    at = torch.arange(columns, device=positions_N.device)
+    hidden = at > positions_N[:, None]
+    return torch.zeros(hidden.shape, dtype=dtype, device=at.device).masked_fill_(hidden, NEVER)[:, None, None]
+
+
+class ForwardRunner:
+    """Any causal model that keeps transformers' Cache contract, through its own forward."""
+
+    def __init__(self, model: nn.Module, cache: SlotCache, linear_dtype: torch.dtype | None = None) -> None:
+        self.model, self.cache = model, cache
+        base = base_model(model)
+        self.dtype = next(p.dtype for p in base.parameters() if p.is_floating_point())
+        self.autocast = linear_dtype
+        accepted = inspect.signature(base.forward).parameters
+        self.options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+        _refuse_windows(base.config, cache.columns)
+
+    def _logits(self, ids: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+        cast = torch.autocast(ids.device.type, self.autocast) if self.autocast else nullcontext()
+        with cast:
+            out = self.model(
+                input_ids=ids,
+                position_ids=positions,
+                attention_mask=mask,
+                past_key_values=self.cache,
+                use_cache=True,
+                **self.options,
+            )
+        return out.logits[:, -1].float()
+
+    def prefill(self, ids_PT: Tensor, lengths_P: Tensor, slots_PK: Tensor) -> Tensor:
+        at, (prompts, tokens) = self.cache, ids_PT.shape
+        positions = torch.arange(tokens, device=ids_PT.device).expand(prompts, tokens)
+        mask = causal(tokens, torch.empty(0, dtype=self.dtype, device=ids_PT.device))
+        at.slots_PK, at.seen = slots_PK, 0
+        self._logits(ids_PT, positions, mask.expand(prompts, 1, tokens, tokens))
+        # The forward gives the logits of one column for all rows. The last tokens stand in different columns,
+        # so they are fed once more against the rows just stored.
+        last_P = lengths_P - 1
+        at.slots_PK, at.picked_N, at.seen = None, slots_PK[:, 0], tokens
+        ids = ids_PT.gather(1, last_P[:, None])
+        logits = self._logits(ids, last_P[:, None], visible(last_P, tokens, self.dtype))
+        at.picked_N = None
+        return logits
+
+    def step(self, tokens_N: Tensor, positions_N: Tensor, columns: int) -> Tensor:
+        at = self.cache
+        at.slots_PK, at.picked_N, at.positions_N, at.seen = None, None, positions_N, columns
+        mask = visible(positions_N, columns, self.dtype)
+        return self._logits(tokens_N[:, None], positions_N[:, None], mask)
+
+
+class LayerRunner:
+    """A LLaMA's layers, run here. Weights are read when the runner is made: make one for each use."""
+
+    def __init__(self, model: nn.Module, cache: SlotCache, linear_dtype: torch.dtype | None = None) -> None:
+        base = base_model(model)
+        inner: Any = base.model
+        self.cache = cache
+        self.embed = inner.embed_tokens
+        self.layers = [_Layer(layer, base.config, linear_dtype) for layer in inner.layers]
+        self.norm = inner.norm
+        self.head = fused([base.lm_head], linear_dtype)
+        like = next(p for p in inner.parameters() if p.is_floating_point())
+        positions = torch.arange(cache.columns, device=like.device)[None]
+        cos, sin = _rotary(inner, positions, like.dtype)
+        half = sin.shape[-1] // 2
+        self.cos_CW = cos[0]
+        self.sin_CW = torch.cat([-sin[0, :, :half], sin[0, :, half:]], -1)  # sign of rotate_half folded in
+
+    def prefill(self, ids_PT: Tensor, lengths_P: Tensor, slots_PK: Tensor) -> Tensor:
+        tokens = ids_PT.shape[1]
+        x = self.embed(ids_PT)
+        cos, sin = self.cos_CW[:tokens, None], self.sin_CW[:tokens, None]
+        last_P = lengths_P - 1
+        mask = causal(tokens, x) if x.device.type == "cpu" and tokens <= MATMUL_UP_TO else None
+        for number, layer in enumerate(self.layers[:-1]):
+            x = layer.prompts(x, cos, sin, mask, self.cache.slot(number), slots_PK)
+        number = len(self.layers) - 1
+        x = self.layers[-1].last_tokens(x, cos, sin, last_P, self.cache.slot(number), slots_PK)
+        return self.head(self.norm(x)).float()
+
+    def step(self, tokens_N: Tensor, positions_N: Tensor, columns: int) -> Tensor:
+        x = self.embed(tokens_N)
+        cos, sin = self.cos_CW[positions_N, None], self.sin_CW[positions_N, None]
+        rows_N = self.cache.row_R[: tokens_N.shape[0]]
+        mask = visible(positions_N, columns, x.dtype)
+        for number, layer in enumerate(self.layers):
+            x = layer.step(x, cos, sin, mask, self.cache.slot(number), rows_N, positions_N)
+        return self.head(self.norm(x)).float()
+
+
+def _rotary(inner: Any, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin [1, C, W], from the model itself: our core's method, transformers' module."""
+    if hasattr(inner, "rotary_emb"):
+        return inner.rotary_emb(torch.empty(0, dtype=dtype, device=positions.device), positions)
+    return inner._rotary(positions, dtype)
+
+
+class _Layer:
+    """One decoder layer: its modules, with plain linear layers that read the same input joined into one
+    product."""
+
+    def __init__(self, layer: Any, config: Any, dtype: torch.dtype | None) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self.width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.key_heads = config.num_key_value_heads
+        self.query_heads = config.num_attention_heads
+        self.scale = self.width**-0.5
+        self.norm_in, self.norm_mlp = layer.input_layernorm, layer.post_attention_layernorm
+        self.qkv = fused([attention.q_proj, attention.k_proj, attention.v_proj], dtype)
+        self.out = fused([attention.o_proj], dtype)
+        self.gate_up = fused([mlp.gate_proj, mlp.up_proj], dtype)
+        self.down = fused([mlp.down_proj], dtype)
+        self.activation = mlp.act_fn
+
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries [..., H*G, W] (already scaled), rotated keys and values [..., H, W] of x [...,
+        hidden]."""
+        heads = self.qkv(self.norm_in(x)).unflatten(-1, (-1, self.width))
+        turning = heads[..., : self.query_heads + self.key_heads, :]
+        turned = turning * cos + turning.roll(self.width // 2, -1) * sin
+        queries, keys = turned.split([self.query_heads, self.key_heads], -2)
+        return queries * self.scale, keys, heads[..., self.query_heads + self.key_heads :, :]
+
+    def rest(self, x: Tensor, attended: Tensor) -> Tensor:
+        x = x + self.out(attended)
+        gate, up = self.gate_up(self.norm_mlp(x)).chunk(2, -1)
+        return x + self.down(self.activation(gate) * up)
+
+    def prompts(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask_TT: Tensor | None, slot: SlotLayer, slots_PK: Tensor
+    ) -> Tensor:
+        prompts, tokens, _ = x.shape
+        q, k, v = (y.transpose(1, 2) for y in self.project(x, cos, sin))
+        slot.store(slots_PK, k, v)
+        if mask_TT is None:
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0, enable_gqa=True)
+            return self.rest(x, out.transpose(1, 2).flatten(2))
+        q = q.unflatten(1, (self.key_heads, -1)).flatten(2, 3)
+        scores = torch.matmul(q, k.transpose(-1, -2)).unflatten(2, (-1, tokens)) + mask_TT
+        out = torch.matmul(torch.softmax(scores, -1).flatten(2, 3), v).unflatten(2, (-1, tokens))
+        return self.rest(x, out.permute(0, 3, 1, 2, 4).reshape(prompts, tokens, -1))
+
+    def last_tokens(
+        self, x: Tensor, cos: Tensor, sin: Tensor, last_P: Tensor, slot: SlotLayer, slots_PK: Tensor
+    ) -> Tensor:
+        """Keys and values of every token, the layer's output [P, hidden] at the last one only."""
+        queries, keys, values = self.project(x, cos, sin)
+        keys, values = keys.transpose(1, 2), values.transpose(1, 2)
+        slot.store(slots_PK, keys, values)
+        at = torch.arange(x.shape[0], device=x.device)
+        mask = visible(last_P, x.shape[1], x.dtype)
+        return self.rest(x[at, last_P], self.attend(queries[at, last_P], keys, values, mask))
+
+    def step(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor,
+        slot: SlotLayer,
+        rows_N: Tensor,
+        positions_N: Tensor,
+    ) -> Tensor:
+        queries, keys, values = self.project(x, cos, sin)
+        slot.append(rows_N, positions_N, keys, values)
+        n, columns = x.shape[0], mask.shape[-1]
+        seen = slot.keys[:n, :, :columns], slot.values[:n, :, :columns]
+        return self.rest(x, self.attend(queries, *seen, mask))
+
+    def attend(self, queries_N: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+        """One query token a row against its keys [N, H, C, W]; queries that share a key head are one
+        product."""
+        grouped = queries_N.unflatten(1, (self.key_heads, -1))
+        scores = torch.matmul(grouped, keys.transpose(-1, -2)).add_(mask)
+        return torch.matmul(torch.softmax(scores, -1, dtype=torch.float32).to(values.dtype), values).flatten(
+            1
+        )
+
+
+def fused(linears: list[nn.Module], dtype: torch.dtype | None = None) -> Callable[[Tensor], Tensor]:
+    """One function for linear layers that read the same input, outputs side by side; computed in `dtype` if
+    given.
+
+    Anything that is not exactly `nn.Linear` (an adapter, a quantised layer) is called as it is.
+    """
+    if not all(_is_plain(m) for m in linears):
+        if len(linears) == 1:
+            return linears[0]
+        return lambda x: torch.cat([m(x) for m in linears], -1)
+    plain = [m for m in linears if isinstance(m, nn.Linear)]
+    weight = torch.cat([m.weight.detach() for m in plain]) if len(plain) > 1 else plain[0].weight.detach()
+    bias = None
+    if any(m.bias is not None for m in plain):
+        bias = torch.cat(
+            [weight.new_zeros(m.out_features) if m.bias is None else m.bias.detach() for m in plain]
+        )
+    if dtype is None or dtype == weight.dtype:
+        return lambda x: F.linear(x, weight, bias)
+    own, weight = weight.dtype, weight.to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+    return lambda x: F.linear(x.to(dtype), weight, bias).to(own)
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    bare = type(layer) is nn.Linear and not layer._forward_hooks and not layer._forward_pre_hooks
+    return bare and not hasattr(
+        layer.weight, "ds_id"
+    )  # ZeRO-3 gathers a weight only when its layer is called
+
+
+# --- choosing -----------------------------------------------------------------------------------------------
+
+
+def base_model(model: nn.Module) -> Any:
+    """The causal model inside an adapter wrapper, or the model itself."""
+    adapters = getattr(model, "peft_config", None)
+    if adapters is None or not hasattr(model, "get_base_model"):
+        return model
+    if any(getattr(a, "is_prompt_learning", False) for a in adapters.values()):
+        raise UserError(
+            "sampling: prompt-learning adapters (prefix, prompt, P-tuning) are not supported by decoding"
+        )
+    return model.get_base_model()  # type: ignore[operator]
+
+
+def runs_by_layer(model: nn.Module) -> bool:
+    """True for a plain LLaMA whose weights lie on one device and whose angles depend on the position
+    alone."""
+    base = base_model(model)
+    config = base.config
+    rope = getattr(config, "rope_parameters", None) or {}
+    return (
+        type(base).__name__ == "LlamaForCausalLM"
+        and config.model_type == "llama"
+        and rope.get("rope_type", "default") in STATIC_ROPE
+        and len({p.device for p in base.parameters()}) == 1
+    )
+
+
+def new_runner(model: nn.Module, cache: SlotCache, linear_dtype: torch.dtype | None = None) -> Runner:
+    chosen = LayerRunner if runs_by_layer(model) else ForwardRunner
+    return chosen(model, cache, linear_dtype)
+
+
+def new_cache(model: nn.Module, rows: int, columns: int) -> SlotCache:
+    base = base_model(model)
+    config = base.config.get_text_config()
+    return SlotCache(config.num_hidden_layers, rows, columns, next(base.parameters()).device)
+
+
+def column_bytes(model: nn.Module) -> int:
+    """Bytes of one token in one row of the cache, all layers."""
+    base = base_model(model)
+    config = base.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    itemsize = next(p.element_size() for p in base.parameters() if p.is_floating_point())
+    return 2 * config.num_hidden_layers * heads * width * itemsize
+
+
+def _refuse_windows(config: Any, columns: int) -> None:
+    config = config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    window = getattr(config, "sliding_window", None)
+    if kinds - {"full_attention", "sliding_attention"}:
+        raise UserError(f"sampling: layers of kind {sorted(kinds)} are not supported by decoding")
+    sliding = "sliding_attention" in kinds or not getattr(config, "layer_types", None)
+    if window and sliding and getattr(config, "use_sliding_window", True) and columns > window:
+        raise UserError(
+            f"sampling: prompt and answer need {columns} tokens, the model's sliding window is {window}: "
+            "lower sampling.max_new_tokens or shorten the prompts"
+        )
+
+
+@contextmanager
+def sampling_mode(model: nn.Module) -> Iterator[None]:
+    """Dropout off, no gradients, plain attention; everything as before afterwards, also after an error."""
+    base = base_model(model)
+    if any(p.numel() == 0 for p in base.parameters()):
+        raise RuntimeError("parameters are empty: gather the sharded policy before sampling from it")
+    modes = [(m, m.training) for m in model.modules()]
+    attention = base.config._attn_implementation
+    try:
+        model.eval()
+        if attention not in ("eager", "sdpa", "forest"):  # "forest" is SDPA where no forest is given
+            base.set_attn_implementation("sdpa")
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        if base.config._attn_implementation != attention:
+            base.set_attn_implementation(attention)
+
+
+# --- choosing a token ---------------------------------------------------------------------------------------
+
+
+def truncate(scores_NV: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """Scores with -inf outside the `top_k` highest and outside the smallest set of probability `top_p`.
+
+    In transformers' order: top_k first, top_p of what is left. Scores equal to the last of the top_k all
+    stay. At least one token stays. 0 and 1.0 leave everything in.
+    """
+    if 0 < top_k < scores_NV.shape[-1]:
+        least = scores_NV.topk(top_k, -1).values[..., -1:]
+        scores_NV = scores_NV.masked_fill(scores_NV < least, NEVER)
+    if top_p < 1.0:
+        ordered, index = scores_NV.sort(dim=-1, descending=True, stable=True)
+        probs = torch.softmax(ordered, -1)
+        before = probs.cumsum(-1) - probs  # probability of everything ranked higher
+        out = before >= top_p
+        out[..., 0] = False
+        scores_NV = scores_NV.masked_fill(torch.zeros_like(out).scatter_(-1, index, out), NEVER)
+    return scores_NV
+
+
+def sampling_scores(
+    logits_NV: Tensor,
+    temperature: float,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    forbidden_NV: Tensor | None = None,
+) -> Tensor:
+    """The scores whose softmax is the sampling distribution: forbidden tokens out, temperature, then
+    truncation."""
+    scores = logits_NV if forbidden_NV is None else logits_NV.masked_fill(forbidden_NV, NEVER)
+    if temperature not in (0.0, 1.0):
+        scores = scores / temperature
+    return truncate(scores, top_k, top_p) if temperature else scores
+
+
+def inverse_cdf(probs_NV: Tensor, noise_N: Tensor) -> Tensor:
+    """The first token whose cumulative probability exceeds the noise in [0, 1): never one of probability 0.
+
+    The noise is stretched to the rounded total, so that a total just below 1 loses no noise. Softmax,
+    cumulative sum and search take a twentieth of the time of `torch.multinomial` on a CPU.
+    """
+    cdf = probs_NV.cumsum(-1)
+    ids = torch.searchsorted(cdf, noise_N[:, None] * cdf[:, -1:], right=True)
+    return ids[:, 0].clamp_(max=probs_NV.shape[-1] - 1)
+
+
+def choose(
+    logits_NV: Tensor,
+    noise_N: Tensor,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    forbidden_NV: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Next tokens [N], their log-probs under the sampling distribution and under the raw one (temperature 1).
+
+    Temperature 0 takes the highest score (the lowest id of a tie); the sampling log-prob is then 0: it was
+    certain.
+    """
+    raw_NV = torch.log_softmax(logits_NV, -1)
+    scores_NV = sampling_scores(logits_NV, temperature, top_k, top_p, forbidden_NV)
+    if temperature == 0.0:
+        ids_N = scores_NV.argmax(-1)
+        raw_N = raw_NV.gather(1, ids_N[:, None])[:, 0]
+        return ids_N, torch.zeros_like(raw_N), raw_N
+    own_NV = raw_NV if scores_NV is logits_NV else torch.log_softmax(scores_NV, -1)
+    ids_N = inverse_cdf(own_NV.exp(), noise_N)
+    at = ids_N[:, None]
+    return ids_N, own_NV.gather(1, at)[:, 0], raw_NV.gather(1, at)[:, 0]

@@ -1,0 +1,84 @@
+"""Log-probabilities of given tokens from the hidden states that predict them.
+
+The head is applied to the chosen states only, float32 from the logits on, and in chunks over positions whose logits
+are computed again in the backward pass, so that [N, V] is never held in full for a large vocabulary.
+
+Shapes: N chosen positions, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+# Logits held at once, in elements: 64 MiB in float32. Up to this size computing them twice would only cost time.
+CHUNK_ELEMENTS = 1 << 24
+
+
+class _Chosen(torch.autograd.Function):
+    """log softmax(logits / temperature) at `ids`, and the entropy, keeping one [N, V] float32 tensor."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, ids: Tensor, temperature: float, entropy: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        scaled = logits if temperature == 1.0 else logits.float() / temperature
+        logp = torch.log_softmax(scaled, -1, dtype=torch.float32)
+        spread = torch.linalg.vecdot(logp.exp(), logp).neg_() if entropy else None
+        ctx.save_for_backward(logp, ids, spread)
+        ctx.settings = (temperature, logits.dtype)
+        return logp.gather(1, ids[:, None]).squeeze(1), spread
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor, grad_entropy: Tensor | None) -> tuple[Tensor, None, None, None]:
+        """d logp_y / d logit_v = [v = y] - p_v;  d H / d logit_v = -p_v (logp_v + H)."""
+        logp, ids, spread = ctx.saved_tensors
+        temperature, dtype = ctx.settings
+        result = logp.exp()
+        if spread is None:
+            result.mul_(-grad[:, None])
+        else:
+            weight = torch.addcmul((-grad - grad_entropy * spread)[:, None], logp, grad_entropy[:, None], value=-1)
+            result.mul_(weight)
+        result.scatter_add_(1, ids[:, None], grad[:, None])
+        if temperature != 1.0:
+            result.div_(temperature)
+        return result.to(dtype), None, None, None
+
+
+def chosen_logprobs(
+    logits_NV: Tensor, ids_N: Tensor, *, temperature: float = 1.0, entropy: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """float32 log-probs [N] of `ids_N` under softmax(logits / temperature), and entropies [N] in nats if asked."""
+    return _Chosen.apply(logits_NV, ids_N, temperature, entropy)
+
+
+def token_logprobs(
+    hidden_ND: Tensor,
+    head: Callable[[Tensor], Tensor],
+    ids_N: Tensor,
+    vocabulary: int,
+    *,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    chunk_elements: int = CHUNK_ELEMENTS,
+) -> tuple[Tensor, Tensor | None]:
+    """`chosen_logprobs` of head(hidden), in chunks of at most `chunk_elements` logits."""
+
+    def compute(hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        return chosen_logprobs(head(hidden), ids, temperature=temperature, entropy=entropy)
+
+    rows = max(1, chunk_elements // vocabulary)
+    if len(ids_N) <= rows:
+        return compute(hidden_ND, ids_N)
+    parts = [
+        checkpoint(compute, h, i, use_reentrant=False, preserve_rng_state=False)
+        for h, i in zip(hidden_ND.split(rows), ids_N.split(rows), strict=True)
+    ]
+    spread = torch.cat([s for _, s in parts]) if entropy else None
+    return torch.cat([logp for logp, _ in parts]), spread

@@ -1,0 +1,452 @@
+"""Model directories: opening them with proof that every weight was loaded, making new ones, saving them.
+
+    opened = open_policy(artifact)                    Opened(model, tokenizer, record)
+    opened = open_classifier(artifact)                a reward model: its head loaded, never initialised
+    policy = open_trainable(artifact, lora, seed)     Trainable(module=PolicyModel, chat, ...): full weights or an adapter
+    critic = open_trainable_classifier(artifact, lora, seed)     the same with a scalar head, new over a policy
+    model = new_policy(settings, tokenizer, stop_ids, seed)      random weights
+    save_policy(policy, workspace); save_model(model, tokenizer, directory, base_digest=None)
+
+Type llama with fields that our core knows is computed by `modeling.py`, anything else by transformers' own class,
+remote code off; `record` says which and why. A directory that holds an adapter names the digest of its base; the
+base's path comes from `artifact.bases`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig
+
+from pipeline.flow.errors import Damaged, UserError
+from pipeline.llama import adapters
+from pipeline.llama.config import Verdict, check_config, read_json, refuse_code
+from pipeline.llama.heads import PolicyModel, ScalarModel, unwrapped
+from pipeline.llama.modeling import LlamaForCausalLM, LlamaForSequenceClassification
+from pipeline.llama.presets import ModelSettings
+
+if TYPE_CHECKING:
+    from pipeline.data.chat import ChatFormat
+    from pipeline.flow.stage import Workspace
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+
+class ModelArtifact(Protocol):
+    """What is read of an artifact here."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def digest(self) -> str: ...
+    @property
+    def bases(self) -> Mapping[str, Path]: ...
+
+
+@dataclass(frozen=True)
+class Opened:
+    """record: {"implementation": "core" | class name, "why": [...], "ignored": [...], "form": "full" | "adapter"}."""
+
+    model: Any  # PreTrainedModel or PeftModel
+    tokenizer: Any
+    record: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """A model to train with what is needed to feed and to save it."""
+
+    module: Any  # PolicyModel or ScalarModel
+    model: Any  # PreTrainedModel or PeftModel inside it
+    tokenizer: Any
+    chat: ChatFormat
+    base_digest: str | None  # of the full model below, for adapters
+    record: dict[str, Any] = field(default_factory=dict)
+
+
+# ------------------------------------------------------------------------------------------------------------- opening
+
+
+def open_policy(artifact: ModelArtifact, *, dtype: torch.dtype = torch.float32) -> Opened:
+    """A causal LM, in eval mode. Raises UserError naming the file for what is refused, missing or left over."""
+    return _open(artifact, classifier=False, dtype=dtype)
+
+
+def open_classifier(artifact: ModelArtifact, *, dtype: torch.dtype = torch.float32) -> Opened:
+    """A classifier with one output whose head was proven to come from the files."""
+    return _open(artifact, classifier=True, dtype=dtype)
+
+
+def open_tokenizer(artifact: ModelArtifact | Path) -> Any:
+    """The tokenizer in an artifact's directory; nothing is looked up elsewhere."""
+    path = artifact if isinstance(artifact, Path) else artifact.path
+    settings = path / "tokenizer_config.json"
+    if settings.is_file():
+        refuse_code(read_json(settings), str(settings))
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as problem:
+        raise UserError(f"{path}: holds no tokenizer that can be opened: {problem}") from problem
+
+
+def _open(artifact: ModelArtifact, *, classifier: bool, dtype: torch.dtype, trainable: bool = False) -> Opened:
+    if (artifact.path / ADAPTER_CONFIG).is_file():
+        base, record = _open_full(_base_path(artifact), classifier=classifier, dtype=dtype, new_head=classifier)
+        model = _open_adapter(base, artifact.path, classifier=classifier, trainable=trainable)
+        record = {**record, "form": "adapter"}
+    else:
+        model, record = _open_full(artifact.path, classifier=classifier, dtype=dtype)
+    return Opened(model.eval(), open_tokenizer(artifact), record)
+
+
+def _base_path(artifact: ModelArtifact) -> Path:
+    digest = base_digest(artifact)
+    if digest not in artifact.bases:
+        raise UserError(
+            f"{artifact.path / ADAPTER_CONFIG}: base_model_name_or_path is {digest!r}, expected the digest of a model "
+            "at hand; give the base model beside the adapter"
+        )
+    return artifact.bases[digest]
+
+
+def base_digest(artifact: ModelArtifact) -> str | None:
+    """The digest of the model below an adapter, None for a full model."""
+    path = artifact.path / ADAPTER_CONFIG
+    if not path.is_file():
+        return None
+    named = str(read_json(path).get("base_model_name_or_path"))
+    # An adapter that a user brought names a hub id; its base was given beside it and stands first.
+    return named if named in artifact.bases or not artifact.bases else next(iter(artifact.bases))
+
+
+def _open_full(path: Path, *, classifier: bool, dtype: torch.dtype, new_head: bool = False) -> tuple[Any, dict]:
+    """`new_head`: the head may be missing here, because it comes from the adapter above."""
+    config_path = path / "config.json"
+    config = read_json(config_path)
+    verdict = check_config(config, str(config_path))
+    _require_safetensors(path, "model")
+    generation = path / "generation_config.json"
+    if generation.is_file():
+        refuse_code(read_json(generation), str(generation))
+    cls = _model_class(verdict, classifier)
+    labels: dict[str, Any] = {"num_labels": 1} if classifier else {}
+    if classifier and len(config.get("id2label") or ()) != 1:
+        labels |= {"id2label": {0: "SCORE"}, "label2id": {"SCORE": 0}}
+    with adapters.quiet():
+        model, info = cls.from_pretrained(
+            path,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            **({} if verdict.core else {"trust_remote_code": False}),
+            **labels,
+        )
+    _require_loaded(path, info, head="score.weight" if new_head else None)
+    record = {
+        "implementation": "core" if verdict.core else type(model).__name__,
+        "why": list(verdict.why),
+        "ignored": list(verdict.ignored),
+        "form": "full",
+    }
+    return model, record
+
+
+def _model_class(verdict: Verdict, classifier: bool) -> Any:
+    if verdict.core:
+        return LlamaForSequenceClassification if classifier else LlamaForCausalLM
+    return AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
+
+
+def _require_safetensors(path: Path, stem: str) -> None:
+    if any(path.glob(f"{stem}*.safetensors")):
+        return
+    pickles = sorted(p.name for p in path.iterdir() if p.suffix in PICKLES) if path.is_dir() else []
+    found = f"only pickled weights ({', '.join(pickles)}), which can run code when opened" if pickles else "no weights"
+    raise UserError(f"{path}: {found}; expected {stem}.safetensors: convert to safetensors elsewhere")
+
+
+def _require_loaded(path: Path, info: Mapping[str, Any], head: str | None) -> None:
+    missing = set(info["missing_keys"]) - {head}
+    # A causal LM's own head has no place in a classifier; old checkpoints stored the rotary frequencies.
+    left_over = {
+        k
+        for k in info["unexpected_keys"]
+        if not k.endswith("rotary_emb.inv_freq") and not (head is not None and k == "lm_head.weight")
+    }
+    wrong = {str(k[0] if isinstance(k, tuple) else k) for k in info["mismatched_keys"]}
+    for what, keys in (
+        ("weights are missing", missing),
+        ("weights have another shape", wrong),
+        ("weights have no place in this model", left_over),
+    ):
+        if keys:
+            some = ", ".join(sorted(keys)[:5])
+            raise UserError(
+                f"{path}: {len(keys)} {what}: {some}{' ...' if len(keys) > 5 else ''}; the files hold another kind of "
+                "model than is needed here, or are incomplete"
+            )
+
+
+def _open_adapter(base: Any, path: Path, *, classifier: bool, trainable: bool) -> Any:
+    from peft import PeftModel, PeftType, get_peft_model_state_dict
+    from safetensors import safe_open
+
+    config_path = path / ADAPTER_CONFIG
+    config = read_json(config_path)
+    refuse_code(config, str(config_path))
+    if config.get("peft_type") != PeftType.LORA.value:
+        raise UserError(f"{config_path}: peft_type is {config.get('peft_type')!r}, expected LORA")
+    _require_safetensors(path, "adapter_model")
+    with adapters.quiet():
+        model = PeftModel.from_pretrained(base, str(path), is_trainable=trainable)
+    with safe_open(path / ADAPTER_WEIGHTS, "pt") as file:
+        stored = set(file.keys())
+    needed = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    if needed - stored:
+        raise UserError(
+            f"{path / ADAPTER_WEIGHTS}: {len(needed - stored)} adapter weights are missing, such as "
+            f"{sorted(needed - stored)[0]}"
+        )
+    if classifier and not any(key.endswith("score.weight") for key in stored):
+        raise UserError(f"{path / ADAPTER_WEIGHTS}: holds no score.weight: an adapter of a policy, not of a classifier")
+    return model
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+def open_trainable(
+    artifact: ModelArtifact, adapter: adapters.LoraSettings | None, seed: int, *, dtype: torch.dtype = torch.float32
+) -> Trainable:
+    """A policy to train. A full policy is trained whole, or through a new adapter where `adapter` is set; a policy
+    that is an adapter is trained on as that adapter (`adapter` unset, or saying the same)."""
+    opened = _open(artifact, classifier=False, dtype=dtype, trainable=True)
+    model, below = _adapted(opened.model, artifact, adapter, seed)
+    return _trainable(PolicyModel(model), model, opened, below)
+
+
+def open_trainable_classifier(
+    artifact: ModelArtifact, adapter: adapters.LoraSettings | None, seed: int, *, dtype: torch.dtype = torch.float32
+) -> Trainable:
+    """A scalar model to train: a reward model with its head, or a policy's trunk under a new head."""
+    if getattr(artifact, "kind", None) == "reward_model":
+        opened = _open(artifact, classifier=True, dtype=dtype, trainable=True)
+    else:
+        opened = _open(artifact, classifier=False, dtype=dtype, trainable=True)
+        opened = Opened(new_classifier(opened.model, seed), opened.tokenizer, opened.record)
+    model, below = _adapted(opened.model, artifact, adapter, seed)
+    return _trainable(ScalarModel(model), model, opened, below)
+
+
+def open_frozen(artifact: ModelArtifact, *, dtype: torch.dtype = torch.float32) -> Trainable:
+    """A policy that is only asked: the reference that a row starts from, or one that is sampled or evaluated."""
+    opened = _open(artifact, classifier=False, dtype=dtype)
+    frozen = _trainable(PolicyModel(opened.model), opened.model, opened, None)
+    frozen.module.requires_grad_(False).eval()
+    return frozen
+
+
+def _adapted(
+    model: Any, artifact: ModelArtifact, adapter: adapters.LoraSettings | None, seed: int
+) -> tuple[Any, str | None]:
+    if adapters.is_adapted(model):
+        if adapter is not None:
+            adapters.require_same(model, adapter)
+        return model, base_digest(artifact)
+    if adapter is None:
+        return model, None
+    return adapters.add_lora(model, adapter, seed), artifact.digest
+
+
+def _trainable(module: nn.Module, model: Any, opened: Opened, below: str | None) -> Trainable:
+    from pipeline.data.chat import ChatFormat
+
+    module.train()
+    return Trainable(module, model, opened.tokenizer, ChatFormat(opened.tokenizer), below, opened.record)
+
+
+def new_policy(settings: ModelSettings, tokenizer: Any, stop_ids: Sequence[int], seed: int) -> LlamaForCausalLM:
+    """Random weights, the same for the same seed: normal with `initializer_range`, norms 1, biases 0."""
+    config = LlamaConfig(
+        **settings.llama(len(tokenizer)),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        use_cache=True,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config)
+    model.generation_config.eos_token_id = list(stop_ids)
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+def new_classifier(policy: Any, seed: int) -> Any:
+    """A classifier with one output over a policy's trunk (shared, not copied) and a new head.
+
+    Head: normal with standard deviation 1 / sqrt(d + 1) (Stiennon et al. 2020), no bias; the same for the same seed.
+    Over an adapter the trunk's adapter is kept and the head is trained beside it.
+    """
+    inner = unwrapped(policy)
+    facts = {k: v for k, v in inner.config.to_dict().items() if k not in ("id2label", "label2id", "architectures")}
+    config = type(inner.config).from_dict({**facts, "num_labels": 1})
+    if isinstance(inner, LlamaForCausalLM):
+        with torch.device("meta"):
+            classifier: Any = LlamaForSequenceClassification(config)
+    else:
+        with torch.device("meta"):
+            classifier = AutoModelForSequenceClassification.from_config(config)
+    setattr(classifier, classifier.base_model_prefix, inner.base_model)
+    reference = next(inner.base_model.parameters())
+    head = nn.Linear(config.hidden_size, 1, bias=False, dtype=reference.dtype, device=reference.device)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        weight = torch.randn(head.weight.shape, generator=generator) / (config.hidden_size + 1) ** 0.5
+        head.weight.copy_(weight)
+    classifier.score = head
+    if not adapters.is_adapted(policy):
+        return classifier
+    return _readapted(policy, classifier)
+
+
+def _readapted(policy: Any, classifier: Any) -> Any:
+    """The policy's adapter, taken over by a classifier on the same base whose head is trained whole."""
+    import copy
+
+    from peft import TaskType, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+
+    state = {k: v.clone() for k, v in get_peft_model_state_dict(policy, save_embedding_layers=False).items()}
+    config = copy.deepcopy(policy.active_peft_config)
+    config.task_type, config.modules_to_save, config.inference_mode = TaskType.SEQ_CLS, ["score"], False
+    config.base_model_name_or_path = None
+    head = classifier.score
+    state["base_model.model.score.weight"] = head.weight.detach().clone()
+    policy.unload()  # plain layers again, in place: the trunk is shared with the classifier
+    classifier.score = head
+    with adapters.quiet():
+        adapted = get_peft_model(classifier, config)
+    set_peft_model_state_dict(adapted, state)
+    return adapted
+
+
+def score_layer(classifier: Any) -> nn.Linear:
+    """The linear layer that computes the score, inside peft's wrapper where there is one."""
+    score = unwrapped(classifier).score
+    return score.modules_to_save[score.active_adapters[0]] if hasattr(score, "modules_to_save") else score
+
+
+def fold_scale(classifier: Any, mean: float, std: float) -> float:
+    """Divide the head by `std`, in place. Returns the shift -mean / std that brings the mean of scores to 0."""
+    if not std > 0:
+        raise UserError(f"scores with standard deviation {std} cannot be normalised: all answers are scored alike")
+    with torch.no_grad():
+        score_layer(classifier).weight.div_(std)
+    return -mean / std
+
+
+def grow_vocabulary(model: Any, size: int, seed: int) -> None:
+    """Rows for new tokens, in place; old rows keep their bits. New rows: the mean of the old ones plus noise of a
+    tenth of their spread, the same for the same seed."""
+    old = model.get_input_embeddings().weight.shape[0]
+    if size < old:
+        raise UserError(f"the tokenizer has {size} tokens and the embedding {old} rows: it does not belong to this model")
+    model.resize_token_embeddings(size, mean_resizing=False)
+    generator = torch.Generator().manual_seed(seed)
+    tables = [model.get_input_embeddings().weight]
+    if not model.config.tie_word_embeddings:
+        tables.append(model.get_output_embeddings().weight)
+    with torch.no_grad():
+        for table in tables:
+            noise = torch.randn(size - old, table.shape[1], generator=generator)
+            table[old:] = table[:old].mean(0) + 0.1 * table[:old].std(0) * noise.to(table)
+
+
+# -------------------------------------------------------------------------------------------------------------- saving
+
+
+def save_tokenizer(tokenizer: Any, directory: Path) -> None:
+    tokenizer.save_pretrained(directory)
+
+
+def save_policy(policy: Trainable, workspace: Workspace, slot: str = "policy") -> None:
+    """Weights, or the adapter alone, with the tokenizer, into a slot of the row."""
+    save_model(policy.model, policy.tokenizer, workspace.slot(slot), base_digest=policy.base_digest)
+
+
+def save_model(
+    model: Any,
+    tokenizer: Any,
+    directory: Path,
+    *,
+    base_digest: str | None = None,
+    state: Mapping[str, Tensor] | None = None,
+) -> None:
+    """A Hugging Face directory in safetensors; of an adapted model the adapter alone, over the base of that digest.
+
+    `state` holds full weights gathered from shards. Raises Damaged where a tensor came out empty or not finite:
+    partitioned weights that nobody gathered look like that (trl#4416).
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    if adapters.is_adapted(model):
+        if base_digest is None:
+            raise ValueError("an adapter is saved with the digest of its base")
+        _save_adapter(model, directory, base_digest, state)
+    else:
+        with adapters.quiet():
+            model.save_pretrained(directory, state_dict=dict(state) if state is not None else None)
+        shapes = {k: tuple(v.shape) for k, v in (state or model.state_dict()).items()}
+        _verify_saved(sorted(directory.glob("model*.safetensors")), shapes, tied=model.config.tie_word_embeddings)
+    save_tokenizer(tokenizer, directory)
+
+
+def _save_adapter(model: Any, directory: Path, digest: str, state: Mapping[str, Tensor] | None) -> None:
+    import copy
+
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    kept = get_peft_model_state_dict(
+        model, state_dict=dict(state) if state is not None else None, save_embedding_layers=False
+    )
+    tensors = {k: v.detach().contiguous().cpu() for k, v in kept.items()}
+    save_file(tensors, directory / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    config = copy.deepcopy(model.active_peft_config)
+    config.base_model_name_or_path, config.inference_mode = digest, True
+    config.save_pretrained(str(directory))
+    _sorted_json(directory / ADAPTER_CONFIG)
+    _verify_saved([directory / ADAPTER_WEIGHTS], {k: tuple(v.shape) for k, v in tensors.items()}, tied=False)
+
+
+def _sorted_json(path: Path) -> None:
+    """peft writes sets in the order of their hashes, which differ between processes; digests must not."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for key, value in config.items():
+        if key in ("target_modules", "modules_to_save", "exclude_modules") and isinstance(value, list):
+            config[key] = sorted(value)
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _verify_saved(files: Iterable[Path], shapes: Mapping[str, tuple[int, ...]], *, tied: bool) -> None:
+    from safetensors import safe_open
+
+    found: dict[str, tuple[int, ...]] = {}
+    for path in files:
+        with safe_open(path, "pt") as file:
+            for key in file.keys():  # noqa: SIM118 (no mapping)
+                tensor = file.get_tensor(key)
+                found[key] = tuple(tensor.shape)
+                if not tensor.numel() or not torch.isfinite(tensor).all():
+                    raise Damaged(f"{path}: {key} of shape {found[key]} was saved empty or not finite")
+    missing = {k: s for k, s in shapes.items() if found.get(k) != s and not (tied and k == "lm_head.weight")}
+    if missing:
+        key, shape = next(iter(missing.items()))
+        raise Damaged(f"{len(missing)} weights were not saved whole, such as {key}: {found.get(key)} for {shape}")

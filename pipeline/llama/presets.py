@@ -1,0 +1,151 @@
+"""Shapes of LLaMA models as data: published ones, and tiny ones for tests and the quickstart.
+
+    ModelSettings(hidden_size=128, num_hidden_layers=4)     what a plan says under `model:`
+    ModelSettings.model_validate("llama-3-8b")               a preset by name; single fields may be changed beside it
+    settings.llama(vocab_size) -> dict                       arguments of transformers' LlamaConfig
+    parameter_count(kwargs) -> int                           weights, tied embeddings counted once
+
+No torch here: plans read this module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from pipeline.flow.config import Settings, nearest
+
+_LLAMA31 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def _shape(
+    vocab: int, hidden: int, inner: int, layers: int, heads: int, kv_heads: int | None = None, **rest: Any
+) -> dict[str, Any]:
+    return {
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads or heads,
+        **rest,
+    }
+
+
+def _stories(hidden: int, inner: int, layers: int, heads: int, kv_heads: int | None = None, vocab: int = 32000):  # type: ignore[no-untyped-def]
+    return _shape(vocab, hidden, inner, layers, heads, kv_heads, tie_word_embeddings=True, rms_norm_eps=1e-5)
+
+
+# Llama 1 and 2: Touvron et al. 2023; Llama 3: the configs published with the weights; stories: karpathy/llama2.c.
+PRESETS: dict[str, dict[str, Any]] = {
+    "test": _shape(97, 32, 48, 2, 4, 2),
+    "million": _shape(1024, 128, 384, 4, 4, 2, tie_word_embeddings=True),
+    "stories-260k": _stories(64, 172, 5, 8, 4, 512),
+    "stories-15m": _stories(288, 768, 6, 6),
+    "stories-42m": _stories(512, 1376, 8, 8),
+    "stories-110m": _stories(768, 2048, 12, 12),
+    "tinyllama-1.1b": _shape(32000, 2048, 5632, 22, 32, 4, rms_norm_eps=1e-5),
+    "llama-7b": _shape(32000, 4096, 11008, 32, 32),
+    "llama-13b": _shape(32000, 5120, 13824, 40, 40),
+    "llama-33b": _shape(32000, 6656, 17920, 60, 52),
+    "llama-65b": _shape(32000, 8192, 22016, 80, 64),
+    "llama-2-7b": _shape(32000, 4096, 11008, 32, 32, rms_norm_eps=1e-5, max_position_embeddings=4096),
+    "llama-2-13b": _shape(32000, 5120, 13824, 40, 40, rms_norm_eps=1e-5, max_position_embeddings=4096),
+    "llama-2-70b": _shape(32000, 8192, 28672, 80, 64, 8, rms_norm_eps=1e-5, max_position_embeddings=4096),
+    "llama-3-8b": _shape(
+        128256, 4096, 14336, 32, 32, 8, rms_norm_eps=1e-5, rope_theta=500000.0, max_position_embeddings=8192
+    ),
+    "llama-3-70b": _shape(
+        128256, 8192, 28672, 80, 64, 8, rms_norm_eps=1e-5, rope_theta=500000.0, max_position_embeddings=8192
+    ),
+    "llama-3.1-8b": _shape(
+        128256, 4096, 14336, 32, 32, 8, rms_norm_eps=1e-5, max_position_embeddings=131072,
+        rope_parameters={**_LLAMA31, "factor": 8.0},
+    ),
+    "llama-3.1-405b": _shape(
+        128256, 16384, 53248, 126, 128, 8, rms_norm_eps=1e-5, max_position_embeddings=131072,
+        rope_parameters={**_LLAMA31, "factor": 8.0},
+    ),
+    "llama-3.2-1b": _shape(
+        128256, 2048, 8192, 16, 32, 8, rms_norm_eps=1e-5, max_position_embeddings=131072, head_dim=64,
+        tie_word_embeddings=True, rope_parameters={**_LLAMA31, "factor": 32.0},
+    ),
+    "llama-3.2-3b": _shape(
+        128256, 3072, 8192, 28, 24, 8, rms_norm_eps=1e-5, max_position_embeddings=131072, head_dim=128,
+        tie_word_embeddings=True, rope_parameters={**_LLAMA31, "factor": 32.0},
+    ),
+}  # fmt: skip
+
+
+class ModelSettings(Settings):
+    """Shape of a new LLaMA. `preset` fills every field that is not given here; without one, "million" does."""
+
+    preset: str = Field(default="million", description="Name of a known shape.")
+    hidden_size: int | None = Field(default=None, ge=2, description="Width of the residual stream.")
+    intermediate_size: int | None = Field(default=None, ge=1, description="Width inside the SwiGLU block.")
+    num_hidden_layers: int | None = Field(default=None, ge=1, description="Decoder layers.")
+    num_attention_heads: int | None = Field(default=None, ge=1, description="Query heads.")
+    num_key_value_heads: int | None = Field(default=None, ge=1, description="Key heads; divides the query heads.")
+    head_dim: int | None = Field(default=None, ge=2, description="Size of a head; hidden / query heads by default.")
+    max_position_embeddings: int | None = Field(default=None, ge=1, description="Longest context promised.")
+    rms_norm_eps: float | None = Field(default=None, gt=0, description="Added to the mean square before the root.")
+    rope_theta: float | None = Field(default=None, gt=0, description="Base of the rotary wavelengths.")
+    tie_word_embeddings: bool | None = Field(default=None, description="The head is the embedding's own matrix.")
+    attention_bias: bool = Field(default=False, description="Biases on the attention projections.")
+    mlp_bias: bool = Field(default=False, description="Biases in the SwiGLU block.")
+    initializer_range: float = Field(default=0.02, gt=0, lt=1, description="Standard deviation of new weights.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_name(cls, values: Any) -> Any:
+        return {"preset": values} if isinstance(values, str) else values
+
+    @model_validator(mode="after")
+    def _fits(self) -> ModelSettings:
+        if self.preset not in PRESETS:
+            raise ValueError(f"preset {self.preset!r} is not known{nearest(self.preset, PRESETS)}")
+        shape = self.llama(2)
+        heads, kv_heads = shape["num_attention_heads"], shape["num_key_value_heads"]
+        if heads % kv_heads:
+            raise ValueError(f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
+        if shape["hidden_size"] % heads:
+            raise ValueError(f"hidden_size {shape['hidden_size']} is no multiple of num_attention_heads {heads}")
+        if head_dim(shape) % 2:
+            raise ValueError(f"head_dim {head_dim(shape)} is odd: rotary positions turn pairs")
+        return self
+
+    def llama(self, vocab_size: int) -> dict[str, Any]:
+        """Arguments of LlamaConfig for a vocabulary of this size."""
+        own = {k: v for k, v in self.model_dump(exclude={"preset"}).items() if v is not None}
+        base = dict(PRESETS[self.preset])
+        if "num_attention_heads" in own and "num_key_value_heads" not in own:
+            base["num_key_value_heads"] = own["num_attention_heads"]
+        if {"hidden_size", "num_attention_heads"} & own.keys():
+            base.pop("head_dim", None)
+        if "rope_theta" in own and "rope_parameters" in base:
+            base["rope_parameters"] = {**base["rope_parameters"], "rope_theta": own["rope_theta"]}
+        return {**base, **own, "vocab_size": vocab_size}
+
+
+def head_dim(shape: Mapping[str, Any]) -> int:
+    return shape.get("head_dim") or shape["hidden_size"] // shape["num_attention_heads"]
+
+
+def parameter_count(shape: Mapping[str, Any]) -> int:
+    """Weights of a causal LM of this shape; a tied head counts once."""
+    hidden, inner, size = shape["hidden_size"], shape["intermediate_size"], head_dim(shape)
+    queries, keys = shape["num_attention_heads"] * size, shape["num_key_value_heads"] * size
+    attention = 2 * hidden * queries + 2 * hidden * keys
+    if shape.get("attention_bias"):
+        attention += queries + 2 * keys + hidden
+    mlp = 3 * hidden * inner + ((2 * inner + hidden) if shape.get("mlp_bias") else 0)
+    embeddings = shape["vocab_size"] * hidden * (1 if shape.get("tie_word_embeddings") else 2)
+    return shape["num_hidden_layers"] * (attention + mlp + 2 * hidden) + hidden + embeddings

@@ -1,0 +1,105 @@
+"""Tables for people from what evaluation rows record.
+
+rlhf show RUN evaluate        the grids of one row
+{"temperature": 1.0, "policies": {"sft": {"proxy": 0.1, "gold": 0.6, "win_rate": null, ...}, ...},
+ "reward_model": {...}, "best_of_n": {...}}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.report.tables import NONE, Grid, interval, number
+
+# key of the evaluation row -> heading, digits
+COLUMNS = {
+    "gold": ("gold", 3),
+    "proxy": ("proxy reward", 3),
+    "heldout": ("held-out reward", 3),
+    "kl": ("KL, nats", 2),
+    "length": ("tokens", 1),
+    "stop_rate": ("stopped", 3),
+    "text_perplexity": ("perplexity", 2),
+}
+CARD = {
+    "labels": "against the labels",
+    "length": "length alone, against the labels",
+    "clear": "clear pairs, true order",
+    "clear_labellers": "clear pairs, the labellers themselves",
+    "correctness": "pairs that differ in correctness alone",
+}
+
+
+def summarise(evaluation: Mapping[str, Any], title: str = "evaluation") -> list[Grid]:
+    """Every grid that the row's metrics allow: policies, parts of the judge, reward model, best of n."""
+    grids = [policies_grid(evaluation, title)]
+    for more in (parts_grid, reward_grid, best_of_n_grid):
+        grid = more(evaluation)
+        if grid is not None:
+            grids.append(grid)
+    return grids
+
+
+def policies_grid(evaluation: Mapping[str, Any], title: str = "policies") -> Grid:
+    """Policies against metrics; columns that no policy has are left out."""
+    policies: Mapping[str, Mapping[str, Any]] = evaluation["policies"]
+    columns = [k for k in COLUMNS if any(p.get(k) is not None for p in policies.values())]
+    versus = sorted({p["win_rate"]["vs"] for p in policies.values() if p.get("win_rate")})
+    head = ["policy", *(f"wins over {v}" for v in versus), *(COLUMNS[k][0] for k in columns)]
+    rows = []
+    for name, p in policies.items():
+        rate = p.get("win_rate")
+        won = [interval(rate) if rate and rate["vs"] == v else NONE for v in versus]
+        rows.append([name, *won, *(number(p.get(k), COLUMNS[k][1]) for k in columns)])
+    temperature = evaluation.get("temperature")
+    return Grid(title if temperature is None else f"{title}, temperature {temperature:g}", head, rows)
+
+
+def parts_grid(evaluation: Mapping[str, Any]) -> Grid | None:
+    """Mean of each part of the judge, with the win rate on that part beside it. None without a judge."""
+    policies: Mapping[str, Mapping[str, Any]] = evaluation["policies"]
+    parts = list(dict.fromkeys(k for p in policies.values() for k in p.get("gold_parts") or {}))
+    if not parts:
+        return None
+    rows = []
+    for name, p in policies.items():
+        means, won = p.get("gold_parts") or {}, p.get("win_rate_parts") or {}
+        rows.append([name, *(number(means.get(k)) + _wins(won.get(k)) for k in parts)])
+    return Grid("parts of the judge (wins on that part)", ["policy", *parts], rows)
+
+
+def _wins(rate: Mapping[str, Any] | None) -> str:
+    return f" ({interval(rate, 2)})" if rate else ""
+
+
+def reward_grid(evaluation: Mapping[str, Any]) -> Grid | None:
+    """The reward model's scorecard; None where it was not computed."""
+    card = evaluation.get("reward_model")
+    if not card:
+        return None
+    rows = [
+        [label, interval(card[key]), str(card[key]["count"])] for key, label in CARD.items() if card.get(key)
+    ]
+    direction = (card.get("length") or {}).get("direction")
+    note = f"Length alone: the {direction} one is taken to be better." if direction else ""
+    return Grid("reward model: accuracy", ["pairs", "accuracy", "count"], rows, note)
+
+
+def best_of_n_grid(evaluation: Mapping[str, Any]) -> Grid | None:
+    """Gold score of the best of n chosen by reward and by gold; None where it was not computed."""
+    table = evaluation.get("best_of_n")
+    if not table or not table.get("rows"):
+        return None
+    rows = [
+        [
+            str(r["n"]),
+            interval(r["by_reward"]),
+            interval(r["by_gold"]),
+            interval(r["recovered"], 2),
+            number(r["kl_bound"], 2),
+        ]
+        for r in table["rows"]
+    ]
+    title = f"best of n samples of {table['policy']}" if table.get("policy") else "best of n"
+    return Grid(title, ["n", "chosen by reward", "chosen by gold", "gain recovered", "KL bound, nats"], rows)

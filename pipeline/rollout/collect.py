@@ -1,0 +1,146 @@
+"""Prompts in, scored samples out: what PPO and rejection sampling do before they learn anything."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pipeline.data.chat import ChatFormat
+from pipeline.data.forest import Group
+from pipeline.data.groups import continuations
+from pipeline.data.records import Prompt, Sample
+from pipeline.flow.errors import UserError
+from pipeline.rollout.engine import Progress, SamplingSettings
+from pipeline.rollout.native import NativeEngine
+from pipeline.rollout.noise import NoiseKey
+from pipeline.rollout.reward import Reward
+from pipeline.rollout.scoring import score_samples
+
+
+@dataclass(frozen=True)
+class EncodedPrompts:
+    """Prompts with their ids; those that leave no room for an answer are dropped and counted."""
+
+    prompts: list[Prompt]
+    ids: list[list[int]]
+    dropped: int
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def take(self, numbers: Sequence[int]) -> EncodedPrompts:
+        return EncodedPrompts([self.prompts[i] for i in numbers], [self.ids[i] for i in numbers], self.dropped)
+
+
+def encode_prompts(
+    prompts: Sequence[Prompt], chat: ChatFormat, max_tokens: int, max_new_tokens: int
+) -> EncodedPrompts:
+    """UserError where not one prompt of `max_tokens - max_new_tokens` tokens or less is left."""
+    everything = chat.prompts_ids([p.messages for p in prompts])
+    room = max_tokens - max_new_tokens
+    kept = [i for i, ids in enumerate(everything) if len(ids) <= room]
+    if not kept:
+        raise UserError(
+            f"no prompt has at most {room} tokens (max_tokens {max_tokens} less sampling.max_new_tokens "
+            f"{max_new_tokens}): raise max_tokens"
+        )
+    return EncodedPrompts([prompts[i] for i in kept], [everything[i] for i in kept], len(prompts) - len(kept))
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Samples in prompt order, K of each, with their prompts' ids. Score sources are named in `Sample.scores`."""
+
+    samples: list[Sample]
+    prompt_ids: list[list[int]]
+    figures: dict[str, float]
+
+    def groups(self, scores: Sequence[float]) -> list[Group]:
+        """[prompt] <- [s1] ... [sK] with the fact `score` on every sample."""
+        k = len(self.samples) // len(self.prompt_ids)
+        out = []
+        for p, ids in enumerate(self.prompt_ids):
+            chosen = range(p * k, (p + 1) * k)
+            facts = [{"answer": 1.0, "score": scores[i]} for i in chosen]
+            out.append(continuations(ids, [self.samples[i].ids for i in chosen], facts))
+        return out
+
+
+class Sampler:
+    """A policy's answers, scored by a reward model; the noise is keyed by seed, row, iteration, prompt and sample."""
+
+    def __init__(
+        self,
+        model: Any,
+        chat: ChatFormat,
+        settings: SamplingSettings,
+        key: NoiseKey,
+        *,
+        reward: Reward | None = None,
+        token_budget: int = 8192,
+    ) -> None:
+        self.chat, self.settings, self.key = chat, settings, key
+        self.reward, self.token_budget = reward, token_budget
+        self.engine = NativeEngine(model, chat.stop_ids, chat.tokenizer.pad_token_id)
+
+    def sample(
+        self,
+        encoded: EncodedPrompts,
+        *,
+        iteration: int = 0,
+        ranks: Any = None,
+        progress: Progress | None = None,
+    ) -> Rollout:
+        """Every rank samples its share of the prompts and gets the samples of all."""
+        prompts, ids = encoded.prompts, encoded.ids
+        mine = ranks.share([len(i) for i in ids]) if ranks is not None else list(range(len(ids)))
+        key = NoiseKey(self.key.seed, self.key.row, iteration)
+        my_ids = [ids[i] for i in mine]
+        generated = self.engine.generate(
+            my_ids, self.settings, key, progress, names=[prompts[i].id for i in mine]
+        )
+        scores = self._scores(my_ids, [[g.ids for g in group] for group in generated])
+        part = {
+            i: [[list(g.ids), list(g.raw_logprobs), g.stopped, s] for g, s in zip(group, group_scores, strict=True)]
+            for i, group, group_scores in zip(mine, generated, scores, strict=True)
+        }
+        parts = ranks.gather([[i, rows] for i, rows in part.items()]) if ranks is not None else [list(part.items())]
+        everyone = {int(i): rows for p in parts for i, rows in p}
+        samples = []
+        texts = iter(self.chat.decode_all([row[0] for i in range(len(ids)) for row in everyone[i]]))
+        for i, prompt in enumerate(prompts):
+            for k, (answer, logprobs, stopped, score) in enumerate(everyone[i]):
+                kept = {} if score is None else {"proxy": score}
+                samples.append(Sample(prompt, k, next(texts), tuple(answer), tuple(logprobs), stopped, kept))
+        return Rollout(samples, ids, figures(samples))
+
+    def _scores(self, prompts: list[list[int]], answers: list[list[Sequence[int]]]) -> list[list[float | None]]:
+        if self.reward is None:
+            return [[None] * len(a) for a in answers]
+        raw = score_samples(self.reward.model, prompts, answers, self.token_budget)
+        return [[float(s) + self.reward.shift for s in group] for group in raw]
+
+
+def figures(samples: Sequence[Sample]) -> dict[str, float]:
+    """What a rollout looks like, with length in tokens and the share of answers that stopped by themselves."""
+    lengths = np.array([len(s.ids) for s in samples], dtype=np.float64)
+    out = {
+        "length": float(lengths.mean()),
+        "stop_rate": float(np.mean([s.stopped for s in samples])),
+        "sampled_tokens": int(lengths.sum()),
+        "samples": len(samples),
+    }
+    if samples and "proxy" in samples[0].scores:
+        scores = np.array([s.scores["proxy"] for s in samples])
+        out |= {"score": float(scores.mean()), "score_std": float(scores.std())}
+    return out
+
+
+
+
+def finished_scores(samples: Sequence[Sample], unfinished: float | None) -> list[float]:
+    """Each sample's score; one that did not stop gets `unfinished`, where that is given."""
+    return [s.scores["proxy"] if s.stopped or unfinished is None else unfinished for s in samples]

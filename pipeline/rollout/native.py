@@ -1,0 +1,313 @@
+"""The native engine: decoding over our core or transformers' own models, many sequences at once.
+
+Prompts enter in batches, longest first, each computed once for all of its samples. All active rows then
+advance one token a step. Rows whose answer has ended wait, masked, until enough of them can be replaced by
+waiting prompts in one batch, or, when none wait, until it pays to close the gaps; doing either at every step
+costs more than the idle rows.
+
+Shapes: R rows of the cache, N active rows, P prompts of a batch, K samples a prompt, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pipeline.flow.errors import UserError
+from pipeline.llama import decode
+from pipeline.rollout import noise
+from pipeline.rollout.engine import Generated, Progress, SamplingSettings, Usage
+from pipeline.rollout.noise import NoiseKey
+
+REFILL = 12  # a twelfth of the rows idle: let waiting prompts in (measured, flat between 8 and 24)
+COMPACT = 6  # a sixth of the active rows idle and nobody waits: close the gaps
+SECONDS_BETWEEN_REPORTS = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    """Samples first .. first + count - 1 of one prompt: they enter together."""
+
+    prompt: int
+    first: int
+    count: int
+
+
+class NativeEngine:
+    """Samples from `model`, which stays the caller's: weights are read anew at every call.
+
+    rows            most sequences at once; fewer where `cache_bytes` holds fewer
+    cache_bytes     memory for keys and values, kept between calls (`release()` gives it back)
+    prefill_tokens  prompt tokens of one batch
+    linear_dtype    computes the linear layers in bfloat16, say; None keeps the model's own precision
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        stop_ids: Sequence[int],
+        pad_id: int,
+        *,
+        rows: int = 256,
+        cache_bytes: int = 1 << 30,
+        prefill_tokens: int = 4096,
+        linear_dtype: torch.dtype | None = None,
+    ) -> None:
+        self.model = model
+        self.stop_ids = tuple(stop_ids)
+        self.pad_id = pad_id
+        self.rows, self.cache_bytes, self.prefill_tokens = rows, cache_bytes, prefill_tokens
+        self.linear_dtype = linear_dtype
+        self.usage = Usage()
+        self._cache: decode.SlotCache | None = None
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        settings: SamplingSettings,
+        key: NoiseKey,
+        progress: Progress | None = None,
+        *,
+        names: Sequence[int | str] | None = None,
+    ) -> list[list[Generated]]:
+        """See `Engine.generate`. Raises UserError where a prompt is empty or does not fit the model."""
+        if not prompts:
+            return []
+        columns = self._columns(prompts, settings)
+        streams_PK = noise.streams(
+            key, noise.content_names(prompts) if names is None else names, settings.samples
+        )
+        with decode.sampling_mode(self.model):
+            cache = self._room(columns, len(prompts) * settings.samples)
+            runner = decode.new_runner(self.model, cache, self.linear_dtype)
+            return _Session(self, runner, prompts, settings, streams_PK, progress).run()
+
+    def release(self) -> None:
+        """Give the cache's memory back."""
+        self._cache = None
+
+    def _columns(self, prompts: Sequence[Sequence[int]], settings: SamplingSettings) -> int:
+        if not all(prompts):
+            raise UserError("sampling: a prompt without tokens; a prompt needs at least its begin token")
+        columns = max(map(len, prompts)) + settings.max_new_tokens
+        limit = getattr(decode.base_model(self.model).config, "max_position_embeddings", columns)
+        if columns > limit:
+            raise UserError(
+                f"sampling: the longest prompt and {settings.max_new_tokens} new tokens need {columns} "
+                f"positions, the model has {limit}: lower sampling.max_new_tokens or leave long prompts out"
+            )
+        return columns
+
+    def _room(self, columns: int, sequences: int) -> decode.SlotCache:
+        affordable = self.cache_bytes // (columns * decode.column_bytes(self.model))
+        rows = max(1, min(self.rows, sequences, affordable))
+        like = next(decode.base_model(self.model).parameters())
+        cache = self._cache
+        if cache is None or not cache.fits(rows, columns, like):
+            self._cache = None  # before the next one is allocated
+            self._cache = cache = decode.new_cache(self.model, rows, columns)
+        return cache
+
+
+class _Session:
+    """One call of generate(): the state of all rows, and the loop."""
+
+    def __init__(
+        self,
+        engine: NativeEngine,
+        runner: decode.Runner,
+        prompts: Sequence[Sequence[int]],
+        settings: SamplingSettings,
+        streams_PK: noise.Words,
+        progress: Progress | None,
+    ) -> None:
+        self.engine, self.runner, self.prompts, self.settings = engine, runner, prompts, settings
+        self.streams_PK, self.progress = streams_PK, progress
+        rows, new = runner.cache.rows, settings.max_new_tokens
+        self.device = runner.cache.row_R.device
+
+        def room(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.zeros(*shape, dtype=dtype, device=self.device)
+
+        # One column more than an answer can have: rows that have ended keep writing, after their end.
+        self.ids_RN = room(rows, new + 1)
+        self.logprobs_RN = room(rows, new + 1, dtype=torch.float32)
+        self.raw_RN = room(rows, new + 1, dtype=torch.float32)
+        self.noise_RN = room(rows, new + 1, dtype=torch.float32)
+        self.tokens_R = room(rows)  # the token to be fed next
+        self.positions_R = room(rows)  # and its position
+        self.count_R = room(rows)  # new tokens so far
+        self.alive_R = room(rows, dtype=torch.bool)
+        self.stop_ids = torch.tensor(engine.stop_ids, dtype=torch.int64, device=self.device)
+        self.owner: list[tuple[int, int] | None] = [None] * rows  # (prompt, sample) of each row in use
+        self.active = 0  # rows 0 .. active - 1 are stepped
+        self.columns = 0  # more than any active row's position
+        self.results: list[list[Generated | None]] = [[None] * settings.samples for _ in prompts]
+        self.done, self.total = 0, len(prompts) * settings.samples
+        self.reported = time.monotonic()
+
+    def run(self) -> list[list[Generated]]:
+        rows = self.runner.cache.rows
+        waiting = self._queue(rows)
+        while waiting or self.active:
+            if waiting:
+                self._admit(waiting)
+            while self.active:
+                idle = self._idle()
+                free = rows - self.active + idle
+                if waiting and (free >= max(waiting[-1].count, rows // REFILL) or idle == self.active):
+                    break
+                if not waiting and idle * COMPACT >= self.active:
+                    break
+                self._step()
+            self._harvest()
+            if not waiting:
+                self._compact()
+        return [[g for g in group if g is not None] for group in self.results]
+
+    def _queue(self, rows: int) -> list[_Waiting]:
+        """Waiting samples, the next one last. Longest prompts first: neighbours are of similar length."""
+        samples = self.settings.samples
+        order = sorted(range(len(self.prompts)), key=lambda p: (len(self.prompts[p]), -p))
+        return [
+            _Waiting(p, first, min(rows, samples - first))
+            for p in order
+            for first in reversed(range(0, samples, rows))
+        ]
+
+    # -- one step of all active rows --
+
+    def _step(self) -> None:
+        n = self.active
+        logits = self.runner.step(self.tokens_R[:n], self.positions_R[:n], self.columns)
+        self.positions_R[:n] += self.alive_R[:n]
+        self.columns += 1
+        self.engine.usage.steps += 1
+        self._take(logits, self.runner.cache.row_R[:n])
+
+    def _take(self, logits_NV: Tensor, rows_N: Tensor) -> None:
+        """Draw the next token of each row, write it down, and note which rows have ended."""
+        s = self.settings
+        count = self.count_R[rows_N]
+        forbidden = None
+        if s.min_new_tokens and self.stop_ids.numel():
+            forbidden = torch.zeros_like(logits_NV, dtype=torch.bool)
+            forbidden[:, self.stop_ids] = (count < s.min_new_tokens)[:, None]
+        drawn = self.noise_RN[rows_N, count]
+        ids, logprobs, raw = decode.choose(logits_NV, drawn, s.temperature, s.top_k, s.top_p, forbidden)
+        self.ids_RN[rows_N, count] = ids
+        self.logprobs_RN[rows_N, count] = logprobs
+        self.raw_RN[rows_N, count] = raw
+        self.tokens_R[rows_N] = ids
+        alive = self.alive_R[rows_N]
+        count = count + alive
+        self.count_R[rows_N] = count
+        ended = (ids[:, None] == self.stop_ids).any(-1) | (count >= s.max_new_tokens)
+        self.alive_R[rows_N] = alive & ~ended
+
+    def _idle(self) -> int:
+        return self.active - int(self.alive_R[: self.active].sum())
+
+    # -- rows that leave, rows that enter --
+
+    def _harvest(self) -> None:
+        """Take the answers of ended rows out and free their rows."""
+        ended = [
+            r for r in (~self.alive_R[: self.active]).nonzero()[:, 0].tolist() if self.owner[r] is not None
+        ]
+        if not ended:
+            return
+        at = torch.tensor(ended, device=self.device)
+        counts = self.count_R[at].tolist()
+        longest = max(counts)
+        columns = [x[at, :longest].tolist() for x in (self.ids_RN, self.logprobs_RN, self.raw_RN)]
+        stops = set(self.engine.stop_ids)
+        for row, n, ids, logprobs, raw in zip(ended, counts, *columns, strict=True):
+            prompt, sample = self.owner[row]  # type: ignore[misc]
+            self.owner[row] = None
+            self.results[prompt][sample] = Generated(
+                prompt, sample, tuple(ids[:n]), tuple(logprobs[:n]), tuple(raw[:n]), ids[n - 1] in stops
+            )
+        self.positions_R[at] = 0  # free rows are stepped along at little cost
+        self.done += len(ended)
+        self.engine.usage.new_tokens += sum(counts)
+        self._report()
+
+    def _report(self) -> None:
+        now = time.monotonic()
+        due = self.done == self.total or now - self.reported >= SECONDS_BETWEEN_REPORTS
+        if self.progress is not None and due:
+            self.reported = now
+            self.progress(self.done, self.total)
+
+    def _compact(self) -> None:
+        """Move the last living rows into the gaps before them, so that the active rows are the living
+        ones."""
+        alive = self.alive_R[: self.active].tolist()
+        living = sum(alive)
+        gaps = [r for r in range(living) if not alive[r]]
+        movers = [r for r in range(living, self.active) if alive[r]]
+        if gaps:
+            source = torch.tensor(movers, device=self.device)
+            target = torch.tensor(gaps, device=self.device)
+            self.runner.cache.move(source, target, self.columns)
+            for state in (self.ids_RN, self.logprobs_RN, self.raw_RN, self.noise_RN):
+                state[target] = state[source]
+            for state in (self.tokens_R, self.positions_R, self.count_R, self.alive_R):
+                state[target] = state[source]
+            for old, new in zip(movers, gaps, strict=True):
+                self.owner[new], self.owner[old] = self.owner[old], None
+        self.active = living
+        if living:
+            self.columns = int(self.positions_R[:living].max()) + 1
+
+    def _admit(self, waiting: list[_Waiting]) -> None:
+        """Let waiting samples into free rows, in batches of prompts, until one does not fit."""
+        free = [r for r, owner in enumerate(self.owner) if owner is None]
+        free.reverse()
+        while waiting and len(free) >= waiting[-1].count:
+            batch = [waiting.pop()]
+            length = len(self.prompts[batch[0].prompt])
+            room = len(free) - batch[0].count
+            while (
+                waiting
+                and waiting[-1].count <= room
+                and waiting[-1].count == batch[0].count
+                and (len(batch) + 1) * length <= self.engine.prefill_tokens
+            ):
+                batch.append(waiting.pop())
+                room -= batch[-1].count
+            self._enter(batch, [[free.pop() for _ in range(w.count)] for w in batch])
+        used = [r for r, owner in enumerate(self.owner) if owner is not None]
+        self.active = used[-1] + 1 if used else 0
+        self.columns = int(self.positions_R[: self.active].max()) + 1 if used else 0
+
+    def _enter(self, batch: list[_Waiting], slots: list[list[int]]) -> None:
+        """Compute the prompts of a batch, copy them into their rows, draw each sample's first token."""
+        prompts = [self.prompts[w.prompt] for w in batch]
+        lengths = [len(ids) for ids in prompts]
+        ids = np.full((len(batch), max(lengths)), self.engine.pad_id, np.int64)
+        for line, prompt in zip(ids, prompts, strict=True):
+            line[: len(prompt)] = prompt
+        drawn = np.stack([self.streams_PK[w.prompt, w.first : w.first + w.count] for w in batch])
+        uniform = noise.uniforms(drawn.ravel(), 0, self.settings.max_new_tokens + 1)
+
+        lengths_P = torch.tensor(lengths, device=self.device)
+        slots_PK = torch.tensor(slots, device=self.device)
+        logits = self.runner.prefill(torch.from_numpy(ids).to(self.device), lengths_P, slots_PK)
+        self.engine.usage.prompt_tokens += sum(lengths)
+
+        rows, samples = slots_PK.flatten(), slots_PK.shape[1]
+        self.noise_RN[rows] = torch.from_numpy(uniform).to(self.device)
+        self.positions_R[rows] = lengths_P.repeat_interleave(samples)
+        self.count_R[rows] = 0
+        self.alive_R[rows] = True
+        for w, own in zip(batch, slots, strict=True):
+            for offset, row in enumerate(own):
+                self.owner[row] = (w.prompt, w.first + offset)
+        self._take(logits.repeat_interleave(samples, 0), rows)

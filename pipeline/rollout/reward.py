@@ -1,0 +1,92 @@
+"""A reward model as its users see it: opened, proven to be the one that was trained, on its normalised scale.
+
+A classifier whose head was lost on the way still opens, with a fresh random head, in many libraries. Here the
+stage that trains it stores the scores of a few answers beside the weights (`probe.json`), and whoever opens it
+reproduces them before the first use.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pipeline.data.chat import ChatFormat
+from pipeline.data.forest import Group, build
+from pipeline.data.groups import answers, continuations
+from pipeline.data.records import Sample
+from pipeline.flow.artifacts import RewardModel
+from pipeline.flow.errors import Damaged
+from pipeline.llama.heads import ScalarModel, at_last
+from pipeline.llama.open import open_classifier
+from pipeline.rollout.scoring import score_samples
+
+PROBE = "probe.json"
+PROBED = 8  # groups whose scores are stored
+
+
+@dataclass(frozen=True)
+class Reward:
+    """`model` gives raw scores with the scale already folded into its head; `shift` moves their mean to 0."""
+
+    model: ScalarModel
+    chat: ChatFormat
+    shift: float
+
+
+def open_reward(artifact: RewardModel) -> Reward:
+    """Open and prove. Raises Damaged when the stored scores are not reproduced to 1e-5."""
+    opened = open_classifier(artifact)
+    model = ScalarModel(opened.model).requires_grad_(False)
+    verify_probe(model, artifact.path)
+    return Reward(model, ChatFormat(opened.tokenizer), float(artifact.lineage.get("shift", 0.0)))
+
+
+def write_probe(model: ScalarModel, groups: Sequence[Group], directory: Path) -> None:
+    """Scores of the answers in the first few groups, beside the weights that give them."""
+    chosen = list(groups[:PROBED])
+    scores = raw_scores(model, chosen)
+    body = {
+        "about": "scores of these answers by this model; reproduced to 1e-5 by whoever opens it",
+        "groups": [[list(map(int, segment.ids)) for segment in group] for group in chosen],
+        "scores": scores,
+    }
+    (directory / PROBE).write_text(json.dumps(body) + "\n")
+
+
+def verify_probe(model: ScalarModel, directory: Path) -> None:
+    path = directory / PROBE
+    if not path.is_file():
+        raise Damaged(f"{path}: missing, so nothing proves that the reward head was loaded and not initialised")
+    body = json.loads(path.read_text())
+    found = raw_scores(model, [continuations(ids[0], ids[1:]) for ids in body["groups"]])
+    worst = max((abs(a - b) for a, b in zip(found, body["scores"], strict=True)), default=0.0)
+    if not worst <= 1e-5:
+        raise Damaged(
+            f"{directory}: the opened reward model gives other scores than it was stored with (off by {worst:.3g}, "
+            f"allowed 1e-5; see {PROBE}): its head or its weights are not those that were trained"
+        )
+
+
+def score_texts(reward: Reward, samples: Sequence[Sample], token_budget: int) -> list[float]:
+    """Normalised scores of answers as texts, rendered in the reward model's own format; equal prompts are not merged."""
+    prompts = reward.chat.prompts_ids([s.prompt.messages for s in samples])
+    ends = [[reward.chat.end_id] if s.stopped else [] for s in samples]
+    texts = reward.chat.completions_ids([s.text for s in samples], finished=False)
+    answers_ids = [[text + end] for text, end in zip(texts, ends, strict=True)]
+    raw = score_samples(reward.model, prompts, answers_ids, token_budget)
+    return [float(score) + reward.shift for (score,) in raw]
+
+
+@torch.no_grad()
+def raw_scores(model: ScalarModel, groups: Sequence[Group]) -> list[float]:
+    """The head's output at the last token of every answer of these groups, computed in one pass."""
+    if not groups:
+        return []
+    device = next(model.parameters()).device
+    forest = build(groups).to(device)
+    scores_S = at_last(model(forest), forest)
+    return [float(x) for x in scores_S[answers(forest)]]

@@ -1,0 +1,378 @@
+"""The one training loop: pretraining, SFT, reward model, rejection, DPO, and the update phase of PPO.
+
+A step gets the groups of this rank and the weight of every loss term in them, stated before any forward and
+summed over ranks. The loss function returns plain sums by term, and the loop computes
+
+    loss = world * sum over terms of coefficient * sum / global weight
+
+of every micro-batch, so that gradients, averaged by DDP over ranks and added up over micro-batches, are
+those of the whole batch however it was cut and shared out. Two tokens at 2.0 and eight at 1.0 give 1.2.
+
+    plan = Plan(groups, settings, seed=seed, strategy=strategy)
+    trainer = Trainer(module, loss_fn, settings, strategy, total=len(plan), seed=seed)
+    outcome = fit(trainer, plan, workspace, evaluate=lambda: trainer.evaluate(heldout))
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.data.forest import Forest, Group, build, cut, size
+from pipeline.flow.errors import NonFinite
+from pipeline.train import optim
+from pipeline.train.arithmetic import fast_products
+from pipeline.train.batches import Plan, check_sizes
+from pipeline.train.metrics import Number, Sums, exact_sum, merge
+from pipeline.train.randomness import seed_dropout
+from pipeline.train.settings import TrainSettings
+from pipeline.train.strategy import Strategy
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@dataclass(frozen=True)
+class LossSums:
+    """What a loss function returns for one forest.
+
+    terms     the summed (not averaged) loss of each term, with gradient; the loop divides by the term's
+              global weight
+    metrics   (sum, count) by name
+    """
+
+    terms: Mapping[str, Tensor]
+    metrics: Mapping[str, tuple[Number, Number]] = field(default_factory=dict)
+
+
+class LossFunction(Protocol):
+    def __call__(self, module: Callable[..., Any], forest: Forest) -> LossSums:
+        """`module` is called exactly once with the forest; nothing inside it may be reached past that
+        call.
+        """
+
+
+Work = Sequence[Group] | Sequence[Forest]
+LOSS, TOKENS = "loss/", "tokens"
+
+
+class Trainer:
+    """Steps of one module; the schedule of `settings` spans `total` updates."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        loss_fn: LossFunction,
+        settings: TrainSettings,
+        strategy: Strategy,
+        *,
+        total: int,
+        seed: int,
+        coefficients: Mapping[str, float] | None = None,
+        rates: Mapping[str, float] | None = None,
+    ) -> None:
+        """`coefficients` weigh the terms against each other (1 by default); `rates` as in
+        optim.parameter_groups.
+        """
+        self.module = module
+        self.loss_fn = loss_fn
+        self.settings = settings
+        self.strategy = strategy
+        self.total = total
+        self.seed = seed
+        self.coefficients = dict(coefficients or {})
+        self.done = 0  # updates made
+        module.train()
+        if settings.checkpointing:
+            enable_checkpointing(module)
+        module.to(strategy.device)
+        self.engine = strategy.engine(module, optim.adamw(module, settings, rates), settings.precision)
+        self._filler: Forest | None = None
+
+    def step(
+        self, work: Work, weights: Mapping[str, float], filler: Group | Forest | None = None
+    ) -> dict[str, float]:
+        """One update from this rank's groups (cut here by the token budget) or forests (taken as they are).
+
+        weights   by term, of this rank's work; a global weight of 0 leaves its term out
+        filler    stands in where other ranks make more passes; by default the last forest this rank has seen
+
+        Returns loss, loss/<term> where there are several, metrics, gradient_norm, learning_rate, tokens; the
+        same on every rank. NonFinite, before the weights are touched, where loss or gradient is not finite.
+        """
+        number = self.done + 1
+        micros = self._micros(work)
+        scales, passes = self._agree(weights, len(micros))
+        sums = Sums()
+        with fast_products(self.strategy.device, self.settings.precision):
+            for i in range(passes):
+                with self.engine.accumulate(last=i == passes - 1):
+                    self._pass(number, i, micros[i] if i < len(micros) else None, filler, scales, sums)
+        figures = self._figures(sums, scales)
+        self._require_finite(number, "loss", figures["loss"], figures)
+        norm = self.engine.gradient_norm(self.settings.clip)
+        self._require_finite(number, "gradient norm", norm, figures)
+        rate = optim.learning_rate(self.settings, number, self.total)
+        optim.set_learning_rate(self.engine.optimizer, rate)
+        after = self.engine.update()
+        self._require_finite(number, "gradient norm", after, figures)
+        self.engine.clear()
+        self.done = number
+        known = norm if norm is not None else after
+        return figures | {"learning_rate": rate} | ({} if known is None else {"gradient_norm": known})
+
+    def evaluate(
+        self, work: Work, weights: Mapping[str, float] | None = None, loss_fn: LossFunction | None = None
+    ) -> dict[str, float]:
+        """Means of the metrics of this rank's groups or forests over all ranks: no dropout, no gradient.
+
+        With `weights`, this rank's as in `step`, also the loss of the whole.
+        """
+        micros = self._micros(work)
+        scales, passes = self._agree(weights or {}, len(micros))
+        sums = Sums()
+        for i in range(passes):
+            forest = self._forest(micros[i] if i < len(micros) else None, None)
+            with self.inference():
+                out = (loss_fn or self.loss_fn)(self.engine, forest)
+            if i < len(micros):
+                sums.add(out.metrics)
+                sums.add({LOSS + term: (total, 1) for term, total in out.terms.items() if term in scales})
+                sums.add({TOKENS: (len(forest), 1)})
+        return self._figures(sums, scales)
+
+    @contextmanager
+    def inference(self) -> Iterator[None]:
+        """No gradient, no dropout, and the arithmetic of training: the same numbers as the forward of a step.
+
+        `trainer.engine(forest, ...)` inside gives what the next step will compute (PPO's ratio is exactly
+        1), and frozen models run inside it are comparable bit for bit.
+        """
+        with evaluating(self.module), torch.no_grad(), self.arithmetic():
+            yield
+
+    @contextmanager
+    def arithmetic(self) -> Iterator[None]:
+        with self.engine.autocast(), fast_products(self.strategy.device, self.settings.precision):
+            yield
+
+    def share(self, groups: Sequence[Group]) -> list[Group]:
+        """This rank's part of groups that all ranks hold."""
+        return [groups[i] for i in self.strategy.share([size(g) for g in groups])]
+
+    def forests(self, groups: Sequence[Group]) -> list[Forest]:
+        """Micro-batches of this rank's groups, built once to be used several times."""
+        return [self._forest(micro, None) for micro in self._micros(groups)]
+
+    def _micros(self, work: Any) -> list[Any]:
+        if not work or isinstance(work[0], Forest):
+            return list(work)
+        check_sizes([size(g) for g in work], self.settings.token_budget)
+        # similar lengths share a pass: attention works in buckets of length
+        ordered = sorted(work, key=size, reverse=True)
+        return list(cut(ordered, self.settings.token_budget))
+
+    def _agree(self, weights: Mapping[str, float], micros: int) -> tuple[dict[str, float], int]:
+        """coefficient / global weight by term, and how many passes every rank makes."""
+        everyone = self.strategy.gather(
+            {"weights": {k: float(v) for k, v in weights.items()}, "passes": micros}
+        )
+        passes = max(rank["passes"] for rank in everyone)
+        if not passes:
+            raise ValueError("a step without any work on any rank")
+        scales: dict[str, float] = {}
+        for term in sorted({term for rank in everyone for term in rank["weights"]}):
+            weight = exact_sum(rank["weights"].get(term, 0.0) for rank in everyone)
+            if not (math.isfinite(weight) and weight >= 0):
+                raise ValueError(f"the weight of {term} must be finite and at least 0, not {weight}")
+            scales[term] = self.coefficients.get(term, 1.0) / weight if weight else 0.0
+        return scales, passes
+
+    def _pass(
+        self,
+        number: int,
+        micro: int,
+        work: Any,
+        filler: Group | Forest | None,
+        scales: Mapping[str, float],
+        sums: Sums,
+    ) -> None:
+        forest = self._forest(work, filler)
+        seed_dropout(self.seed, number, micro, self.strategy.rank)
+        out = self.loss_fn(self.engine, forest)
+        if unknown := out.terms.keys() - scales.keys():
+            raise ValueError(
+                f"loss terms {sorted(unknown)} have no weight; weights are stated for {sorted(scales)}"
+            )
+        real = work is not None
+        parts = [self.strategy.world * scales[term] * total for term, total in out.terms.items()]
+        loss = torch.stack([p.float() for p in parts]).sum() * float(real)
+        if not loss.requires_grad:
+            raise ValueError("the loss does not depend on any trained parameter")
+        self.engine.backward(loss)
+        if real:
+            sums.add({LOSS + term: (total, 1) for term, total in out.terms.items()})
+            sums.add(out.metrics)
+            sums.add({TOKENS: (len(forest), 1)})
+
+    def _forest(self, work: Any, filler: Group | Forest | None) -> Forest:
+        """The forest of a micro-batch, or a real one to go through the motions with."""
+        chosen = work if work is not None else filler if filler is not None else self._filler
+        if chosen is None:
+            raise ValueError("this rank has no work and no filler to keep step with the others")
+        if not isinstance(chosen, Forest):
+            groups: Any = chosen if work is not None else [chosen]
+            chosen = build(groups)
+        self._filler = chosen.to(self.strategy.device)
+        return self._filler
+
+    def _figures(self, sums: Sums, scales: Mapping[str, float]) -> dict[str, float]:
+        totals = merge(self.strategy.gather(sums.totals()))
+        terms = {term: totals.pop(LOSS + term, (0.0, 0.0))[0] * scale for term, scale in scales.items()}
+        tokens, _ = totals.pop(TOKENS)
+        figures = {name: total / count for name, (total, count) in totals.items() if count}
+        if terms:
+            figures["loss"] = exact_sum(terms.values())  # a metric of that name gives way
+        if len(terms) > 1:
+            figures |= {LOSS + term: value for term, value in terms.items()}
+        return figures | {TOKENS: int(tokens)}
+
+    def _require_finite(
+        self, number: int, what: str, value: float | None, figures: Mapping[str, float]
+    ) -> None:
+        if value is None or math.isfinite(value):
+            return
+        self.engine.clear()
+        known = ", ".join(f"{k} {v:.6g}" for k, v in figures.items())
+        raise NonFinite(
+            f"step {number}: {what} is {value} ({known}); the weights are those of step {number - 1}. "
+            "Lower learning_rate, or look at the records of this step"
+        )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: the last step's figures, all evaluations, and the step whose weights are kept."""
+
+    last: dict[str, float]
+    evaluations: list[dict[str, float]]
+    kept_step: int
+    steps: int
+    tokens: int
+
+    @property
+    def kept(self) -> dict[str, float]:
+        """The evaluation of the kept weights, empty where there is none."""
+        return next((e for e in self.evaluations if e["step"] == self.kept_step), {})
+
+
+def fit(
+    trainer: Trainer,
+    plan: Plan,
+    workspace: Any,
+    *,
+    evaluate: Callable[[], Mapping[str, float]] | None = None,
+    best_by: str = "loss",
+    higher_is_better: bool = False,
+    figures: Sequence[str] = ("loss", "learning_rate"),
+) -> Outcome:
+    """Run the plan. Logs every step, evaluates `settings.evaluations` times, ends on the best or the last
+    weights.
+
+    evaluate   figures of the current weights, the same on every rank; logged as heldout/<name>
+    best_by    which of them decides under `keep: best`
+    """
+    due = evaluation_steps(len(plan), trainer.settings.evaluations) if evaluate else set()
+    best = Best(best_by, higher_is_better) if evaluate and trainer.settings.keep == "best" else None
+    evaluations: list[dict[str, float]] = []
+    tokens, last = 0, {}
+    for batch in plan:
+        started = time.perf_counter()
+        last = trainer.step(batch.groups, batch.weights, batch.filler)
+        seconds = time.perf_counter() - started
+        tokens += int(last[TOKENS])
+        report = last | {"time/tokens_per_second": last[TOKENS] / seconds}
+        if evaluate and trainer.done in due:
+            found = dict(evaluate())
+            trainer._require_finite(trainer.done, f"held-out {best_by}", found.get(best_by), found)
+            evaluations.append(found | {"step": trainer.done})
+            report |= {f"heldout/{name}": value for name, value in found.items()}
+            if best:
+                best.offer(trainer, found)
+        if trainer.strategy.main:
+            workspace.log(step=trainer.done, **report)
+            workspace.progress(
+                tokens, plan.tokens, "tokens", **{k: report[k] for k in figures if k in report}
+            )
+    kept = best.restore(trainer) if best and best.step else trainer.done
+    return Outcome(last, evaluations, kept, trainer.done, tokens)
+
+
+def evaluation_steps(steps: int, evaluations: int) -> set[int]:
+    """Evenly spaced, the last one at the end.
+
+    >>> sorted(evaluation_steps(10, 4))
+    [2, 5, 8, 10]
+    """
+    return {max(1, round(steps * (i + 1) / evaluations)) for i in range(evaluations)}
+
+
+class Best:
+    """The best weights so far: this rank's own copy of what is trained, in CPU memory."""
+
+    def __init__(self, by: str, higher_is_better: bool) -> None:
+        self.by = by
+        self.sign = 1.0 if higher_is_better else -1.0
+        self.value = -math.inf
+        self.step = 0
+        self.state: list[Tensor] = []
+
+    def offer(self, trainer: Trainer, found: Mapping[str, float]) -> None:
+        if self.by not in found:
+            raise ValueError(f"evaluation gives {sorted(found)}, but the best is chosen by {self.by!r}")
+        value = self.sign * found[self.by]
+        if value > self.value:
+            self.value, self.step = value, trainer.done
+            self.state = [t.detach().to("cpu", copy=True) for t in _held(trainer.engine.parameters)]
+
+    def restore(self, trainer: Trainer) -> int:
+        if self.step != trainer.done:
+            with torch.no_grad():
+                for tensor, kept in zip(_held(trainer.engine.parameters), self.state, strict=True):
+                    tensor.copy_(kept)
+        return self.step
+
+
+def _held(parameters: Iterable[nn.Parameter]) -> Iterator[Tensor]:
+    """What this rank holds of each parameter: its shard under ZeRO-3, else all of it."""
+    for parameter in parameters:
+        yield getattr(parameter, "ds_tensor", parameter)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode; afterwards every submodule is back in its own (a frozen part may keep it)."""
+    modes = [(m, m.training) for m in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+def enable_checkpointing(module: nn.Module) -> None:
+    """Recompute activations in every model of `module` that can (transformers' interface)."""
+    able = [m for m in module.modules() if hasattr(m, "gradient_checkpointing_enable")]
+    inside = {id(child) for m in able for child in m.modules() if child is not m}
+    for model in (m for m in able if id(m) not in inside):
+        # renamed in transformers 5.2x; the old name goes in version 6
+        enable: Any = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})

@@ -1,0 +1,84 @@
+"""AdamW with parameter groups, and the learning rate as a closed form of the step.
+
+Update numbers start at 1: update k uses the rate at k, so the first update moves and the last one reaches the
+final fraction. Nothing is counted by a scheduler object, so ranks and resumes cannot disagree about it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeline.algo.schedule import multiplier
+from pipeline.train.settings import TrainSettings
+
+
+def parameter_groups(
+    module: nn.Module, weight_decay: float, rates: Mapping[str, float] | None = None
+) -> list[dict[str, Any]]:
+    """Trainable parameters by decay and by learning-rate factor.
+
+    Weight decay falls on matrices, embeddings and output head included (as LLaMA's authors and GPT-style
+    codes do), and on nothing with fewer than two dimensions: no norm and no bias. `rates` multiplies the
+    learning rate of parameters whose name starts with a prefix ({"value.": 2.0}); the longest prefix that
+    fits wins, and one that fits nothing is a ValueError.
+    """
+    rates = dict(rates or {})
+    chosen: dict[tuple[float, float], list[nn.Parameter]] = {}
+    used: set[str] = set()
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        prefix = max((p for p in rates if name.startswith(p)), key=len, default=None)
+        used |= {prefix} if prefix is not None else set()
+        decay = weight_decay if parameter.ndim >= 2 else 0.0
+        chosen.setdefault((decay, rates[prefix] if prefix is not None else 1.0), []).append(parameter)
+    if unused := rates.keys() - used:
+        raise ValueError(f"no trainable parameter's name starts with {sorted(unused)}")
+    if not chosen:
+        raise ValueError("the module has no trainable parameter")
+    return [
+        {"params": parameters, "weight_decay": decay, "rate": rate}
+        for (decay, rate), parameters in chosen.items()
+    ]
+
+
+def adamw(
+    module: nn.Module, settings: TrainSettings, rates: Mapping[str, float] | None = None
+) -> torch.optim.AdamW:
+    """PyTorch's AdamW (Loshchilov & Hutter 2019), fused: four to six times faster than the others on a CPU.
+
+    eps stands outside the square root of the bias-corrected second moment, unlike TF1's Adam.
+    """
+    return torch.optim.AdamW(
+        parameter_groups(module, settings.weight_decay, rates),
+        lr=settings.learning_rate,
+        betas=settings.betas,
+        eps=settings.eps,
+        fused=True,
+    )
+
+
+def warmup_steps(settings: TrainSettings, total: int) -> int:
+    """At least 1 where there is any warm-up, less than the whole."""
+    return min(max(1, round(settings.warmup * total)), total - 1) if settings.warmup and total > 1 else 0
+
+
+def learning_rate(settings: TrainSettings, step: int, total: int) -> float:
+    """The rate of update `step` (1 … total)."""
+    factor = multiplier(
+        step,
+        total=total,
+        warmup=warmup_steps(settings, total),
+        shape=settings.schedule,
+        final=settings.final_fraction,
+    )
+    return settings.learning_rate * factor
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get("rate", 1.0)

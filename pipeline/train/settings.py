@@ -1,0 +1,70 @@
+"""What a training row can set. Pydantic only: planning a run imports no torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from pipeline.flow.config import Settings, not_identity
+
+
+class TrainSettings(Settings):
+    """Optimiser, schedule and batch of one training row."""
+
+    learning_rate: float = Field(default=1e-3, gt=0, description="Peak learning rate of AdamW.")
+    epochs: float = Field(
+        default=1.0, gt=0, description="Passes over the training records; a fraction is allowed."
+    )
+    steps: int | None = Field(
+        default=None, ge=1, description="Optimiser steps; where set, it decides instead of `epochs`."
+    )
+    batch: int = Field(default=32, ge=1, description="Records an optimiser step, over all ranks together.")
+    batch_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="Tokens an optimiser step at most, over all ranks; where set, it replaces `batch`.",
+    )
+    token_budget: int = not_identity(
+        8192, "Tokens a forward pass at most; it decides memory and speed, never the result.", ge=1
+    )
+    precision: Literal["fp32", "bf16"] = Field(
+        default="fp32", description="bf16 computes in bfloat16 over float32 master weights."
+    )
+    checkpointing: bool = not_identity(
+        False, "Recompute activations in the backward pass: less memory, about a third more time."
+    )
+    betas: tuple[float, float] = Field(default=(0.9, 0.95), description="AdamW's two decay rates.")
+    eps: float = Field(default=1e-8, gt=0, description="AdamW's epsilon, outside the square root.")
+    weight_decay: float = Field(
+        default=0.0, ge=0, description="AdamW's decay of matrices and embeddings; norms and biases have none."
+    )
+    clip: float = Field(
+        default=1.0, ge=0, description="Largest norm of the whole gradient; 0 leaves it alone."
+    )
+    warmup: float = Field(
+        default=0.05,
+        ge=0,
+        lt=1,
+        description="Share of the steps in which the rate climbs from zero to its peak.",
+    )
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        default="cosine", description="How the rate falls after warm-up."
+    )
+    final_fraction: float = Field(
+        default=0.1, ge=0, le=1, description="Share of the peak rate that the last step uses."
+    )
+    evaluations: int = Field(
+        default=4,
+        ge=0,
+        description="How often held-out records are evaluated, evenly spaced, the last at the end.",
+    )
+    keep: Literal["best", "last"] = Field(
+        default="best", description="Weights of the best evaluation, or those of the last step."
+    )
+
+    @model_validator(mode="after")
+    def _sane(self) -> TrainSettings:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas: both must be in [0, 1), not {list(self.betas)}")
+        return self

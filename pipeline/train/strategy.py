@@ -1,0 +1,264 @@
+"""Devices and ranks: one process, DDP or DeepSpeed behind the few operations that the loop needs.
+
+A `Strategy` knows ranks and exchanges numbers; an `Engine` holds one module and its optimiser. Accelerate
+places, wraps and shards; where a step begins and ends is decided by the loop alone (accelerate and DeepSpeed
+see gradient_accumulation_steps=1), and so is precision: bf16 is autocast over float32 master weights, except
+under DeepSpeed, which keeps its own float32 masters of bf16 weights.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from pipeline.flow.errors import UserError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+UNCLIPPED = 1e6  # DeepSpeed takes a clipping of 0 for "unset" and puts 1.0 in its place
+
+
+class Strategy:
+    """The ranks of this run and what they tell each other. `build` makes one."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+
+    @property
+    def rank(self) -> int:
+        return self.accelerator.process_index
+
+    @property
+    def world(self) -> int:
+        return self.accelerator.num_processes
+
+    @property
+    def main(self) -> bool:
+        return self.accelerator.is_main_process
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    def barrier(self) -> None:
+        self.accelerator.wait_for_everyone()
+
+    def gather(self, value: Any) -> list[Any]:
+        """The JSON values of all ranks, by rank; floats arrive exactly. Every rank must call it."""
+        if self.world == 1:
+            return [value]
+        data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)
+        sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.world)]
+        torch.distributed.all_gather(sizes, torch.tensor([data.numel()], device=self.device))
+        longest = max(int(s) for s in sizes)
+        padded = torch.zeros(longest, dtype=torch.uint8, device=self.device)
+        padded[: data.numel()] = data
+        everyone = [torch.empty_like(padded) for _ in range(self.world)]
+        torch.distributed.all_gather(everyone, padded)
+        texts = [bytes(e[: int(n)].cpu().numpy()) for e, n in zip(everyone, sizes, strict=True)]
+        return [json.loads(text) for text in texts]
+
+    def share(self, sizes: Sequence[int]) -> list[int]:
+        """Which of the items of these sizes (tokens) are this rank's: every item is exactly one rank's.
+
+        Largest first, dealt there and back again, so that ranks get nearly equal loads; a pure function, so
+        that all ranks agree without a word.
+        """
+        order = sorted(range(len(sizes)), key=lambda i: -sizes[i])
+        there_and_back = [*range(self.world), *reversed(range(self.world))]
+        return [i for turn, i in enumerate(order) if there_and_back[turn % len(there_and_back)] == self.rank]
+
+    def engine(self, module: nn.Module, optimizer: torch.optim.Optimizer, precision: str) -> Engine:
+        from accelerate.utils import DistributedType
+
+        kind = DeepSpeedEngine if self.accelerator.distributed_type == DistributedType.DEEPSPEED else Engine
+        return kind(self, module, optimizer, precision)
+
+
+class Engine:
+    """One module and its optimiser in one process or under DDP."""
+
+    def __init__(
+        self, strategy: Strategy, module: nn.Module, optimizer: torch.optim.Optimizer, precision: str
+    ) -> None:
+        self.strategy = strategy
+        self.bare = module
+        self.precision = precision
+        self.optimizer: Any = optimizer
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.module: Any = None
+        self._prepare()
+
+    def _prepare(self) -> None:
+        self.module = self.strategy.accelerator.prepare_model(self.bare)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward pass of the prepared module under the run's precision."""
+        with self.autocast():
+            return self.module(*args, **kwargs)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        if self.precision == "bf16":
+            return torch.autocast(self.strategy.device.type, dtype=torch.bfloat16)
+        return nullcontext()
+
+    def accumulate(self, last: bool) -> AbstractContextManager[Any]:
+        """Wraps forward and backward of one micro-batch: ranks average gradients in the last one only."""
+        return nullcontext() if last else self.strategy.accelerator.no_sync(self.module)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        loss.backward()
+
+    def gradient_norm(self, clip: float) -> float | None:
+        """Norm of the whole gradient before clipping to `clip` (0: none); None where it is known after the
+        update.
+        """
+        limit = clip if clip > 0 else float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
+        return float(norm)
+
+    def update(self) -> float | None:
+        """One optimiser step; the gradient norm where `gradient_norm` could not give it."""
+        self.optimizer.step()
+        return None
+
+    def clear(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """All parameters and buffers by name, whole and on the CPU. Every rank must call it.
+
+        Under ZeRO-3 only rank 0 gets them, the others an empty dict; a bf16 run there gives bfloat16.
+        """
+        return {name: tensor.detach().to("cpu") for name, tensor in self.bare.state_dict().items()}
+
+
+class DeepSpeedEngine(Engine):
+    """ZeRO 1-3. DeepSpeed clips inside its step, so a gradient's norm is known only after the update."""
+
+    def _prepare(self) -> None:
+        self.module, _ = self.strategy.accelerator.prepare(self.bare, self.optimizer)
+        self.optimizer = self.module.optimizer
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        return nullcontext()  # precision is part of DeepSpeed's own configuration
+
+    def accumulate(self, last: bool) -> AbstractContextManager[Any]:
+        self.module.set_gradient_accumulation_boundary(is_boundary=last)
+        return nullcontext()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self.module.backward(loss)
+
+    def gradient_norm(self, clip: float) -> float | None:
+        return None
+
+    def update(self) -> float | None:
+        self.module.step()
+        norm = self.module.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
+    def clear(self) -> None:
+        """DeepSpeed clears gradients in its step."""
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        if self.module.zero_optimization_stage() < 3:
+            return super().weights()
+        return self.strategy.accelerator.get_state_dict(self.module) or {}
+
+
+def build(
+    *,
+    processes: int = 1,
+    strategy: str = "single",
+    device: str = "auto",
+    zero_stage: int = 2,
+    offload: str = "none",
+    precision: str = "fp32",
+    clip: float = 1.0,
+    deepspeed: Mapping[str, Any] | None = None,
+) -> Strategy:
+    """A strategy from launch settings; the environment's ranks (RANK, WORLD_SIZE …) must be as many as asked
+    for.
+
+    `deepspeed` is a DeepSpeed configuration merged over the one that `zero_stage` and `offload` describe.
+    UserError where the world is not as large as asked for, or the strategy is unknown.
+    """
+    from accelerate import Accelerator
+
+    if strategy not in ("single", "ddp", "deepspeed"):
+        raise UserError(f"launch.strategy: {strategy!r} does not train here; use single, ddp or deepspeed")
+    found = int(os.environ.get("WORLD_SIZE", "1"))
+    if found != processes:
+        raise UserError(f"launch.processes: {processes} asked for, but this process is one of {found}")
+    on_cpu = device == "cpu" or not torch.cuda.is_available()
+    keywords: dict[str, Any] = {"gradient_accumulation_steps": 1, "mixed_precision": "no"}
+    if strategy == "deepspeed":
+        configuration = deepspeed_config(zero_stage, offload, precision, clip, deepspeed)
+        keywords |= _deepspeed_keywords(configuration, on_cpu)
+    else:
+        keywords |= _ddp_keywords() | {"cpu": on_cpu}
+    made = Strategy(Accelerator(**keywords))
+    if made.world != processes:  # accelerate may take several processes for one without a word
+        raise UserError(f"launch.processes: {processes} asked for, but accelerate found {made.world}")
+    return made
+
+
+def for_row(workspace: Any, *, precision: str = "fp32", clip: float = 1.0) -> Strategy:
+    """`build` from a row's workspace: its launch settings, and the ranks its worker was started with."""
+    known = ("strategy", "device", "zero_stage", "offload", "deepspeed")
+    chosen = {key: workspace.launch[key] for key in known if key in workspace.launch}
+    return build(processes=workspace.world, **chosen, precision=precision, clip=clip)
+
+
+def deepspeed_config(
+    zero_stage: int, offload: str, precision: str, clip: float, more: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """DeepSpeed's configuration: the loop's own step boundary, our optimiser, no scheduler."""
+    zero: dict[str, Any] = {"stage": zero_stage}
+    if offload in ("optimizer", "all"):
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if offload == "all":
+        zero["offload_param"] = {"device": "cpu"}
+    if zero_stage == 3:
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
+    base = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": clip if clip > 0 else UNCLIPPED,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": precision == "bf16"},
+    }
+    return _merged(base, more or {})
+
+
+def _merged(base: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    out = dict(base)
+    for key, value in more.items():
+        both = isinstance(value, Mapping) and isinstance(out.get(key), Mapping)
+        out[key] = _merged(out[key], value) if both else value
+    return out
+
+
+def _ddp_keywords() -> dict[str, Any]:
+    from accelerate.utils import DistributedDataParallelKwargs
+
+    return {"kwargs_handlers": [DistributedDataParallelKwargs(broadcast_buffers=False)]}
+
+
+def _deepspeed_keywords(configuration: Mapping[str, Any], on_cpu: bool) -> dict[str, Any]:
+    from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
+
+    keywords: dict[str, Any] = {"deepspeed_plugin": DeepSpeedPlugin(hf_ds_config=dict(configuration))}
+    if on_cpu:  # with cpu=True accelerate believes in a single process here
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        keywords["kwargs_handlers"] = [InitProcessGroupKwargs(backend="gloo")]
+    return keywords

@@ -1,0 +1,199 @@
+"""Evaluation: any number of policies on the same prompts, side by side.
+
+Nothing is trained or chosen here. Where there is a judge it decides the wins, otherwise the held-out reward model
+does, otherwise the one that was trained on (then labelled proxy).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import Field
+
+from pipeline.flow.artifacts import Comparisons, Documents, Evaluation, Judge, Policy, Prompts, RewardModel
+from pipeline.flow.config import Settings, not_identity
+from pipeline.flow.stage import Stage, Workspace
+
+
+class Evaluate(Stage):
+    name = "evaluate"
+    version = 1
+    sources = ("data", "llama", "algo", "rollout", "evaluate", "report")
+
+    class Config(Settings):
+        temperature: float = Field(default=1.0, ge=0, description="Of sampling; 0 is greedy. One row has one.")
+        samples: int = Field(default=1, ge=1, description="Answers of each policy to each prompt.")
+        best_of: int = Field(default=0, ge=0, description="Answers of the reference a prompt for best-of-n; 0: none.")
+        prompts: int | None = Field(default=None, ge=1, description="First so many prompts; null takes all.")
+        max_new_tokens: int = Field(default=64, ge=1, description="Longest answer.")
+        max_tokens: int = Field(default=512, ge=8, description="Longest prompt with its answer.")
+        shown: int = Field(default=40, ge=0, description="Prompts in the side-by-side file.")
+        token_budget: int = not_identity(16384, "Tokens a forward pass at most.")
+
+    @dataclass
+    class Inputs:
+        policies: list[Policy]
+        prompts: Prompts
+        reference: Policy | None = None
+        reward: RewardModel | None = None
+        heldout_reward: RewardModel | None = None
+        judge: Judge | None = None
+        documents: Documents | None = None
+        pairs: Comparisons | None = None
+
+    @dataclass
+    class Outputs:
+        evaluation: Evaluation
+
+    headline = ("temperature",)
+
+    def run(self, inputs: Inputs, workspace: Workspace) -> dict[str, Any]:
+        from pipeline.data.reader import Reader
+        from pipeline.evaluate.compare import compare_policies
+        from pipeline.evaluate.policies import answer, exhibits, kl_to, text_perplexity
+        from pipeline.llama.open import open_frozen
+        from pipeline.report.samples import write_samples
+        from pipeline.rollout.engine import SamplingSettings
+        from pipeline.rollout.noise import NoiseKey
+
+        config: Evaluate.Config = self.config
+        reader = Reader(workspace)
+        prompts = reader.read("prompts", inputs.prompts, "prompts")[: config.prompts]
+        documents = reader.read("documents", inputs.documents, "documents") if inputs.documents else None
+        judges = _Judges(inputs, config)
+        named = _named(inputs)
+        reference_name, reference_artifact = _reference(inputs, named)
+        reference = open_frozen(reference_artifact)
+        key = NoiseKey(workspace.seed, "evaluate")
+        sampling = SamplingSettings(
+            temperature=config.temperature, samples=config.samples, max_new_tokens=config.max_new_tokens
+        )
+        everyone = []
+        for number, (name, artifact) in enumerate(named.items()):
+            workspace.progress(number, len(named) + 1, "policies", policy=name)
+            role = open_frozen(artifact)
+            found = answer(name, role, prompts, sampling, config.max_tokens, key)
+            judges.score(found)
+            same = artifact.lineage.get("tokenizer") == reference_artifact.lineage.get("tokenizer")
+            if config.temperature == 1.0 and same:
+                found.kl = kl_to(reference, role, found.samples, config.token_budget)
+            if documents:
+                found.text_perplexity = text_perplexity(role, documents, config.max_tokens, config.token_budget)
+            everyone.append(found)
+        policies = {a.name: a.metrics() for a in everyone}
+        if judges.decisive:
+            compared = compare_policies(
+                {a.name: a.scores[judges.decisive] for a in everyone},
+                reference=reference_name,
+                parts={a.name: a.parts for a in everyone} if judges.judge else None,
+                seed=workspace.seed,
+            )
+            for name, more in compared.items():
+                policies[name] |= more
+        best = self._best_of(reference, reference_name, prompts, sampling, key, judges, everyone, policies, workspace)
+        metrics = {
+            "temperature": config.temperature,
+            "policies": policies,
+            "reference": reference_name,
+            "decided_by": judges.decisive,
+            "prompts": len(prompts),
+            "best_of_n": best,
+            "reward_model": judges.scorecard("proxy", reader, inputs),
+            "heldout_reward_model": judges.scorecard("heldout", reader, inputs),
+            "read": reader.counts,
+            "tokens": int(sum(a.length.sum() for a in everyone)),
+        }
+        directory = workspace.slot("evaluation")
+        (directory / "evaluation.json").write_text(json.dumps(metrics, indent=1) + "\n")
+        facts = {"temperature": f"{config.temperature:g}", "reference": reference_name}
+        write_samples(directory, exhibits(everyone, config.shown), title=workspace.stage, facts=facts)
+        return metrics
+
+    def _best_of(
+        self,
+        reference: Any,
+        name: str,
+        prompts: Any,
+        sampling: Any,
+        key: Any,
+        judges: Any,
+        everyone: Any,
+        policies: dict[str, Any],
+        workspace: Workspace,
+    ) -> dict[str, Any] | None:
+        """The reference's best of n, and how far towards its best by gold every policy has gone."""
+        from pipeline.evaluate.compare import share_of_gap
+        from pipeline.evaluate.policies import answer
+        from pipeline.evaluate.scorecard import best_of_n, best_of_n_means
+
+        config: Evaluate.Config = self.config
+        if config.best_of < 2 or judges.judge is None:
+            return None
+        many = sampling.model_copy(update={"samples": config.best_of})
+        found = answer(name, reference, prompts, many, config.max_tokens, key)
+        judges.score(found)
+        gold = found.scores["gold"]
+        top = best_of_n_means(gold, gold, config.best_of)
+        for a in everyone:
+            gap = share_of_gap(a.scores["gold"], gold, top, seed=workspace.seed)
+            policies[a.name]["gap_closed"] = gap.to_json() if gap else None
+        by = found.scores.get("proxy", gold)
+        return {"policy": name, "rows": best_of_n(by, gold, seed=workspace.seed)}
+
+
+class _Judges:
+    """Whatever scores answers in this row."""
+
+    def __init__(self, inputs: Any, config: Evaluate.Config) -> None:
+        from pipeline.evaluate.judges import GoldJudge
+        from pipeline.rollout.reward import open_reward
+
+        self.config = config
+        self.judge = GoldJudge.open(inputs.judge.data_files[0]) if inputs.judge else None
+        rewards = {"proxy": inputs.reward, "heldout": inputs.heldout_reward}
+        self.rewards = {name: open_reward(artifact) for name, artifact in rewards.items() if artifact}
+
+    @property
+    def decisive(self) -> str | None:
+        order = (("gold", self.judge), ("heldout", self.rewards.get("heldout")), ("proxy", self.rewards.get("proxy")))
+        return next((name for name, there in order if there), None)
+
+    def score(self, found: Any) -> None:
+        from pipeline.evaluate.policies import add_gold, add_reward
+
+        for name, reward in self.rewards.items():
+            add_reward(found, name, reward, self.config.token_budget)
+        if self.judge:
+            add_gold(found, self.judge)
+
+    def scorecard(self, name: str, reader: Any, inputs: Any) -> dict[str, Any] | None:
+        """How good a reward model is on held-out pairs, by their labels and, where there is one, by the judge."""
+        if not inputs.pairs or name not in self.rewards:
+            return None
+        from pipeline.evaluate.pairs import scored_pairs
+        from pipeline.evaluate.scorecard import scorecard
+
+        pairs = reader.read("pairs", inputs.pairs, "comparisons")
+        return scorecard(scored_pairs(pairs, self.rewards[name], self.judge, self.config.token_budget))
+
+
+def _named(inputs: Any) -> dict[str, Policy]:
+    """Policies by the name of the row that made them."""
+    named: dict[str, Policy] = {}
+    for artifact in inputs.policies:
+        name = artifact.meta.get("row") or artifact.path.name
+        named[name if name not in named else f"{name}-{artifact.digest[:8]}"] = artifact
+    return named
+
+
+def _reference(inputs: Any, named: dict[str, Policy]) -> tuple[str, Policy]:
+    """The given reference, or the first policy; it is answered for like the others, so it is put among them."""
+    wanted = inputs.reference or inputs.policies[0]
+    for name, artifact in named.items():
+        if artifact.digest == wanted.digest:
+            return name, artifact
+    name = wanted.meta.get("row") or "reference"
+    named[name] = wanted
+    return name, wanted

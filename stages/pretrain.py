@@ -1,0 +1,97 @@
+"""Pretraining: next-token prediction on packed documents, from random weights to a policy.
+
+    documents -> tokenizer (trained here unless one is given) -> windows -> LLaMA -> policy
+
+Documents stand side by side in a batch without padding and without seeing each other.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import Field
+
+from pipeline.flow.artifacts import Documents, Policy, Tokenizer
+from pipeline.flow.config import Settings
+from pipeline.flow.stage import Stage, Workspace
+from pipeline.llama.presets import ModelSettings
+from pipeline.train.settings import TrainSettings
+
+
+class Pretrain(Stage):
+    name = "pretrain"
+    version = 1
+    sources = ("data", "llama", "train", "algo")
+
+    class Config(Settings):
+        model: ModelSettings = Field(default=ModelSettings(), description="Shape of the LLaMA, or a preset's name.")
+        vocab_size: int = Field(default=1024, ge=264, description="Tokens of the tokenizer trained here.")
+        max_tokens: int = Field(default=512, ge=2, description="Longest window; longer documents are cut into several.")
+        train: TrainSettings = Field(
+            default=TrainSettings(learning_rate=3e-3, batch_tokens=8192, weight_decay=0.1, keep="last"),
+            description="Optimiser, schedule and batches.",
+        )
+
+    @dataclass
+    class Inputs:
+        documents: Documents
+        heldout: Documents | None = None
+        tokenizer: Tokenizer | None = None
+
+    @dataclass
+    class Outputs:
+        policy: Policy
+        tokenizer: Tokenizer
+
+    headline = ("heldout_perplexity", "tokens")
+
+    def run(self, inputs: Inputs, workspace: Workspace) -> dict[str, Any]:
+        from pipeline.data.chat import ChatFormat
+        from pipeline.data.groups import document_groups
+        from pipeline.data.reader import Reader
+        from pipeline.llama.heads import PolicyModel
+        from pipeline.llama.open import new_policy, open_tokenizer, save_model, save_tokenizer
+        from pipeline.llama.tokenizer import train_tokenizer
+        from pipeline.train import strategy
+        from pipeline.train.batches import Plan
+        from pipeline.train.loop import Trainer, fit
+        from pipeline.train.objectives import next_token
+
+        config: Pretrain.Config = self.config
+        reader = Reader(workspace)
+        documents = reader.read("documents", inputs.documents, "documents")
+        heldout = reader.read("heldout", inputs.heldout, "documents") if inputs.heldout else []
+        if inputs.tokenizer:
+            tokenizer = open_tokenizer(inputs.tokenizer)
+        else:
+            workspace.say(f"training a tokenizer of {config.vocab_size} tokens on {len(documents)} documents")
+            texts = (m.content if isinstance(m.content, str) else "" for d in documents for m in d.messages)
+            plain = (d.text for d in documents if d.text)
+            tokenizer = train_tokenizer([*plain, *filter(None, texts)], config.vocab_size)
+        chat = ChatFormat(tokenizer)
+        encoded = document_groups(documents, chat, config.max_tokens)
+        model = new_policy(config.model, tokenizer, chat.stop_ids, workspace.seed)
+        module = PolicyModel(model)
+        ranks = strategy.for_row(workspace, precision=config.train.precision, clip=config.train.clip)
+        plan = Plan(encoded.groups, config.train, seed=workspace.seed, strategy=ranks)
+        trainer = Trainer(module, next_token, config.train, ranks, total=len(plan), seed=workspace.seed)
+        held = trainer.share(document_groups(heldout, chat, config.max_tokens).groups) if heldout else None
+        evaluate = (lambda: trainer.evaluate(held)) if held is not None else None
+        outcome = fit(trainer, plan, workspace, evaluate=evaluate, best_by="nll", figures=("loss", "learning_rate"))
+        save_model(model, tokenizer, workspace.slot("policy"))
+        save_tokenizer(tokenizer, workspace.slot("tokenizer"))
+        found = outcome.evaluations[-1] if outcome.evaluations else {}
+        return {
+            "loss": outcome.last.get("nll"),
+            "heldout_loss": found.get("nll"),
+            "heldout_perplexity": math.exp(found["nll"]) if "nll" in found else None,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "documents": len(documents),
+            "windows": len(encoded.groups),
+            "cut_documents": encoded.shortened,
+            "steps": outcome.steps,
+            "tokens": outcome.tokens,
+            "read": reader.counts,
+        }

@@ -1,0 +1,131 @@
+"""The reward model: a scalar at the last real token, trained on human comparisons (Bradley-Terry).
+
+It starts from the SFT policy. All pairs of a ranking share one computation of the prompt and of each completion.
+Afterwards scores are put on a scale with mean 0 and variance 1 over the policy's own answers: the scale goes into
+the head's weight, the shift into the manifest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import Field
+
+from pipeline.flow.artifacts import Comparisons, Policy, Prompts, RewardModel
+from pipeline.flow.config import Settings
+from pipeline.flow.stage import Stage, Workspace
+from pipeline.llama.adapters import LoraSettings
+from pipeline.train.settings import TrainSettings
+
+
+class Reward(Stage):
+    name = "reward"
+    version = 1
+    sources = ("data", "llama", "train", "algo", "rollout")
+
+    class Config(Settings):
+        weight_by: Literal["pair", "prompt"] = Field(
+            default="pair", description="Every pair counts 1, or 1/C(K,2) so that every prompt counts 1 (InstructGPT)."
+        )
+        centring: float = Field(
+            default=0.0, ge=0, description="Weight of (better + worse)^2, which keeps raw scores around 0."
+        )
+        max_tokens: int = Field(default=512, ge=8, description="Longest prompt with its answer; longer ones are dropped.")
+        normalise_prompts: int = Field(
+            default=256, ge=2, description="Prompts that the policy answers to set the scale of scores (N-details: 256)."
+        )
+        max_new_tokens: int = Field(default=64, ge=1, description="Longest of those answers.")
+        adapter: LoraSettings | None = Field(default=None, description="Train a LoRA adapter instead of all weights.")
+        train: TrainSettings = Field(
+            default=TrainSettings(learning_rate=3e-4, batch=32, epochs=1, weight_decay=0.01),
+            description="Optimiser, schedule and batches; a record is a comparison.",
+        )
+
+    @dataclass
+    class Inputs:
+        policy: Policy
+        comparisons: Comparisons
+        heldout: Comparisons | None = None
+        prompts: Prompts | None = None
+
+    @dataclass
+    class Outputs:
+        model: RewardModel
+
+    headline = ("heldout_accuracy", "loss", "tokens")
+
+    def run(self, inputs: Inputs, workspace: Workspace) -> dict[str, Any]:
+        from pipeline.data.groups import comparison_groups
+        from pipeline.data.reader import Reader
+        from pipeline.evaluate.scorecard import wilson
+        from pipeline.llama.open import open_frozen, open_trainable_classifier, save_policy
+        from pipeline.rollout.collect import encode_prompts
+        from pipeline.rollout.engine import SamplingSettings
+        from pipeline.rollout.noise import NoiseKey
+        from pipeline.rollout.reward import write_probe
+        from pipeline.rollout.scale import normalise
+        from pipeline.train import strategy
+        from pipeline.train.batches import Plan
+        from pipeline.train.loop import Trainer, fit
+        from pipeline.train.objectives import pairwise_ranking, weigh_pairs
+
+        config: Reward.Config = self.config
+        scorer = open_trainable_classifier(inputs.policy, config.adapter, workspace.seed)
+        reader = Reader(workspace)
+        everything = reader.read("comparisons", inputs.comparisons, "comparisons")
+        comparisons = [c for c in everything if c.pairs()]
+        encoded = comparison_groups(comparisons, scorer.chat, config.max_tokens)
+        ranks = strategy.for_row(workspace, precision=config.train.precision, clip=config.train.clip)
+        weigh = weigh_pairs(config.weight_by)
+        plan = Plan(encoded.groups, config.train, seed=workspace.seed, strategy=ranks, weigh=weigh)
+        loss = pairwise_ranking(config.weight_by, config.centring)
+        trainer = Trainer(scorer.module, loss, config.train, ranks, total=len(plan), seed=workspace.seed)
+        held, evaluate = [], None
+        if inputs.heldout:
+            heldout = [c for c in reader.read("heldout", inputs.heldout, "comparisons") if c.pairs()]
+            held = comparison_groups(heldout, scorer.chat, config.max_tokens).groups
+            mine = trainer.share(held)
+            evaluate = lambda: trainer.evaluate(mine)
+        outcome = fit(
+            trainer, plan, workspace, evaluate=evaluate, figures=("loss", "accuracy", "margin")
+        )
+        sampling = SamplingSettings(samples=1, max_new_tokens=config.max_new_tokens)
+        prompts = None
+        if inputs.prompts:
+            found = reader.read("prompts", inputs.prompts, "prompts")[: config.normalise_prompts]
+            prompts = encode_prompts(found, scorer.chat, config.max_tokens, config.max_new_tokens)
+        scale = normalise(
+            scorer,
+            policy=open_frozen(inputs.policy) if prompts else None,
+            prompts=prompts,
+            sampling=sampling,
+            groups=encoded.groups,
+            key=NoiseKey(workspace.seed, workspace.stage),
+            token_budget=config.train.token_budget,
+            ranks=ranks,
+        )
+        save_policy(scorer, workspace, "model")
+        workspace.lineage("model", shift=scale.shift, normalised_on=scale.on)
+        write_probe(scorer.module, encoded.groups, workspace.slot("model"))
+        pairs = sum(len(c.pairs()) for c in heldout) if inputs.heldout else 0
+        accuracy = outcome.kept.get("accuracy")
+        interval = None if accuracy is None else wilson(accuracy * pairs, pairs)
+        return {
+            "loss": outcome.last.get("loss"),
+            "accuracy": outcome.last.get("accuracy"),
+            "heldout_loss": outcome.kept.get("loss"),
+            "heldout_accuracy": accuracy,
+            "heldout_accuracy_interval": interval.to_json() if interval else None,
+            "heldout_length_accuracy": outcome.kept.get("length_accuracy"),
+            "heldout_pairs": pairs,
+            "kept_step": outcome.kept_step,
+            "comparisons": len(encoded.groups),
+            "ties_skipped": sum(c.ties() for c in everything),
+            "dropped_too_long": encoded.dropped,
+            "score_mean_before": scale.mean,
+            "score_std_before": scale.std,
+            "steps": outcome.steps,
+            "tokens": outcome.tokens,
+            "read": reader.counts,
+        }

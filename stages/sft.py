@@ -1,0 +1,82 @@
+"""Supervised fine-tuning on dialogues, loss on the assistant's rounds alone.
+
+`train_on` chooses between both ways that the literature knows: every round (default) or the last one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import Field
+
+from pipeline.flow.artifacts import Conversations, Policy
+from pipeline.flow.config import Settings
+from pipeline.flow.stage import Stage, Workspace
+from pipeline.llama.adapters import LoraSettings
+from pipeline.train.settings import TrainSettings
+
+
+class Sft(Stage):
+    name = "sft"
+    version = 1
+    sources = ("data", "llama", "train", "algo")
+
+    class Config(Settings):
+        train_on: Literal["all_rounds", "last_round", "marked"] = Field(
+            default="all_rounds", description="Which assistant turns carry loss."
+        )
+        max_tokens: int = Field(default=512, ge=8, description="Longest dialogue; longer ones lose their oldest rounds.")
+        adapter: LoraSettings | None = Field(default=None, description="Train a LoRA adapter instead of all weights.")
+        train: TrainSettings = Field(
+            default=TrainSettings(learning_rate=1e-3, batch=32, epochs=2), description="Optimiser, schedule and batches."
+        )
+
+    @dataclass
+    class Inputs:
+        policy: Policy
+        conversations: Conversations
+        heldout: Conversations | None = None
+
+    @dataclass
+    class Outputs:
+        policy: Policy
+
+    headline = ("loss", "accuracy", "tokens")
+
+    def run(self, inputs: Inputs, workspace: Workspace) -> dict[str, Any]:
+        from pipeline.data.groups import conversation_groups
+        from pipeline.data.reader import Reader
+        from pipeline.llama.open import open_trainable, save_policy
+        from pipeline.train import strategy
+        from pipeline.train.batches import Plan
+        from pipeline.train.loop import Trainer, fit
+        from pipeline.train.objectives import per_round
+
+        config: Sft.Config = self.config
+        reader = Reader(workspace)
+        policy = open_trainable(inputs.policy, config.adapter, workspace.seed)
+        conversations = reader.read("conversations", inputs.conversations, "conversations")
+        encoded = conversation_groups(conversations, policy.chat, config.max_tokens, config.train_on)
+        ranks = strategy.for_row(workspace, precision=config.train.precision, clip=config.train.clip)
+        plan = Plan(encoded.groups, config.train, seed=workspace.seed, strategy=ranks)
+        trainer = Trainer(policy.module, per_round, config.train, ranks, total=len(plan), seed=workspace.seed)
+        evaluate = None
+        if inputs.heldout:
+            heldout = reader.read("heldout", inputs.heldout, "conversations")
+            held = trainer.share(conversation_groups(heldout, policy.chat, config.max_tokens, config.train_on).groups)
+            evaluate = lambda: trainer.evaluate(held)
+        outcome = fit(trainer, plan, workspace, evaluate=evaluate, best_by="nll", figures=("loss", "accuracy"))
+        save_policy(policy, workspace)
+        return {
+            "loss": outcome.last.get("nll"),
+            "accuracy": outcome.last.get("accuracy"),
+            "heldout_loss": outcome.kept.get("nll"),
+            "kept_step": outcome.kept_step,
+            "conversations": len(encoded.groups),
+            "dropped_too_long": encoded.dropped,
+            "shortened": encoded.shortened,
+            "steps": outcome.steps,
+            "tokens": outcome.tokens,
+            "read": reader.counts,
+        }

@@ -1,0 +1,42 @@
+"""Benchmarks side by side with other people's code.
+
+    python -m tests.benchmarks                what there is
+    python -m tests.benchmarks sft            a table
+    python -m tests.benchmarks sft --json     one JSON line a figure on standard output
+    python -m tests.benchmarks sft --small    a smoke test in a minute; its figures mean nothing
+
+Progress goes to standard error, and so does the table under --json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from importlib import import_module
+
+BENCHMARKS = {"sft": "SFT, tokens a second, against TRL's SFTTrainer"}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__.splitlines()[0])
+    parser.add_argument("name", nargs="?", choices=sorted(BENCHMARKS))
+    parser.add_argument("--json", action="store_true", help="one JSON line a figure")
+    parser.add_argument("--small", action="store_true", help="tiny sizes, to see that it runs")
+    parser.add_argument("--repeats", type=int, help="alternating repetitions")
+    arguments = parser.parse_args()
+    if arguments.name is None:
+        print("\n".join(f"{name:10} {what}" for name, what in BENCHMARKS.items()))
+        return 0
+    from tests.benchmarks.common import table
+
+    bench = import_module(f"tests.benchmarks.{arguments.name}")
+    figures = bench.run(small=arguments.small, repeats=arguments.repeats)
+    for figure in figures if arguments.json else ():
+        print(json.dumps(figure), flush=True)
+    print(table(figures), file=sys.stderr if arguments.json else sys.stdout)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

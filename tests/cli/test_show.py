@@ -1,0 +1,45 @@
+"""`rlhf show` and `rlhf lineage`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def test_show_and_lineage_json(cli: Any, golden: Any) -> None:
+    cli.json("run", "toy.yaml")
+    golden("show_run", cli.json("show", "toy"), cli.root)
+    golden("show_row", cli.json("show", "toy", "pair"), cli.root)
+    golden("lineage", cli.json("lineage", "toy", "last"), cli.root)
+
+
+def test_show_and_lineage_for_people(cli: Any) -> None:
+    cli.json("run", "toy.yaml")
+    _, out, _ = cli("show", "toy")
+    assert out.splitlines()[2].startswith("first  executed") and out.splitlines()[2].endswith("bytes 10")
+    _, out, _ = cli("show", "runs/toy", "pair")
+    assert "  word: word" in out.splitlines() and "  loss: 0.25" in out.splitlines()
+    _, out, _ = cli("lineage", "toy", "last")
+    shapes = [line.rsplit("  ", 1)[0] if "shown" not in line else line for line in out.splitlines()]
+    assert shapes[0].startswith("last")
+    assert shapes[1] == "  documents = documents of first"
+    assert shapes[2] == f"    documents = {cli.root}/text.txt"
+    assert shapes[3] == "  documents = documents of pair"
+    assert shapes[4] == f"    comparisons = {cli.root}/pairs.jsonl"
+    assert shapes[5].startswith("    documents = documents of first") and shapes[5].endswith("(shown above)")
+
+
+def test_unknown_runs_and_rows_name_those_that_exist(cli: Any) -> None:
+    code, _, err = cli("show", "toy")
+    assert code == 2 and "there are: none" in err
+    cli.json("run", "toy.yaml", "--until", "first")
+    assert "there are: toy" in cli("show", "tyo")[2]
+    code, _, err = cli("lineage", "toy", "pair")
+    assert code == 2 and "it has first" in err
+
+
+def test_a_row_that_never_sealed_points_to_its_log(cli: Any) -> None:
+    assert cli("run", "toy.yaml", "--set", "first.fail=crash")[0] == 1
+    code, _, err = cli("show", "toy", "first")
+    assert code == 2 and "is not sealed" in err and "logs/first.log" in err
+    _, out, _ = cli("show", "toy")
+    assert "ended with exit code 1" in out

@@ -1,0 +1,457 @@
+"""Plans: wiring, precedence, fingerprints, and why a row is stale. The stages copy text; no torch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import pytest
+
+from pipeline.flow import wiring
+from pipeline.flow.artifacts import Comparisons, Documents, Policy, RewardModel
+from pipeline.flow.config import Settings, not_identity
+from pipeline.flow.errors import Damaged, UserError
+from pipeline.flow.plan import Plan, check_sources, load_plan, request, state_of, survey
+from pipeline.flow.stage import Stage, run_stage
+from pipeline.flow.store import Store
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Loss(Settings):
+    beta: float = 0.1
+
+
+class Config(Settings):
+    word: str = "w"
+    loss: Loss = Loss()
+    budget: int = not_identity(1, "not part of a row's identity")
+    tokenizer: str = "t"
+
+
+class Copy(Stage):
+    """Every output is the text of all inputs and a word."""
+
+    Config = Config
+
+    def run(self, inputs: Any, workspace: Any) -> dict[str, Any]:
+        texts = []
+        for value in vars(inputs).values():
+            for artifact in value if isinstance(value, list) else [value] if value else []:
+                texts += [path.read_text() for path in artifact.paths if path.name != "tokenizer.json"]
+        for slot in self.Outputs.__dataclass_fields__:
+            (workspace.slot(slot) / "data.jsonl").write_text("".join(texts) + self.config.word + "\n")
+            if slot in ("policy", "model"):
+                (workspace.slot(slot) / "tokenizer.json").write_text(json.dumps({"v": self.config.tokenizer}))
+        return {}
+
+
+class World(Copy):
+    name = "world"
+
+    class Config(Settings):
+        seed: int = 0
+        facts: int = 3
+        word: str = "world"
+
+    @dataclass
+    class Inputs:
+        pass
+
+    @dataclass
+    class Outputs:
+        documents: Documents
+        comparisons: Comparisons
+
+
+class Sft(Copy):
+    name = "sft"
+
+    @dataclass
+    class Inputs:
+        documents: Documents
+        start: Policy | None = None
+
+    @dataclass
+    class Outputs:
+        policy: Policy
+
+
+class Reward(Copy):
+    name = "reward"
+
+    @dataclass
+    class Inputs:
+        policy: Policy
+        comparisons: Comparisons
+
+    @dataclass
+    class Outputs:
+        model: RewardModel
+
+
+class Ppo(Copy):
+    name = "ppo"
+    same_tokenizer = (("policy", "reward"),)
+
+    @dataclass
+    class Inputs:
+        policy: Policy
+        reward: RewardModel
+
+    @dataclass
+    class Outputs:
+        policy: Policy
+
+    @classmethod
+    def check(cls, config: Any, given: frozenset[str]) -> None:
+        if config.word == "bad":
+            raise UserError("word: cannot be bad; set ppo.word")
+
+
+class Judge(Copy):
+    name = "evaluate"
+
+    @dataclass
+    class Inputs:
+        policies: list[Policy]
+        reward: RewardModel | None = None
+        others: list[Policy] = field(default_factory=list)
+
+    @dataclass
+    class Outputs:
+        documents: Documents
+
+
+STAGES = {cls.name: f"{__name__}:{cls.__name__}" for cls in (World, Sft, Reward, Ppo, Judge)}
+
+PLAN = """
+sources:
+  world: {kind: world, seed: 4}
+  pairs: {kind: comparisons, path: pairs.jsonl}
+rows:
+  - sft:      {documents: world.documents}
+  - reward:   {policy: sft.policy, comparisons: pairs}
+  - ppo:      {policy: sft.policy, reward: reward.model}
+  - evaluate: {policies: [sft.policy, ppo.policy], reward: reward.model}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "pairs.jsonl").write_text("pairs\n")
+    return tmp_path
+
+
+def _plan(folder: Path, text: str = PLAN, *sets: str) -> Plan:
+    (folder / "plan.yaml").write_text(text)
+    return load_plan(folder / "plan.yaml", list(sets), STAGES)
+
+
+def _run(plan: Plan, store: Store) -> list[str]:
+    """What a runner does, in this process; the names of the rows that were computed."""
+    computed, known = [], {}
+    check_sources(plan)
+    for row in plan.rows:
+        state = state_of(plan, row, store, known)
+        assert state.fingerprint is not None
+        known[row.name] = state.fingerprint
+        if state.status == "stale":
+            asked = request(plan, row, store, known)
+            assert asked.fingerprint == state.fingerprint
+            store.prepare(asked)
+            manifest = run_stage(asked, lambda event: None)
+            assert manifest is not None
+            store.seal(asked.fingerprint, manifest)
+            computed.append(row.name)
+    return computed
+
+
+def _why(plan: Plan, store: Store) -> dict[str, str]:
+    return {state.row: f"{state.status}: {state.why}" for state in survey(plan, store)}
+
+
+# -------------------------------------------------------------------------------------------------- loading
+
+
+def test_a_plan_is_rows_in_order_worlds_first(folder: Path) -> None:
+    plan = _plan(folder)
+    assert [row.name for row in plan.rows] == ["world", "sft", "reward", "ppo", "evaluate"]
+    assert plan.name == "plan" and plan.seed == 0
+    world = plan.row("world")
+    assert (world.stage, world.seed, world.config.facts) == ("world", 4, 3)  # type: ignore[attr-defined]
+    assert plan.sources["pairs"].paths == (folder / "pairs.jsonl",)
+    assert [ref.text for ref in plan.row("evaluate").refs()] == ["sft.policy", "ppo.policy", "reward.model"]
+    with pytest.raises(UserError, match="did you mean 'ppo'"):
+        plan.row("pppo")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("policy: sft.policy, comparisons: pairs", "policy: sft.policy, comparisons: sft.policy",
+         "plan.yaml:7: row reward, input comparisons: expects Comparisons, but sft.policy is Policy; "
+         "of that kind stand above: pairs, world.comparisons"),
+        ("policy: sft.policy, comparisons: pairs", "policy: sft.policy",
+         "plan.yaml:7: row reward, input comparisons: expects Comparisons, but nothing is given"),
+        ("reward: reward.model}\n  - eval", "reward: reward.modle}\n  - eval",
+         "plan.yaml:8: row ppo, input reward: expects RewardModel; nothing above is called 'reward.modle'; "
+         "did you mean 'reward.model'?"),
+        ("documents: world.documents", "documents: world.documents, start: ppo.policy",
+         "plan.yaml:6: row sft, input start: expects Policy; 'ppo' does not stand above it; "
+         "nothing of that kind stands above, only: pairs (Comparisons), world.documents (Documents)"),
+        ("documents: world.documents", "documens: world.documents",
+         "plan.yaml:6: row sft: there is no input 'documens'; did you mean 'documents'?"),
+        ("[sft.policy, ppo.policy]", "sft.policy",
+         "expects a list of Policy, but is 'sft.policy'; write [sft.policy]"),
+        ("[sft.policy, ppo.policy]", "[sft.policy, sft.policy]", "names something twice"),
+        ("[sft.policy, ppo.policy]", "[]", "nothing is given"),
+        ("{documents: world.documents}", "{documents: [world.documents]}", "write one reference, not a list"),
+        ("{documents: world.documents}", "{documents: 3}", "a reference is text"),
+        ("- ppo:", "- ppoo:", "there is no stage 'ppoo'; did you mean 'ppo'?"),
+        ("- ppo:", "- sft:", "row 'sft' stands twice; call the second sft@2"),
+        ("- ppo:", "- ppo@A_B:", "STAGE or STAGE@LABEL"),
+        ("- ppo:     ", "- ppo:\n    x:", "expected one `name: {inputs}`"),
+        ("kind: comparisons", "kind: comparison", "plan.yaml:4: sources.pairs.kind: 'comparison' is none; "
+         "did you mean 'comparisons'?"),
+        ("path: pairs.jsonl", "pth: pairs.jsonl", "plan.yaml:4: sources.pairs: unknown key 'pth'"),
+        ("path: pairs.jsonl", "path: a, base: gone", "no source is called 'gone'"),
+        ("kind: world, seed: 4", "kind: world, sed: 4", "plan.yaml:3: sources.world: unknown key 'sed'; did"),
+        ("\nsources:", "\nsource:\n  a: 1\nsources:",
+         "plan.yaml:2: unknown key 'source'; did you mean 'sources'?"),
+        ("\nsources:", "\nseed: x\nsources:", "plan.yaml:2: seed: expected int, found 'x'"),
+        ("\nsources:", "\nsettings: {dppo: {}}\nsources:",
+         "settings.dppo: there is no such row; did you mean 'ppo'?"),
+        ("\nsources:", "\nsettings: {ppo: {wrod: x}}\nsources:",
+         "plan.yaml:2: settings.ppo: unknown key 'wrod'; did you mean 'word'?"),
+        ("\nsources:", "\nstages: {ppo: {loss: {bet: 1}}}\nsources:",
+         "plan.yaml:2: settings.ppo.loss: unknown key 'bet'; did you mean 'beta'?"),
+        ("\nsources:", "\nstages: {dpo: {beta: 1}}\nsources:", "stages.dpo: no such stage"),
+        ("\nsources:", "\nsettings: {ppo: {word: bad}}\nsources:",
+         "row ppo: word: cannot be bad; set ppo.word"),
+        ("  pairs:", "  sft:", "a source has this name"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_right_is_refused_in_words(folder: Path, old: str, new: str, message: str) -> None:
+    assert PLAN.count(old) == 1
+    with pytest.raises(UserError) as error:
+        _plan(folder, PLAN.replace(old, new))
+    assert message in str(error.value)
+    assert error.value.exit_code == 2
+
+
+def test_a_stage_without_a_row_still_has_its_keys_checked(folder: Path) -> None:
+    text = PLAN[: PLAN.index("  - ppo:")]
+    _plan(folder, text + "stages: {ppo: {word: x}}\n")
+    with pytest.raises(UserError, match=r"stages\.ppo: unknown key 'wrod'"):
+        _plan(folder, text + "stages: {ppo: {wrod: x}}\n")
+
+
+def test_precedence_is_code_stages_settings_set(folder: Path) -> None:
+    text = PLAN + "  - sft@2: {documents: world.documents}\n"
+    text += "stages: {sft: {word: stage, loss: {beta: 1}}}\nsettings: {sft@2: {word: row}}\n"
+
+    def found(*sets: str) -> list[tuple[str, float]]:
+        plan = _plan(folder, text, *sets)
+        configs: list[Any] = [plan.row(name).config for name in ("sft", "sft@2", "ppo")]
+        return [(config.word, config.loss.beta) for config in configs]
+
+    assert found() == [("stage", 1.0), ("row", 1.0), ("w", 0.1)]
+    assert found("sft@2.loss.beta=2") == [("stage", 1.0), ("row", 2.0), ("w", 0.1)]
+    assert found("stages.sft.word=all") == [("all", 1.0), ("all", 1.0), ("w", 0.1)]
+    assert found("sft.word=one", "stages.sft.word=all") == [("one", 1.0), ("all", 1.0), ("w", 0.1)]
+    assert found("settings.ppo.word=x") == [("stage", 1.0), ("row", 1.0), ("x", 0.1)]
+
+
+def test_sets_reach_sources_seed_and_worlds(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = folder / "elsewhere"
+    other.mkdir()
+    monkeypatch.chdir(other)
+    sets = [
+        "sources.pairs.path=../pairs.jsonl",
+        "seed=9",
+        "world.facts=5",
+        "launch.threads=2",
+        "skip_bad=true",
+    ]
+    plan = _plan(folder, PLAN, *sets)
+    assert plan.sources["pairs"].paths == (folder / "pairs.jsonl",)
+    assert (plan.seed, plan.row("sft").seed, plan.row("world").seed) == (9, 9, 4)
+    assert plan.row("world").config.facts == 5  # type: ignore[attr-defined]
+    assert plan.launch == {"threads": 2} and plan.skip_bad
+    assert plan.document["sources"]["world"]["facts"] == 5
+    for bad, message in (
+        ("pp.word=1", "--set pp.word=1: 'pp' is no row and no part of a plan; did you mean 'ppo'?"),
+        ("rows=[]", "'rows' is no row"),
+        ("ppo=1", "'ppo' is no row"),
+        ("ppo.wrod=1", "--set ppo.wrod=1: settings.ppo: unknown key 'wrod'; did you mean 'word'?"),
+    ):
+        with pytest.raises(UserError) as error:
+            _plan(folder, PLAN, bad)
+        assert message in str(error.value)
+
+
+def test_a_source_without_a_file_plans_and_does_not_run(folder: Path) -> None:
+    store = Store(folder / "store")
+    plan = _plan(folder, PLAN.replace(", path: pairs.jsonl", ""))
+    _run(_plan(folder, PLAN[: PLAN.index("  - reward:")]), store)
+    state = survey(plan, store)[2]
+    assert (state.status, state.waits_for) == ("pending", "sources.pairs")
+    for act in (lambda: check_sources(plan), lambda: request(plan, plan.row("reward"), store)):
+        with pytest.raises(UserError, match=r"--set sources\.pairs\.path=FILE"):
+            act()
+    with pytest.raises(UserError, match="there is no file"):
+        check_sources(_plan(folder, PLAN, "sources.pairs.path=gone.jsonl"))
+
+
+# ---------------------------------------------------------------------------------- fingerprints and survey
+
+
+def test_a_second_run_computes_nothing_and_pending_rows_say_what_they_wait_for(folder: Path) -> None:
+    store, plan = Store(folder / "store"), _plan(folder)
+    states = survey(plan, store)
+    assert [(s.row, s.status, s.waits_for) for s in states] == [
+        ("world", "stale", None),
+        ("sft", "pending", "world"),
+        ("reward", "pending", "sft"),
+        ("ppo", "pending", "sft"),
+        ("evaluate", "pending", "sft"),
+    ]
+    assert states[0].why == "never run" and states[1].fingerprint is None
+    assert _run(plan, store) == ["world", "sft", "reward", "ppo", "evaluate"]
+    assert _run(_plan(folder), Store(store.root)) == []
+    assert {state.status for state in survey(plan, Store(store.root))} == {"fresh"}
+    assert _run(_plan(folder, PLAN, "ppo.budget=7"), store) == []
+
+
+def test_one_byte_of_the_preference_file_reruns_what_reads_it(folder: Path) -> None:
+    store = Store(folder / "store")
+    _run(_plan(folder), store)
+    (folder / "pairs.jsonl").write_text("pairz\n")
+    plan = _plan(folder)
+    assert _why(plan, store) == {
+        "world": "fresh: sealed",
+        "sft": "fresh: sealed",
+        "reward": "stale: input comparisons changed",
+        "ppo": "pending: waits for reward",
+        "evaluate": "pending: waits for ppo",
+    }
+    assert _run(plan, store) == ["reward", "ppo", "evaluate"]
+
+
+def test_settings_seeds_and_the_nearest_earlier_row_are_told(folder: Path) -> None:
+    store = Store(folder / "store")
+    _run(_plan(folder), store)
+    assert (
+        _why(_plan(folder, PLAN, "ppo.loss.beta=0.2"), store)["ppo"] == "stale: settings.loss.beta 0.1 -> 0.2"
+    )
+    _run(_plan(folder, PLAN, "ppo.loss.beta=0.2"), store)
+    why = _why(_plan(folder, PLAN, "ppo.loss.beta=0.2", "ppo.word=z"), store)["ppo"]
+    assert why == "stale: settings.word w -> z"  # against the second, which is nearer
+    assert _why(_plan(folder, PLAN, "seed=1"), store)["sft"] == "stale: seed 0 -> 1"
+    assert _why(_plan(folder, PLAN, "seed=1"), store)["world"] == "fresh: sealed"  # it has a seed of its own
+    assert _why(_plan(folder, PLAN, "skip_bad=true"), store)["reward"] == "stale: skip_bad False -> True"
+    assert (
+        _why(_plan(folder, PLAN, "sources.pairs.format=hh"), store)["reward"]
+        == "stale: format of pairs added"
+    )
+
+
+def test_equal_results_stop_the_wave(folder: Path) -> None:
+    """A row that comes out the same leaves the rows below fresh: inputs count by content."""
+    store = Store(folder / "store")
+    _run(_plan(folder), store)
+    assert _run(_plan(folder, PLAN, "sft.loss.beta=5"), store) == ["sft"]
+
+
+def test_changed_code_is_named_and_accepted_only_by_an_option(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = folder / "pipeline"
+    (package / "algo").mkdir(parents=True)
+    (package / "algo/preference.py").write_text("x = 1\n")
+    monkeypatch.setattr(wiring, "PACKAGE", package)
+    monkeypatch.setattr(Reward, "sources", ("algo",))
+    store = Store(folder / "store")
+    _run(_plan(folder), store)
+    assert "algo/preference.py" in _plan(folder).row("reward").code
+    (package / "algo/preference.py").write_text("x = 2\n")
+    plan = _plan(folder)
+    assert _why(plan, store)["reward"] == "stale: code of algo/preference.py changed"
+    states = survey(plan, store, accept_code=True)
+    assert {state.status for state in states} == {"fresh"}
+    assert states[2].why == "code of algo/preference.py changed: accepted as unchanged"
+    assert store.is_sealed(states[2].fingerprint or "")
+    (package / "algo/new.py").write_text("")
+    assert "code of algo/new.py added" in _why(_plan(folder), store)["reward"]
+    changed = _plan(folder, PLAN, "reward.word=z")
+    assert survey(changed, store, accept_code=True)[2].status == "stale"
+
+
+def test_the_order_and_names_of_a_list_are_identity(folder: Path) -> None:
+    store = Store(folder / "store")
+    _run(_plan(folder), store)
+    turned = PLAN.replace("[sft.policy, ppo.policy]", "[ppo.policy, sft.policy]")
+    assert _why(_plan(folder, turned), store)["evaluate"] == "stale: input policies changed"
+
+
+def test_a_damaged_row_is_not_fresh(folder: Path) -> None:
+    store, plan = Store(folder / "store"), _plan(folder)
+    _run(plan, store)
+    path = next((store.root / "rows").glob("*/policy/data.jsonl"))
+    path.chmod(0o644)
+    path.write_bytes(path.read_bytes().replace(b"w", b"v", 1))
+    with pytest.raises(Damaged, match="policy/data.jsonl"):
+        survey(plan, Store(store.root))
+
+
+def test_tokenizers_must_agree_where_ids_cross(folder: Path) -> None:
+    store = Store(folder / "store")
+    with pytest.raises(UserError) as error:
+        _run(_plan(folder, PLAN, "reward.tokenizer=other"), store)
+    for words in ("row ppo: sft.policy and reward.model must have the same tokenizer", "cross between them"):
+        assert words in str(error.value)
+    assert error.value.exit_code == 2
+
+
+def test_unfinished_work_is_told(folder: Path) -> None:
+    store, plan = Store(folder / "store"), _plan(folder)
+    partial = store.prepare(request(plan, plan.row("world"), store))
+    (partial / "LATEST").write_text("step-2")
+    assert _why(plan, store)["world"] == "stale: never run; unfinished work is continued"
+
+
+# ------------------------------------------------------------------------------------------------- requests
+
+
+def test_a_request_holds_all_that_a_worker_needs(folder: Path) -> None:
+    store, plan = Store(folder / "store"), _plan(folder)
+    with pytest.raises(UserError, match="row ppo cannot run: waits for sft"):
+        request(plan, plan.row("ppo"), store)
+    _run(plan, store)
+    asked = request(plan, plan.row("reward"), store)
+    policy, pairs = asked.inputs["policy"], asked.inputs["comparisons"]
+    assert policy["meta"]["ref"] == "sft.policy" and policy["meta"]["row"] == "sft"
+    assert pairs["locations"] == [str(folder / "pairs.jsonl")]
+    assert asked.places == {pairs["digest"]: [str(folder / "pairs.jsonl")]}
+    world = survey(plan, store)[0].fingerprint
+    assert asked.roots == sorted([world, pairs["digest"]])
+    json.dumps(asked.identity)
+    evaluated = request(plan, plan.row("evaluate"), store)
+    assert [entry["meta"]["ref"] for entry in evaluated.inputs["policies"]] == ["sft.policy", "ppo.policy"]
+    assert evaluated.inputs["others"] is None
+
+
+def test_planning_imports_no_torch() -> None:
+    code = "import sys; from pipeline.flow import plan, store, wiring; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_settings_validate_with_pydantic_alone() -> None:
+    with pytest.raises(pydantic.ValidationError):
+        Config(nope=1)  # type: ignore[call-arg]

@@ -1,0 +1,293 @@
+"""Sealing, damage, locks and garbage collection, with rows made by hand."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.flow.artifacts import Comparisons, Documents, Policy, describe
+from pipeline.flow.errors import Damaged, Locked, UserError
+from pipeline.flow.stage import Request
+from pipeline.flow.store import Store, run_lock
+
+
+def _seal(
+    store: Store,
+    fp: str,
+    row: str,
+    *,
+    slot: str = "documents",
+    kind: str = "documents",
+    files: Any = None,
+    inputs: Any = None,
+    places: Any = None,
+) -> dict[str, Any]:
+    out = store.partial_dir(fp) / "out" / slot
+    out.mkdir(parents=True)
+    for name, text in (files or {"data.jsonl": f"{row}\n"}).items():
+        (out / name).write_text(text)
+    (store.partial_dir(fp) / "metrics.jsonl").write_text('{"step": 1}\n')
+    manifest = {
+        "schema": 1,
+        "row": row,
+        "stage": row.partition("@")[0],
+        "fingerprint": fp,
+        "inputs": inputs or {},
+        "places": places or {},
+        "roots": [fp],
+        "outputs": {slot: describe(out, kind)},
+        "metrics": {"loss": 0.1},
+        "finished": time.time(),
+    }
+    store.seal(fp, manifest)
+    return manifest
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
+
+
+def test_a_sealed_row_opens_again(store: Store) -> None:
+    manifest = _seal(store, "aa", "first")
+    assert store.is_sealed("aa") and not store.partial_dir("aa").exists()
+    again = Store(store.root)
+    assert {**again.manifest("aa"), "seal": None} == {**manifest, "seal": None}
+    artifact = again.open_output("aa", "documents")
+    assert isinstance(artifact, Documents)
+    assert artifact.data_files[0].read_text() == "first\n"
+    assert artifact.meta["row"] == "first" and artifact.meta["fingerprint"] == "aa"
+    assert (store.row_dir("aa") / "metrics.jsonl").is_file()
+    assert artifact.data_files[0].stat().st_mode & 0o222 == 0
+    assert again.find_output(artifact.digest) == ("aa", "documents")
+    with pytest.raises(UserError, match="made no 'policy' this time; it made documents"):
+        again.open_output("aa", "policy")
+
+
+def test_a_row_is_sealed_once(store: Store) -> None:
+    manifest = _seal(store, "aa", "first")
+    (store.partial_dir("aa") / "out").mkdir(parents=True)
+    with pytest.raises(UserError, match="sealed already"):
+        store.seal("aa", manifest)
+
+
+def test_an_output_that_changed_after_its_manifest_is_not_sealed(store: Store) -> None:
+    out = store.partial_dir("aa") / "out/documents"
+    out.mkdir(parents=True)
+    (out / "data.jsonl").write_text("x")
+    manifest = {"outputs": {"documents": describe(out, "documents")}}
+    (out / "data.jsonl").write_text("longer")
+    with pytest.raises(Damaged, match="6 bytes"):
+        store.seal("aa", manifest)
+    assert not store.is_sealed("aa")
+
+
+def _flip(path: Path) -> None:
+    path.chmod(0o644)
+    before = path.stat()
+    data = bytearray(path.read_bytes())
+    data[0] ^= 1
+    path.write_bytes(bytes(data))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_a_flipped_byte_is_refused_naming_the_file_and_both_digests(store: Store) -> None:
+    manifest = _seal(store, "aa", "first")
+    path = store.row_dir("aa") / "documents/data.jsonl"
+    old = manifest["outputs"]["documents"]["files"]["data.jsonl"]["sha256"]
+    _flip(path)
+    for look in (store.check, store.verify, lambda fp: Store(store.root).open_output(fp, "documents")):
+        with pytest.raises(Damaged) as error:
+            look("aa")
+        assert str(path) in str(error.value) and old in str(error.value)
+        assert error.value.exit_code == 3
+        assert len(set(re.findall(r"\b[0-9a-f]{64}\b", str(error.value)))) == 2
+
+
+def test_hashes_are_remembered_and_a_later_flip_is_still_found(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.flow.store.SETTLED", -1.0)
+    _seal(store, "aa", "first")
+    store.check("aa")
+    store.remember()
+    counted: list[Path] = []
+    monkeypatch.setattr("pipeline.flow.store.sha256_file", lambda path: counted.append(path) or "0")
+    Store(store.root).check("aa")
+    assert counted == []
+    with pytest.raises(Damaged):  # verify ignores what is remembered: it hashes (here to "0")
+        Store(store.root).verify("aa")
+    monkeypatch.undo()
+    _flip(store.row_dir("aa") / "documents/data.jsonl")  # the time of change of content is put back
+    with pytest.raises(Damaged):
+        Store(store.root).check("aa")
+
+
+def test_a_missing_an_extra_and_a_truncated_file_are_damage(store: Store) -> None:
+    _seal(store, "aa", "first")
+    folder = store.row_dir("aa") / "documents"
+    (folder / "extra.json").write_text("{}")
+    with pytest.raises(Damaged, match=r"extra\.json: is not in the manifest"):
+        store.check("aa")
+    (folder / "extra.json").unlink()
+    (folder / "data.jsonl").chmod(0o644)
+    (folder / "data.jsonl").write_text("")
+    with pytest.raises(Damaged, match="0 bytes"):
+        store.check("aa")
+    (folder / "data.jsonl").unlink()
+    with pytest.raises(Damaged, match="missing"):
+        store.check("aa")
+
+
+def test_a_changed_manifest_is_refused(store: Store) -> None:
+    _seal(store, "aa", "first")
+    path = store.row_dir("aa") / "manifest.json"
+    path.chmod(0o644)
+    path.write_text(path.read_text().replace('"loss": 0.1', '"loss": 0.2'))
+    with pytest.raises(Damaged, match="was changed"):
+        Store(store.root).manifest("aa")
+    path.write_text("{")
+    with pytest.raises(Damaged, match="cannot be read as a manifest"):
+        Store(store.root).manifest("aa")
+    assert Store(store.root).manifests() == {}
+    with pytest.raises(UserError, match="no such row"):
+        store.manifest("bb")
+
+
+def test_a_manifest_cannot_point_outside_its_row(store: Store) -> None:
+    (store.root / "rows").mkdir(parents=True)
+    (store.root / "rows/secret").write_text("x")
+    with pytest.raises((UserError, Damaged)):
+        files = {"../../secret": {"bytes": 1, "sha256": "0"}}
+        store._compare(store.row_dir("aa"), {"d": {"kind": "documents", "digest": "0", "files": files}})
+
+
+# ------------------------------------------------------------------------------------------ files of a user
+
+
+def test_sources_are_hashed_where_they_lie(tmp_path: Path, store: Store) -> None:
+    (tmp_path / "a.jsonl").write_text("a\n")
+    (tmp_path / "b.jsonl").write_text("b\n")
+    one = store.open_source(Comparisons, [tmp_path / "a.jsonl"], format="hh", label="sources.pairs")
+    assert (one.path, one.files, one.format) == (tmp_path, ("a.jsonl",), "hh")
+    both = store.open_source(Comparisons, [tmp_path / "a.jsonl", tmp_path / "b.jsonl"], listed=True)
+    turned = store.open_source(Comparisons, [tmp_path / "b.jsonl", tmp_path / "a.jsonl"], listed=True)
+    assert [p.name for p in both.data_files] == ["a.jsonl", "b.jsonl"]
+    assert len({one.digest, both.digest, turned.digest}) == 3
+    (tmp_path / "a.jsonl").write_text("c\n")  # same size, at once
+    assert store.open_source(Comparisons, [tmp_path / "a.jsonl"]).digest != one.digest
+
+
+def test_a_directory_of_data_leaves_out_what_is_no_data(tmp_path: Path, store: Store) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    with pytest.raises(UserError, match="holds no file to read"):
+        store.open_source(Comparisons, [folder])
+    for name in ("b.jsonl", "a.parquet", "SOURCE.txt", ".hidden.jsonl"):
+        (folder / name).write_text("x")
+    artifact = store.open_source(Comparisons, [folder])
+    assert artifact.files == ("a.parquet", "b.jsonl") and artifact.path == folder
+    with pytest.raises(UserError, match="a list holds files only"):
+        store.open_source(Comparisons, [folder], listed=True)
+    with pytest.raises(UserError, match=r"sources\.x: there is no file"):
+        store.open_source(Comparisons, [tmp_path / "none"], label="sources.x")
+
+
+def test_an_adapter_of_the_user_needs_its_base(tmp_path: Path, store: Store) -> None:
+    for name, files in (("base", ["model.safetensors"]), ("lora", ["adapter_config.json"])):
+        (tmp_path / name).mkdir()
+        for file in files:
+            (tmp_path / name / file).write_text("{}")
+    base = store.open_source(Policy, [tmp_path / "base"])
+    assert base.lineage["form"] == "full"
+    with pytest.raises(UserError, match="`base:`"):
+        store.open_source(Policy, [tmp_path / "lora"], label="sources.lora")
+    lora = store.open_source(Policy, [tmp_path / "lora"], base=base)
+    assert lora.lineage["base"] == base.digest and lora.bases == {base.digest: tmp_path / "base"}
+
+
+def test_the_base_of_a_sealed_adapter_is_found_in_rows_or_where_the_user_has_it(
+    tmp_path: Path, store: Store
+) -> None:
+    sealed = _seal(store, "aa", "sft", slot="policy", kind="policy", files={"model.safetensors": "w"})
+    base = sealed["outputs"]["policy"]["digest"]
+    adapter = {"adapter_config.json": json.dumps({"base_model_name_or_path": base})}
+    _seal(store, "bb", "dpo", slot="policy", kind="policy", files=adapter)
+    assert store.open_output("bb", "policy").bases == {base: store.row_dir("aa") / "policy"}
+
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "model.safetensors").write_text("v")
+    own = store.open_source(Policy, [mine])
+    adapter = {"adapter_config.json": json.dumps({"base_model_name_or_path": own.digest})}
+    _seal(store, "cc", "dpo", slot="policy", kind="policy", files=adapter, places={own.digest: [str(mine)]})
+    assert store.open_output("cc", "policy").bases == {own.digest: mine}
+    (mine / "model.safetensors").write_text("changed")
+    with pytest.raises(Damaged, match="base model of an adapter changed"):
+        store.open_output("cc", "policy")
+
+
+# ---------------------------------------------------------------------------------------------------- locks
+
+
+def test_a_lock_is_let_go_in_good_order_after_an_error(store: Store) -> None:
+    with pytest.raises(ValueError, match="x"), store.lock("aa"):
+        raise ValueError("x")
+    with store.lock("aa") as lock:
+        assert lock.recovered is None
+        with pytest.raises(Locked, match="the row aa is in use"), store.lock("aa"):
+            pass
+
+
+# ------------------------------------------------------------------------------------------------------- gc
+
+
+def test_gc_removes_what_no_run_and_no_lock_reaches(tmp_path: Path, store: Store) -> None:
+    base = _seal(store, "aa", "sft", slot="policy", kind="policy", files={"model.safetensors": "w"})
+    digest = base["outputs"]["policy"]["digest"]
+    adapter = {"adapter_config.json": json.dumps({"base_model_name_or_path": digest})}
+    _seal(store, "bb", "dpo", slot="policy", kind="policy", files=adapter)
+    source = _seal(store, "cc", "world")
+    _seal(store, "dd", "old")
+    entry = {"digest": source["outputs"]["documents"]["digest"], "bases": {}}
+    for fp in ("ee", "ff"):
+        request = Request("sft", "sft", "", fp, {}, {"documents": entry}, {}, 0, str(store.partial_dir(fp)))
+        store.prepare(request)
+    store.record_run(tmp_path / "runs/one", {"dpo": "bb"})
+    with store.lock("ee"):
+        would = store.gc(dry_run=True)
+        assert [(item.path.name, item.what) for item in would] == [
+            ("dd", "sealed row old"),
+            ("ff", "row in progress sft"),
+        ]
+        assert would[0].bytes == sum(p.stat().st_size for p in store.row_dir("dd").rglob("*") if p.is_file())
+        assert store.is_sealed("dd")
+        assert store.gc() == would
+    assert {path.name for path in (store.root / "rows").iterdir()} == {"aa", "bb", "cc"}
+    assert {path.name for path in (store.root / "partial").iterdir()} == {"ee"}
+    assert store.unfinished("sft").keys() == {"ee"}
+
+
+def test_gc_keep_narrows_the_runs_but_not_one_that_is_going_on(tmp_path: Path, store: Store) -> None:
+    for fp in ("aa", "bb", "cc"):
+        _seal(store, fp, "first")
+        store.record_run(tmp_path / "runs" / fp, {"first": fp})
+    with run_lock(tmp_path / "runs/bb"):
+        gone = store.gc(keep=[tmp_path / "runs/aa"])
+    assert [item.path.name for item in gone] == ["cc"]
+    assert [path.name for path in store.runs()] and store.is_sealed("aa") and store.is_sealed("bb")
+
+
+def test_prepare_keeps_checkpoints_and_clears_outputs(store: Store) -> None:
+    request = Request("sft", "sft", "", "aa", {}, {}, {}, 0, str(store.partial_dir("aa")))
+    partial = store.prepare(request)
+    (partial / "LATEST").write_text("step-3")
+    (partial / "out/half").write_text("x")
+    store.prepare(request)
+    assert (partial / "LATEST").exists() and not (partial / "out/half").exists()

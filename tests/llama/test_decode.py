@@ -1,0 +1,265 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import transformers
+
+from pipeline.flow.errors import UserError
+from pipeline.llama import decode, modeling
+
+SHAPE = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.3,
+}
+PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12], [13, 14, 15], [16, 17, 18, 19, 20]]
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+
+
+def new_model(kind: str = "core", **changes):
+    torch.manual_seed(0)
+    shape = {**SHAPE, **changes}
+    if kind == "core":
+        model = modeling.LlamaForCausalLM(transformers.LlamaConfig(**shape))
+    elif kind == "llama":
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape))
+    elif kind == "mistral":
+        model = transformers.MistralForCausalLM(transformers.MistralConfig(sliding_window=None, **shape))
+    else:
+        model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**shape))
+    for p in model.parameters():  # biases and norms too
+        torch.nn.init.normal_(p, std=0.2) if p.ndim == 1 else None
+    return model.eval()
+
+
+def full_logits(model, ids):
+    """The plain forward of one sequence, no cache, no padding: [T, V]."""
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float()
+
+
+def padded(prompts):
+    length = max(map(len, prompts))
+    ids = torch.tensor([p + [0] * (length - len(p)) for p in prompts])
+    return ids, torch.tensor([len(p) for p in prompts])
+
+
+CASES = [
+    ("core", decode.LayerRunner, {}),
+    ("core", decode.LayerRunner, {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+    ("core", decode.LayerRunner, {"rope_parameters": LLAMA3, "num_key_value_heads": 4, "head_dim": 16}),
+    ("core", decode.LayerRunner, {"num_hidden_layers": 1, "num_key_value_heads": 1}),
+    ("core", decode.ForwardRunner, {}),
+    ("llama", decode.LayerRunner, {}),
+    ("llama", decode.ForwardRunner, {"attn_implementation": "eager"}),
+    ("mistral", decode.ForwardRunner, {}),
+    ("qwen2", decode.ForwardRunner, {}),
+]
+
+
+@pytest.mark.parametrize(("kind", "runner_type", "changes"), CASES)
+def test_cached_decoding_equals_the_full_forward(kind, runner_type, changes):
+    """T52, T17: prompts of mixed lengths, two rows each, then steps of the same rows fed different tokens."""
+    model = new_model(kind, **changes)
+    cache = decode.new_cache(model, rows=8, columns=16)
+    runner = runner_type(model, cache)
+    ids, lengths = padded(PROMPTS)
+    slots = torch.tensor([[0, 5], [1, 4], [7, 2], [3, 6]])
+    with torch.no_grad():
+        logits = runner.prefill(ids, lengths, slots)
+        for prompt, got in zip(PROMPTS, logits, strict=True):
+            torch.testing.assert_close(got, full_logits(model, prompt)[-1], atol=1e-5, rtol=1e-5)
+        sequences: list[list[int]] = [[]] * 8
+        for prompt, rows in zip(PROMPTS, slots.tolist(), strict=True):
+            for row in rows:
+                sequences[row] = list(prompt)
+        for step in range(4):
+            fed = [(11 * row + 5 * step) % 97 for row in range(8)]
+            at = torch.tensor([len(s) for s in sequences])
+            sequences = [[*s, t] for s, t in zip(sequences, fed, strict=True)]
+            got = runner.step(torch.tensor(fed), at, int(at.max()) + 1)
+            for row, sequence in enumerate(sequences):
+                torch.testing.assert_close(got[row], full_logits(model, sequence)[-1], atol=1e-5, rtol=1e-5)
+
+
+def test_rows_can_be_moved():
+    model = new_model()
+    cache = decode.new_cache(model, rows=4, columns=16)
+    runner = decode.LayerRunner(model, cache)
+    ids, lengths = padded(PROMPTS)
+    with torch.no_grad():
+        runner.prefill(ids, lengths, torch.arange(4)[:, None])
+        cache.move(torch.tensor([3, 2]), torch.tensor([0, 1]), 8)
+        got = runner.step(torch.tensor([30, 31]), lengths[[3, 2]], 8)
+    for row, sequence in enumerate(([*PROMPTS[3], 30], [*PROMPTS[2], 31])):
+        torch.testing.assert_close(got[row], full_logits(model, sequence)[-1], atol=1e-5, rtol=1e-5)
+
+
+def test_long_prompts_go_through_fused_attention(monkeypatch):
+    model = new_model()
+    monkeypatch.setattr(decode, "MATMUL_UP_TO", 4)
+    ids, lengths = padded(PROMPTS)
+    with torch.no_grad():
+        runner = decode.LayerRunner(model, decode.new_cache(model, 4, 8))
+        got = runner.prefill(ids, lengths, torch.arange(4)[:, None])
+    for prompt, row in zip(PROMPTS, got, strict=True):
+        torch.testing.assert_close(row, full_logits(model, prompt)[-1], atol=1e-5, rtol=1e-5)
+
+
+def test_adapters_are_called_and_can_be_switched_off():
+    peft = pytest.importorskip("peft")
+    plain = new_model()
+    lora = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(copy.deepcopy(plain), lora).eval()
+    ids, lengths = padded(PROMPTS)
+
+    def last_logits():
+        cache = decode.new_cache(model, 4, 8)
+        runner = decode.new_runner(model, cache)
+        assert isinstance(runner, decode.LayerRunner)
+        with torch.no_grad():
+            return runner.prefill(ids, lengths, torch.arange(4)[:, None])[0]
+
+    torch.testing.assert_close(last_logits(), full_logits(model, PROMPTS[0])[-1], atol=1e-5, rtol=1e-5)
+    with model.disable_adapter():
+        torch.testing.assert_close(last_logits(), full_logits(plain, PROMPTS[0])[-1], atol=1e-5, rtol=1e-5)
+    prefix = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(UserError, match="prompt-learning"):
+        decode.base_model(peft.get_peft_model(plain, prefix))
+
+
+def test_lower_precision_is_close():
+    model = new_model(initializer_range=0.05)
+    ids, lengths = padded(PROMPTS)
+    slots = torch.arange(4)[:, None]
+    with torch.no_grad():
+        exact = decode.LayerRunner(model, decode.new_cache(model, 4, 8)).prefill(ids, lengths, slots)
+        for runner_type in (decode.LayerRunner, decode.ForwardRunner):
+            low = runner_type(model, decode.new_cache(model, 4, 8), torch.bfloat16)
+            got = low.prefill(ids, lengths, slots)
+            assert got.dtype == torch.float32
+            assert not torch.equal(got, exact)
+            torch.testing.assert_close(got, exact, atol=0.03, rtol=0.03)
+
+
+def test_which_runner_serves_which_model():
+    assert decode.runs_by_layer(new_model("core"))
+    assert decode.runs_by_layer(new_model("llama"))
+    assert not decode.runs_by_layer(new_model("qwen2"))
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    assert not decode.runs_by_layer(new_model("llama", rope_parameters=rope))
+
+
+def test_a_sliding_window_shorter_than_the_cache_is_refused():
+    torch.manual_seed(0)
+    model = transformers.MistralForCausalLM(transformers.MistralConfig(**SHAPE, sliding_window=8))
+    decode.new_runner(model, decode.new_cache(model, 2, 8))
+    with pytest.raises(UserError, match="sliding window"):
+        decode.new_runner(model, decode.new_cache(model, 2, 9))
+
+
+def test_sampling_mode_puts_everything_back():
+    """T33: dropout is off inside, and what was in train mode is so again, also after an error."""
+    model = new_model()
+    model.train()
+    model.model.layers[0].eval()
+    before = {n: m.training for n, m in model.named_modules()}
+    with pytest.raises(ZeroDivisionError), decode.sampling_mode(model):
+        assert not any(m.training for m in model.modules())
+        assert not torch.is_grad_enabled()
+        raise ZeroDivisionError
+    assert {n: m.training for n, m in model.named_modules()} == before
+
+
+def test_sharded_weights_are_refused():
+    """T47: a policy that is not gathered has empty parameters."""
+    model = new_model()
+    model.lm_head.weight = torch.nn.Parameter(torch.empty(0))
+    with pytest.raises(RuntimeError, match="gather"), decode.sampling_mode(model):
+        pass
+
+
+def test_cache_memory_is_predicted():
+    model = new_model()
+    cache = decode.new_cache(model, 4, 8)
+    with torch.no_grad():
+        decode.LayerRunner(model, cache).prefill(*padded(PROMPTS), torch.arange(4)[:, None])
+    layers = [cache.slot(i) for i in range(3)]
+    taken = sum(x.nbytes for layer in layers for x in (layer.keys, layer.values))
+    assert taken == 4 * 8 * decode.column_bytes(model)
+
+
+# --- choosing a token: probabilities .4 .3 .2 .1 ---
+
+LOGITS = torch.log(torch.tensor([[0.1, 0.4, 0.2, 0.3]]))
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "expected"),
+    [
+        (0, 1.0, [0.1, 0.4, 0.2, 0.3]),
+        (2, 1.0, [0.0, 4 / 7, 0.0, 3 / 7]),
+        (0, 0.69, [0.0, 4 / 7, 0.0, 3 / 7]),  # .4 + .3 reach it
+        (0, 0.71, [0.0, 4 / 9, 2 / 9, 3 / 9]),
+        (0, 0.01, [0.0, 1.0, 0.0, 0.0]),  # at least one
+        (3, 0.75, [0.0, 4 / 7, 0.0, 3 / 7]),  # of 4/9, 3/9, 2/9: 7/9 reach .75
+        (9, 1.0, [0.1, 0.4, 0.2, 0.3]),
+    ],
+)
+def test_truncation_by_hand(top_k, top_p, expected):
+    probs = torch.softmax(decode.truncate(LOGITS, top_k, top_p), -1)
+    torch.testing.assert_close(probs, torch.tensor([expected]))
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(7, 1.0), (0, 0.8), (20, 0.5)])
+def test_truncation_is_that_of_transformers(top_k, top_p):
+    torch.manual_seed(0)
+    logits = torch.randn(50, 61)
+    expected = logits
+    if top_k:
+        expected = transformers.TopKLogitsWarper(top_k)(None, expected)
+    if top_p < 1:
+        expected = transformers.TopPLogitsWarper(top_p)(None, expected)
+    torch.testing.assert_close(decode.truncate(logits, top_k, top_p), expected)
+
+
+def test_inverse_cdf_by_hand():
+    probs = torch.tensor([[0.0, 0.25, 0.0, 0.5, 0.25, 0.0]]).repeat(6, 1)
+    noise = torch.tensor([0.0, 0.2499, 0.25, 0.7499, 0.75, 1 - 2.0**-24])
+    assert decode.inverse_cdf(probs, noise).tolist() == [1, 1, 3, 3, 4, 4]
+
+
+def test_tokens_without_probability_are_never_drawn():
+    torch.manual_seed(0)
+    logits = torch.randn(4096, 33)
+    noise = torch.cat([torch.zeros(1024), torch.full((1024,), 1 - 2.0**-24), torch.rand(2048)])
+    ids, logprobs, _ = decode.choose(logits, noise, 0.7, top_k=3)
+    allowed = logits.topk(3, -1).indices
+    assert (ids[:, None] == allowed).any(-1).all()
+    assert torch.isfinite(logprobs).all()
+
+
+def test_logprobs_of_both_distributions():
+    """Temperature 2: probabilities proportional to the roots; token 1 forbidden; raw ones stay as they are."""
+    forbidden = torch.tensor([[False, True, False, False]])
+    ids, own, raw = decode.choose(LOGITS, torch.tensor([0.99]), 2.0, forbidden_NV=forbidden)
+    assert ids.item() == 3
+    assert own.exp().item() == pytest.approx(0.3**0.5 / (0.1**0.5 + 0.2**0.5 + 0.3**0.5), abs=1e-6)
+    assert raw.exp().item() == pytest.approx(0.3, abs=1e-6)
+    ids, own, raw = decode.choose(LOGITS, torch.tensor([0.99]), 0.0)
+    assert (ids.item(), own.item()) == (1, 0.0)
+    assert raw.exp().item() == pytest.approx(0.4, abs=1e-6)

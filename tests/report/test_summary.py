@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+from pipeline.report.summary import best_of_n_grid, parts_grid, policies_grid, reward_grid, summarise
+
+RATE = {"vs": "sft", "mean": 0.7, "low": 0.65, "high": 0.75}
+EVALUATION = {
+    "temperature": 0.7,
+    "policies": {
+        "sft": {
+            "proxy": 0.0,
+            "heldout": None,
+            "gold": 0.6,
+            "gold_parts": {"correct": 0.5, "ended": 0.9},
+            "win_rate": None,
+            "kl": 0.0,
+            "length": 9.25,
+            "stop_rate": 1.0,
+            "text_perplexity": 3.456,
+        },
+        "dpo": {
+            "proxy": 1.5,
+            "heldout": None,
+            "gold": 0.8,
+            "gold_parts": {"correct": 0.75, "ended": 1.0},
+            "win_rate": RATE,
+            "win_rate_parts": {"correct": {"mean": 0.6, "low": 0.55, "high": 0.65}},
+            "kl": 2.0,
+            "length": 8.0,
+            "stop_rate": 0.995,
+            "text_perplexity": None,
+        },
+    },
+    "reward_model": {
+        "labels": {"mean": 0.7, "low": 0.6, "high": 0.8, "count": 400},
+        "length": {"mean": 0.55, "low": 0.5, "high": 0.6, "count": 400, "direction": "shorter"},
+        "clear": None,
+    },
+    "best_of_n": {
+        "policy": "sft",
+        "rows": [
+            {
+                "n": 1,
+                "by_reward": {"mean": 0.6},
+                "by_gold": {"mean": 0.6},
+                "recovered": None,
+                "kl_bound": 0.0,
+            },
+            {
+                "n": 2,
+                "by_reward": {"mean": 0.65},
+                "by_gold": {"mean": 0.7},
+                "recovered": RATE,
+                "kl_bound": 0.19,
+            },
+        ],
+    },
+}
+
+
+def test_policies_against_metrics():
+    grid = policies_grid(EVALUATION, "evaluate")
+    assert grid.title == "evaluate, temperature 0.7"
+    assert "held-out reward" not in grid.head  # nobody has it
+    assert grid.head[:3] == ["policy", "wins over sft", "gold"]
+    assert grid.rows[0][:3] == ["sft", "–", "0.600"]
+    assert grid.rows[1][:3] == ["dpo", "0.700 [0.650, 0.750]", "0.800"]
+    assert grid.rows[1][-1] == "–"
+
+
+def test_parts_of_the_judge():
+    grid = parts_grid(EVALUATION)
+    assert grid.head == ["policy", "correct", "ended"]
+    assert grid.rows[1] == ["dpo", "0.750 (0.60 [0.55, 0.65])", "1.000"]
+
+
+def test_reward_model_and_best_of_n():
+    card = reward_grid(EVALUATION)
+    assert [r[0] for r in card.rows] == ["against the labels", "length alone, against the labels"]
+    assert "shorter" in card.note
+    table = best_of_n_grid(EVALUATION)
+    assert table.rows[0] == ["1", "0.600", "0.600", "–", "0.00"]
+    assert table.rows[1][3] == "0.70 [0.65, 0.75]"
+
+
+def test_without_judge_or_reward_model_only_the_policies_are_shown():
+    bare = {"temperature": 1.0, "policies": {"sft": {"length": 3.0}}}
+    assert [g.head for g in summarise(bare)] == [["policy", "tokens"]]
+    assert len(summarise(EVALUATION)) == 4

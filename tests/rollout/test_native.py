@@ -1,0 +1,278 @@
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+import torch
+import transformers
+
+from pipeline.flow.errors import UserError
+from pipeline.llama import decode, modeling
+from pipeline.llama.heads import PolicyModel
+from pipeline.rollout import native
+from pipeline.rollout.engine import SamplingSettings
+from pipeline.rollout.native import NativeEngine
+from pipeline.rollout.noise import NoiseKey
+from pipeline.rollout.scoring import token_logprobs
+
+KEY = NoiseKey(seed=0, row="test")
+STOPS = (2, 3, 4)
+
+
+def new_model(kind: str = "core", vocab: int = 97, spread: float = 0.3, **changes):
+    torch.manual_seed(1)
+    shape = {
+        "vocab_size": vocab,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "initializer_range": spread,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+    }
+    names = {
+        "core": (modeling.LlamaForCausalLM, transformers.LlamaConfig),
+        "llama": (transformers.LlamaForCausalLM, transformers.LlamaConfig),
+        "qwen2": (transformers.Qwen2ForCausalLM, transformers.Qwen2Config),
+    }
+    model, config = names[kind]
+    return model(config(**{**shape, **changes})).eval()
+
+
+def some_prompts(count: int, vocab: int = 97, longest: int = 20):
+    rng = random.Random(0)
+    return [[rng.randrange(5, vocab) for _ in range(rng.randint(1, longest))] for _ in range(count)]
+
+
+def full_logits(model, ids):
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float()
+
+
+@pytest.mark.parametrize("kind", ["core", "llama", "qwen2"])
+def test_greedy_is_token_for_token_that_of_transformers(kind):
+    """T17 too: 23 prompts of mixed lengths in 7 rows, so that rows are freed, refilled and moved."""
+    model = new_model(kind)
+    prompts = some_prompts(23)
+    engine = NativeEngine(model, STOPS, pad_id=0, rows=7, prefill_tokens=64)
+    settings = SamplingSettings(temperature=0, max_new_tokens=12)
+    groups = engine.generate(prompts, settings, KEY)
+    lengths = set()
+    for prompt, (got,) in zip(prompts, groups, strict=True):
+        expected = model.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            do_sample=False,
+            max_new_tokens=12,
+            eos_token_id=list(STOPS),
+            pad_token_id=0,
+        )[0, len(prompt) :]
+        assert list(got.ids) == expected.tolist()
+        assert got.stopped == (got.ids[-1] in STOPS)
+        lengths.add(len(got.ids))
+    assert len(lengths) > 2  # some stopped early
+
+
+OPTIONS = [
+    {},
+    {"temperature": 0.7},
+    {"temperature": 2.0},
+    {"top_k": 4},
+    {"top_p": 0.8},
+    {"temperature": 0.7, "top_k": 6, "top_p": 0.9},
+    {"min_new_tokens": 1},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_sampling_frequencies_are_the_exact_distribution(options):
+    """Two tokens of a vocabulary of 7: the joint frequencies of all answers against their exact probabilities."""
+    model, prompt, n = new_model(vocab=7, spread=0.5), [5, 6, 1], 6000
+    engine = NativeEngine(model, (2,), 0, rows=1000)
+    settings = SamplingSettings(max_new_tokens=2, samples=n, **options)
+    (answers,) = engine.generate([prompt], settings, KEY)
+    exact: dict[tuple[int, ...], float] = {}
+
+    def walk(ids: list[int], p: float) -> None:
+        logits = full_logits(model, prompt + ids)[-1:] / settings.temperature
+        if len(ids) < settings.min_new_tokens:
+            logits[:, 2] = -math.inf
+        probs = torch.softmax(decode.truncate(logits, settings.top_k, settings.top_p), -1)[0].tolist()
+        for token, q in enumerate(probs):
+            longer = [*ids, token]
+            if q and (token == 2 or len(longer) == 2):
+                exact[tuple(longer)] = p * q
+            elif q:
+                walk(longer, p * q)
+
+    walk([], 1.0)
+    counts = dict.fromkeys(exact, 0)
+    for g in answers:
+        counts[g.ids] += 1  # a KeyError is an answer of probability 0
+    assert math.isclose(sum(exact.values()), 1.0, abs_tol=1e-5)
+    rare = [a for a, p in exact.items() if n * p < 5]
+    cells = [(counts[a], n * p) for a, p in exact.items() if a not in rare]
+    cells += [(sum(counts[a] for a in rare), n * sum(exact[a] for a in rare))] if rare else []
+    chi2 = sum((c - e) ** 2 / max(e, 1e-9) for c, e in cells if e > 0)
+    free = len(cells) - 1
+    assert chi2 < free + 4 * math.sqrt(2 * free) + 4
+    for g in answers[:50]:
+        assert math.exp(sum(g.logprobs)) == pytest.approx(exact[g.ids], rel=1e-4)
+
+
+def test_samples_do_not_depend_on_the_batch():
+    """Alone, with others, in another order, in other numbers of rows, and whichever K: the same ids."""
+    model, prompts = new_model(), some_prompts(12)
+    settings = SamplingSettings(max_new_tokens=10, samples=3)
+
+    def ids(engine, prompts, settings=settings, **options):
+        return [[g.ids for g in group] for group in engine.generate(prompts, settings, KEY, **options)]
+
+    together = ids(NativeEngine(model, STOPS, 0), prompts)
+    assert ids(NativeEngine(model, STOPS, 0, rows=4), prompts) == together
+    assert ids(NativeEngine(model, STOPS, 0, prefill_tokens=1), prompts) == together
+    assert ids(NativeEngine(model, STOPS, 0, cache_bytes=1), prompts) == together  # a row at a time
+    engine = NativeEngine(model, STOPS, 0)
+    assert ids(engine, prompts[::-1]) == together[::-1]
+    assert [ids(engine, [p])[0] for p in prompts] == together
+    more = ids(engine, prompts, SamplingSettings(max_new_tokens=10, samples=5))
+    assert [group[:3] for group in more] == together
+    longer = ids(engine, prompts, SamplingSettings(max_new_tokens=20, samples=3))
+    assert [[a[:10] for a in group] for group in longer] == together
+    assert len({a for group in together for a in group}) > 30
+
+
+def test_names_say_which_prompt_is_which():
+    model, prompt = new_model(), [9, 8, 7]
+    engine, settings = NativeEngine(model, STOPS, 0), SamplingSettings(max_new_tokens=8)
+    by_content = engine.generate([prompt, prompt], settings, KEY)
+    assert by_content[0][0].ids != by_content[1][0].ids
+    a, b = engine.generate([prompt, prompt], settings, KEY, names=["a", "b"])
+    assert engine.generate([prompt], settings, KEY, names=["b"])[0][0].ids == b[0].ids != a[0].ids
+    next_iteration = NoiseKey(0, "test", 1)
+    assert engine.generate([prompt], settings, next_iteration, names=["b"])[0][0].ids != b[0].ids
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_are_those_of_a_full_forward(temperature):
+    """T34, T33: recomputed by the forest in train mode with dropout in the config, both distributions."""
+    model = new_model(attention_dropout=0.1).train()
+    prompts = some_prompts(10)
+    engine = NativeEngine(model, STOPS, 0, rows=8)
+    settings = SamplingSettings(temperature=temperature, max_new_tokens=12, samples=3)
+    groups = engine.generate(prompts, settings, KEY)
+    assert model.training
+    answers = [(p, [g.ids for g in group]) for p, group in zip(prompts, groups, strict=True)]
+    for field, t in (("logprobs", temperature), ("raw_logprobs", 1.0)):
+        again = token_logprobs(PolicyModel(model), answers, temperature=t, token_budget=200)
+        for group, own in zip(groups, again, strict=True):
+            for g, logprobs in zip(group, own, strict=True):
+                stored = torch.tensor(getattr(g, field))
+                torch.testing.assert_close(logprobs, stored, atol=1e-5, rtol=0)
+
+
+def test_truncated_logprobs_are_of_the_truncated_distribution():
+    model, prompt = new_model(), [9, 8, 7]
+    settings = SamplingSettings(top_p=0.6, temperature=0.8, max_new_tokens=6, min_new_tokens=2)
+    ((got,),) = NativeEngine(model, STOPS, 0).generate([prompt], settings, KEY)
+    ids = prompt + list(got.ids)
+    for i, token in enumerate(got.ids):
+        logits = full_logits(model, ids[: len(prompt) + i])[-1:]
+        raw = torch.log_softmax(logits, -1)[0, token].item()
+        if i < 2:
+            logits[:, list(STOPS)] = -math.inf
+        own = torch.log_softmax(decode.truncate(logits / 0.8, 0, 0.6), -1)[0, token].item()
+        assert got.raw_logprobs[i] == pytest.approx(raw, abs=1e-5)
+        assert got.logprobs[i] == pytest.approx(own, abs=1e-5)
+
+
+def test_answers_end_with_their_stop_token_or_at_the_limit():
+    model, prompts = new_model(spread=0.02), some_prompts(40)
+    engine = NativeEngine(model, range(2, 20), 0, rows=16)
+    groups = engine.generate(prompts, SamplingSettings(max_new_tokens=6, min_new_tokens=2, samples=2), KEY)
+    answers = [g for group in groups for g in group]
+    assert [(g.prompt, g.index) for g in answers] == [(p, k) for p in range(40) for k in range(2)]
+    for g in answers:
+        stops = [i for i in g.ids if 2 <= i < 20]
+        assert len(g.ids) == len(g.logprobs) == len(g.raw_logprobs) <= 6
+        assert len(stops) == g.stopped and (not stops or g.ids[-1] == stops[0])
+        assert g.stopped or len(g.ids) == 6
+        assert not g.stopped or len(g.ids) >= 3  # two others before it
+    assert {g.stopped for g in answers} == {True, False}
+
+
+def test_a_prompt_is_computed_once_for_all_its_samples():
+    model, prompts = new_model(), some_prompts(6)
+    engine = NativeEngine(model, (), 0)
+    fed = []
+    plain = decode.LayerRunner.prefill
+
+    def watch(self, ids_PT, lengths_P, slots_PK):
+        fed.append((lengths_P.tolist(), tuple(slots_PK.shape)))
+        return plain(self, ids_PT, lengths_P, slots_PK)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decode.LayerRunner, "prefill", watch)
+        engine.generate(prompts, SamplingSettings(max_new_tokens=5, samples=8), KEY)
+    assert fed == [(sorted(map(len, prompts), reverse=True), (6, 8))]
+    assert engine.usage.prompt_tokens == sum(map(len, prompts))
+    assert engine.usage.new_tokens == 6 * 8 * 5
+    assert engine.usage.steps == 4  # the first token comes from the prompt
+
+
+def test_one_token_at_most_and_nothing_to_do():
+    model = new_model()
+    engine = NativeEngine(model, STOPS, 0)
+    assert engine.generate([], SamplingSettings(), KEY) == []
+    groups = engine.generate(some_prompts(5), SamplingSettings(max_new_tokens=1, samples=2), KEY)
+    assert [[len(g.ids) for g in group] for group in groups] == [[1, 1]] * 5
+    assert engine.usage.steps == 0
+
+
+def test_prompts_that_cannot_be_answered_are_refused():
+    engine = NativeEngine(new_model(), STOPS, 0)
+    with pytest.raises(UserError, match="without tokens"):
+        engine.generate([[5], []], SamplingSettings(), KEY)
+    with pytest.raises(UserError, match=r"need 129 positions, the model has 128: lower"):
+        engine.generate([[5] * 81], SamplingSettings(max_new_tokens=48), KEY)
+
+
+def test_the_cache_is_kept_and_given_back():
+    model, settings = new_model(), SamplingSettings(max_new_tokens=8)
+    engine = NativeEngine(model, STOPS, 0)
+    first = engine.generate(some_prompts(8), settings, KEY)
+    cache = engine._cache
+    engine.generate(some_prompts(3, longest=5), settings, KEY)
+    assert engine._cache is cache
+    assert engine.generate(some_prompts(8), settings, KEY) == first  # what an earlier call left does no harm
+    engine.generate(some_prompts(3, longest=40), settings, KEY)
+    assert engine._cache is not cache
+    engine.release()
+    assert engine._cache is None
+
+
+def test_progress_is_told_and_ends_at_the_total(monkeypatch):
+    monkeypatch.setattr(native, "SECONDS_BETWEEN_REPORTS", 0.0)
+    told: list[tuple[int, int]] = []
+    engine = NativeEngine(new_model(), STOPS, 0, rows=4)
+    settings = SamplingSettings(max_new_tokens=6, samples=2)
+    engine.generate(some_prompts(9), settings, KEY, lambda done, total: told.append((done, total)))
+    assert told[-1] == (18, 18) and len(told) > 2
+    assert told == sorted(told)
+
+
+def test_weights_are_read_anew_at_every_call():
+    model, prompts = new_model(), some_prompts(4)
+    engine, settings = NativeEngine(model, STOPS, 0), SamplingSettings(max_new_tokens=8)
+    before = engine.generate(prompts, settings, KEY)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight.mul_(-3.0)
+    assert engine.generate(prompts, settings, KEY) != before
+    assert engine.generate(prompts, settings, KEY) == NativeEngine(model, STOPS, 0).generate(
+        prompts, settings, KEY
+    )

@@ -1,0 +1,66 @@
+"""Trains the tiny model as one rank of several and writes what came out as JSON.
+
+torchrun --nproc_per_node 2 tests/train/ranks.py OUT STRATEGY
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+from pipeline.train.batches import Plan, weigh_tokens  # noqa: E402
+from pipeline.train.loop import Trainer, fit  # noqa: E402
+from pipeline.train.settings import TrainSettings  # noqa: E402
+from pipeline.train.strategy import Strategy, build  # noqa: E402
+from tests.train.tiny import Listener, Tiny, next_token, records  # noqa: E402
+
+
+def train(strategy: Strategy) -> dict[str, object]:
+    """9 records in batches of 4, 4 and 1, unequal lengths, several passes a step; the last batch is one
+    rank's.
+    """
+    settings = TrainSettings(batch=4, token_budget=14, learning_rate=1e-2, evaluations=2, keep="last")
+    plan = Plan(records(9), settings, seed=1, strategy=strategy)
+    trainer = Trainer(Tiny(), next_token, settings, strategy, total=len(plan), seed=3)
+    heldout = trainer.share(records(5, longest=9))
+    heard = Listener()
+    outcome = fit(
+        trainer, plan, heard, evaluate=lambda: trainer.evaluate(heldout, weigh_tokens(heldout)), best_by="nll"
+    )
+    state = trainer.engine.weights()
+    return {
+        "rank": strategy.rank,
+        "world": strategy.world,
+        "lines": [{k: v for k, v in line.items() if not k.startswith("time/")} for line in heard.lines],
+        "last": outcome.last,
+        "evaluations": outcome.evaluations,
+        "weights": {name: tensor.flatten().tolist() for name, tensor in state.items()},
+    }
+
+
+def main(out: str, strategy: str, stage: str = "2") -> None:
+    torch.set_num_threads(1)
+    found = train(
+        build(
+            processes=int(os.environ["WORLD_SIZE"]),
+            strategy=strategy,
+            device="cpu",
+            zero_stage=int(stage),
+            clip=1.0,
+        )
+    )
+    Path(f"{out}.{found['rank']}").write_text(json.dumps(found), encoding="utf-8")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

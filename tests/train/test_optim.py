@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline.train.optim import adamw, learning_rate, parameter_groups, set_learning_rate, warmup_steps
+from pipeline.train.settings import TrainSettings
+from tests.train.tiny import Tiny
+
+
+def test_norms_and_biases_do_not_decay_but_embeddings_do() -> None:
+    model = Tiny()
+    names = {id(p): name for name, p in model.named_parameters()}
+    by_decay = {
+        group["weight_decay"]: {names[id(p)] for p in group["params"]}
+        for group in parameter_groups(model, 0.1)
+    }
+    assert by_decay == {
+        0.1: {"embedding.weight", "middle.weight", "head.weight"},
+        0.0: {"norm.weight", "norm.bias", "middle.bias"},
+    }
+
+
+def test_frozen_parameters_are_left_out_and_rates_go_by_prefix() -> None:
+    model = nn.ModuleDict({"policy": nn.Linear(2, 2), "value": nn.Linear(2, 1)})
+    model["policy"].bias.requires_grad_(False)
+    optimizer = adamw(model, TrainSettings(), rates={"value.": 3.0})
+    set_learning_rate(optimizer, 0.5)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert rates == {
+        id(model["policy"].weight): 0.5,
+        id(model["value"].weight): 1.5,
+        id(model["value"].bias): 1.5,
+    }
+    with pytest.raises(ValueError, match="critic"):
+        parameter_groups(model, 0.0, rates={"critic.": 1.0})
+
+
+def test_learning_rate_is_the_closed_form() -> None:
+    settings = TrainSettings(learning_rate=1e-3, warmup=10 / 110, final_fraction=0.0)
+    expected = {5: 5e-4, 10: 1e-3, 35: 8.535533906e-4, 60: 5e-4, 85: 1.464466094e-4, 110: 0.0}
+    assert warmup_steps(settings, 110) == 10
+    for step, rate in expected.items():
+        assert learning_rate(settings, step, 110) == pytest.approx(rate, abs=1e-12)
+    assert learning_rate(TrainSettings(learning_rate=2.0), 40, 40) == pytest.approx(0.2)
+    assert learning_rate(TrainSettings(learning_rate=2.0), 1, 1) == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize(("eps", "moved"), [(1e-8, 9.99900e-4), (1e-5, 9.09091e-4)])
+def test_first_update_has_epsilon_outside_the_root(eps: float, moved: float) -> None:
+    weight = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    module = nn.ParameterList([weight])
+    weight.grad = torch.full_like(weight, 1e-4)
+    adamw(module, TrainSettings(learning_rate=1e-3, eps=eps)).step()
+    assert float(-weight.detach()) == pytest.approx(
+        moved, rel=1e-5
+    )  # TF1 would give 9.96848e-4 and 2.40253e-4

@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from pipeline.flow.errors import UserError
+from pipeline.train.strategy import Strategy, build, deepspeed_config, for_row
+from tests.train.ranks import train
+
+SCRIPT = Path(__file__).with_name("ranks.py")
+
+
+def torchrun(out: Path, processes: int, *arguments: str) -> list[dict[str, Any]]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    environment.pop("WORLD_SIZE", None)
+    done = subprocess.run(
+        [*command, str(SCRIPT), str(out), *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(Path(f"{out}.{rank}").read_text()) for rank in range(processes)]
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, Any]:
+    return train(build(device="cpu"))
+
+
+def assert_same(ranks: list[dict[str, Any]], alone: dict[str, Any]) -> None:
+    assert [r["world"] for r in ranks] == [len(ranks)] * len(ranks)
+    assert not any(r["lines"] for r in ranks[1:])  # rank 0 alone writes
+    assert all(r["evaluations"] == ranks[0]["evaluations"] and r["last"] == ranks[0]["last"] for r in ranks)
+    for line, expected in zip(ranks[0]["lines"], alone["lines"], strict=True):
+        assert line["tokens"] == expected["tokens"] and line["learning_rate"] == expected["learning_rate"]
+        for name in ("loss", "nll", "gradient_norm", "heldout/nll"):
+            assert (name in line) == (name in expected)
+            assert name not in line or line[name] == pytest.approx(expected[name], rel=1e-5), name
+    for name, values in alone["weights"].items():
+        norm = sum(v * v for v in values) ** 0.5
+        for found in (r["weights"][name] for r in ranks if r["weights"]):  # ZeRO-3: rank 0 alone
+            apart = sum((a - b) ** 2 for a, b in zip(found, values, strict=True)) ** 0.5
+            assert apart <= 1e-5 * norm, name
+
+
+def test_two_ranks_train_like_one_on_ragged_batches(tmp_path: Path, alone: dict[str, Any]) -> None:
+    assert_same(torchrun(tmp_path / "ddp", 2, "ddp"), alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("stage", ["1", "2", "3"])
+def test_zero_trains_like_one_process(
+    tmp_path: Path, alone: dict[str, Any], stage: str, processes: int
+) -> None:
+    assert_same(torchrun(tmp_path / "zero", processes, "deepspeed", stage), alone)
+
+
+@pytest.mark.slow
+def test_four_ranks_train_like_one(tmp_path: Path, alone: dict[str, Any]) -> None:
+    assert_same(torchrun(tmp_path / "ddp", 4, "ddp"), alone)
+
+
+def test_a_world_of_another_size_is_refused() -> None:
+    with pytest.raises(UserError, match="2 asked for, but this process is one of 1"):
+        build(processes=2, strategy="ddp")
+    with pytest.raises(UserError, match="launch.strategy"):
+        build(strategy="magic")
+
+
+def test_a_row_brings_its_own_launch_settings() -> None:
+    row = SimpleNamespace(launch={"device": "cpu", "threads": 2, "preload": True}, world=1)
+    made = for_row(row)
+    assert (made.rank, made.world, made.main, made.device.type) == (0, 1, True, "cpu")
+    assert made.gather({"x": 0.1}) == [{"x": 0.1}]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_sharing_is_a_partition_of_nearly_equal_loads(world: int) -> None:
+    sizes = [7, 1, 12, 3, 9, 9, 2, 5, 4, 11]
+    shares = [
+        Strategy(SimpleNamespace(process_index=rank, num_processes=world)).share(sizes)  # type: ignore[arg-type]
+        for rank in range(world)
+    ]
+    assert sorted(i for share in shares for i in share) == list(range(len(sizes)))
+    loads = [sum(sizes[i] for i in share) for share in shares]
+    assert max(loads) - min(loads) <= max(sizes)
+
+
+def test_deepspeed_sees_no_accumulation_and_no_clipping_of_its_own() -> None:
+    plain = deepspeed_config(3, "all", "bf16", 0.0, {"zero_optimization": {"overlap_comm": True}})
+    assert plain["gradient_accumulation_steps"] == 1
+    assert plain["gradient_clipping"] == 1e6  # 0 would silently become 1.0
+    assert plain["zero_optimization"]["stage"] == 3 and plain["zero_optimization"]["overlap_comm"]
+    assert plain["zero_optimization"]["offload_param"] == {"device": "cpu"} and plain["bf16"]["enabled"]
