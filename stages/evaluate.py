@@ -100,6 +100,7 @@ class Evaluate(Stage):
             "decided_by": judges.decisive,
             "prompts": len(prompts),
             "best_of_n": best,
+            "seed": workspace.seed,
             "reward_model": judges.scorecard("proxy", reader, inputs),
             "heldout_reward_model": judges.scorecard("heldout", reader, inputs),
             "read": reader.counts,

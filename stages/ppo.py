@@ -18,6 +18,7 @@ from pydantic import Field
 
 from pipeline.flow.artifacts import Policy, Prompts, RewardModel
 from pipeline.flow.config import Settings
+from pipeline.flow.errors import UserError
 from pipeline.flow.stage import Stage, Workspace
 from pipeline.llama.adapters import LoraSettings
 from pipeline.rollout.engine import SamplingSettings
@@ -76,6 +77,14 @@ class Ppo(Stage):
         policy: Policy
 
     headline = ("score", "kl", "explained_variance", "stop_rate", "tokens")
+
+    @classmethod
+    def check(cls, config: Any, given: frozenset[str]) -> None:
+        if config.sampling.truncated:
+            raise UserError(
+                "ppo.sampling: top_k, top_p, min_new_tokens and temperature 0 cut tokens from the distribution that "
+                "answers are drawn from, so the policy's log-probs are not the sampler's; leave them at their defaults"
+            )
 
     def run(self, inputs: Inputs, workspace: Workspace) -> dict[str, Any]:
         from pipeline.algo.kl import controller

@@ -52,7 +52,7 @@ class Rejection(Stage):
         conversations: Conversations
         comparisons: Comparisons
 
-    headline = ("score_mean", "score_best", "tokens")
+    headline = ("score", "chosen", "pairs", "stop_rate")
 
     def run(self, inputs: Inputs, workspace: Workspace) -> dict[str, Any]:
         from pipeline.data.groups import conversation_groups

@@ -13,7 +13,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from pipeline.cli import plan, run, show, store
+from pipeline.cli import plan, report, run, show, store
 from pipeline.flow.errors import UserError
 
 LAZY = {"data": ("pipeline.cli.data", "Look at data: its records, its training masks, its problems.")}
@@ -50,6 +50,7 @@ app.command("plan")(plan.plan)
 app.command("stage")(run.stage)
 app.command("show")(show.show)
 app.command("lineage")(show.lineage)
+app.command("report")(report.report)
 app.command("gc")(store.gc)
 app.command("verify")(store.verify)
 

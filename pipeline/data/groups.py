@@ -8,16 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from pipeline.data.chat import ChatFormat, require_trained
 from pipeline.data.forest import Forest, Group, Segment
 from pipeline.data.records import Comparison, Conversation, Document, Message
-
-if TYPE_CHECKING:
-    from pipeline.data.chat import ChatFormat
 
 
 @dataclass
@@ -49,10 +46,13 @@ def document_groups(documents: Sequence[Document], chat: ChatFormat, max_tokens:
 def conversation_groups(
     conversations: Sequence[Conversation], chat: ChatFormat, max_tokens: int, train_on: str
 ) -> Encoded:
-    """One segment a conversation, weights from its mask, the round of each token beside them."""
+    """One segment a conversation, weights from its mask, the round of each token beside them.
+
+    Raises NothingToTrain naming file and line where no token of a conversation carries loss.
+    """
     encoded = Encoded()
     for number, whole in enumerate(chat.render_all(conversations, train_on=train_on)):
-        rendered, lost = chat.truncate(whole, max_tokens)
+        rendered, lost = chat.truncate(require_trained(whole), max_tokens)
         if rendered is None:
             encoded.dropped += 1
             continue

@@ -13,6 +13,7 @@ the quarantine file instead.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -39,6 +40,7 @@ from pipeline.data.records import (
     Rated,
     Sample,
 )
+from pipeline.data.template import message_text
 from pipeline.flow.errors import UserError
 
 KINDS = ("documents", "conversations", "comparisons", "rated", "prompts", "samples")
@@ -143,12 +145,25 @@ def survey(
     for path in _paths(source):
         label = _read_one(path, kind, chosen, result, counts, identities)
         names += [label] if label not in names else []
+    if part := getattr(source, "part", None):
+        whole = len(result.records)
+        result.records = [r for r in result.records if part[0] <= place(r) < part[1]]
+        counts["outside the part"] = whole - len(result.records)
     result.format = "+".join(names)
     result.counts = {"records": len(result.records), "bad": len(result.bad), **counts}
     result.counts["rows"] += len(result.bad)
     if quarantine is not None and result.bad:
         _write_quarantine(quarantine, result.bad)
     return result
+
+
+def place(record: Any) -> float:
+    """Where a record stands in [0, 1): by a hash of its first turn (of its text), so that records of one prompt stay
+    together and two parts of a file never share a prompt."""
+    messages = getattr(record, "messages", None) or getattr(record, "prompt", None)
+    first = next((m for m in messages if m.role == "user"), messages[0]) if messages else None
+    text = message_text(first) if first else getattr(record, "text", "")
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest(), "big") / 2**48
 
 
 def describe(result: Read[Any], shown: int = SHOWN_PROBLEMS) -> str:

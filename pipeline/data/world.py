@@ -20,7 +20,9 @@ from pipeline.data.records import Comparison, Completion, Conversation, Document
 from pipeline.data.world_crowd import CROWD, PERFECT, STREET, Demonstrators, Labellers, answers_to_compare, write
 from pipeline.data.world_facts import ATTRIBUTES, Facts, Question
 from pipeline.data.world_truth import Key, judge_text
+from pipeline.flow.errors import UserError
 
+TRIES = 2000  # draws for one new prompt before the world counts as exhausted
 Messages = tuple[Message, ...]
 
 
@@ -88,7 +90,7 @@ class _Builder:
 
     def _asked(self, rng: random.Random, split: str, unique: bool) -> tuple[Messages, Question]:
         """A prompt of this split (a quarter with an earlier round) and its question; its key goes to the judge."""
-        while True:
+        for _ in range(TRIES):
             question = self.facts.single(rng, split)
             messages: Messages = (Message("user", question.ask),)
             if rng.random() < 0.3:
@@ -104,6 +106,10 @@ class _Builder:
                 return messages, question
             if owner == split and not unique:
                 return messages, question
+        raise UserError(
+            f"the world has too few different prompts for its {split} split: ask for fewer in its source "
+            f"(prompts, dev, heldout)"
+        )
 
     def _prompts(self, split: str, count: int) -> list[Prompt]:
         asked = [self._asked(rng, split, unique=True) for rng in self._each(f"prompts/{split}", count)]

@@ -52,7 +52,7 @@ class Demonstrators:
 
 
 CROWD = Demonstrators(wrong=0.30, terse=0.20, curt=0.40, rude=0.18, rambling=0.22, unfinished=0.12)
-STREET = Demonstrators(wrong=0.35, terse=0.30, curt=0.60, rude=0.25, rambling=0.30, unfinished=0.20)
+STREET = Demonstrators(wrong=0.30, terse=0.35, curt=0.70, rude=0.30, rambling=0.15, unfinished=0.15)
 PERFECT = Demonstrators(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
 

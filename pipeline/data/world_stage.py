@@ -20,6 +20,8 @@ from pipeline.flow.stage import Stage, Workspace
 class WorldStage(Stage):
     name = "world"
     version = 1
+    one_process = True
+    headline = ("documents", "prompts")
     sources = tuple(f"data/world{part}.py" for part in ("", "_crowd", "_facts", "_text", "_truth"))
 
     class Config(Settings):

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from pipeline.data.forest import build, cut
-from pipeline.data.groups import continuations, document_groups
+from pipeline.data.groups import document_groups
 from pipeline.data.records import Document, Prompt, Sample
 from pipeline.evaluate.compare import Floats
 from pipeline.evaluate.judges import GoldJudge
@@ -93,10 +93,10 @@ def add_gold(answered: Answered, judge: GoldJudge) -> None:
 def kl_to(reference: Trainable, policy: Trainable, samples: Sequence[Sample], token_budget: int) -> float:
     """KL(policy || reference) in nats a response: mean of summed log ratios over samples drawn at temperature 1."""
     prompts = policy.chat.prompts_ids([s.prompt.messages for s in samples])
-    groups = [continuations(p, [s.ids]) for p, s in zip(prompts, samples, strict=True)]
+    groups = [(p, [s.ids]) for p, s in zip(prompts, samples, strict=True)]
     ours = token_logprobs(policy.module, groups, 1.0, token_budget)
     theirs = token_logprobs(reference.module, groups, 1.0, token_budget)
-    ratios = [math.fsum(a) - math.fsum(b) for (a,), (b,) in zip(ours, theirs, strict=True)]
+    ratios = [float((a.double() - b.double()).sum()) for (a,), (b,) in zip(ours, theirs, strict=True)]
     return math.fsum(ratios) / len(ratios)
 
 

@@ -42,6 +42,7 @@ class Artifact:
     lineage  facts: tokenizer and template digests, base, roots, whatever the stage noted
     meta     the manifest's entry of this slot, with row, stage and fingerprint where it came from a row
     format   what the user said about the format of a file source, or None
+    part     which share of a file source is meant, [low, high) within [0, 1), or None for all of it
     bases    digest -> directory of every model below an adapter, nearest first
     """
 
@@ -51,6 +52,7 @@ class Artifact:
     lineage: Mapping[str, Any] = field(default_factory=dict)
     meta: Mapping[str, Any] = field(default_factory=dict)
     format: str | None = None
+    part: tuple[float, float] | None = None
     bases: Mapping[str, Path] = field(default_factory=dict)
     locations: tuple[Path, ...] = ()  # where files lie when that is not path / name
 
@@ -81,6 +83,7 @@ class Artifact:
             "lineage": dict(self.lineage),
             "meta": dict(self.meta),
             "format": self.format,
+            "part": list(self.part) if self.part else None,
             "bases": {digest: str(path) for digest, path in self.bases.items()},
         }
 
@@ -266,6 +269,7 @@ def from_entry(entry: Mapping[str, Any]) -> Artifact:
         lineage=dict(entry.get("lineage") or {}),
         meta=dict(entry.get("meta") or {}),
         format=entry.get("format"),
+        part=tuple(entry["part"]) if entry.get("part") else None,
         bases={digest: Path(path) for digest, path in (entry.get("bases") or {}).items()},
         locations=tuple(Path(path) for path in entry.get("locations") or ()),
     )

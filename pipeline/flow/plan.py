@@ -49,6 +49,7 @@ class Source:
     paths: tuple[Path, ...] = ()
     listed: bool = False
     format: str | None = None
+    part: tuple[float, float] | None = None
     base: str | None = None
 
     def missing(self) -> str | None:
@@ -225,6 +226,9 @@ def identity_of(plan: Plan, row: Row, inputs: Opened) -> dict[str, Any]:
     formats = {ref.text: artifact.format for ref, artifact in pairs if artifact.format}
     if formats:
         identity["formats"] = formats
+    parts = {ref.text: list(artifact.part) for ref, artifact in pairs if artifact.part}
+    if parts:
+        identity["parts"] = parts
     if plan.skip_bad and any(ref.source for ref, _ in pairs):
         identity["skip_bad"] = True
     return identity
@@ -284,6 +288,7 @@ def open_source(plan: Plan, name: str, store: Store) -> Artifact:
         source.paths,
         listed=source.listed,
         format=source.format,
+        part=source.part,
         base=base,
         label=f"sources.{name}",
     )
@@ -372,6 +377,8 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     words += [f"input {slot} {verb}" for slot, verb in _changed(old["inputs"], new["inputs"])]
     formats = old.get("formats", {}), new.get("formats", {})
     words += [f"format of {source} {verb}" for source, verb in _changed(*formats)]
+    parts = old.get("parts", {}), new.get("parts", {})
+    words += [f"part of {source} {verb}" for source, verb in _changed(*parts)]
     if old.get("skip_bad") != new.get("skip_bad"):
         words.append(f"skip_bad {old.get('skip_bad', False)} -> {new.get('skip_bad', False)}")
     return words + [f"code of {file} {verb}" for file, verb in _changed(old["code"], new["code"])]

@@ -257,7 +257,7 @@ class Store:
 
     def open_source(
         self, kind: type[Artifact], paths: Sequence[Path], *, listed: bool = False, format: str | None = None,
-        base: Artifact | None = None, label: str = "source",
+        part: tuple[float, float] | None = None, base: Artifact | None = None, label: str = "source",
     ) -> Artifact:  # fmt: skip
         """Files of a user as an artifact, hashed where they lie: one file, a list of files, or a directory.
 
@@ -283,6 +283,7 @@ class Store:
             lineage=lineage,
             meta={"kind": kind.kind, "digest": digest, "files": files, "source": label},
             format=format,
+            part=part,
             bases=bases,
             locations=tuple(named.values()) if not paths[0].is_dir() else (),
         )

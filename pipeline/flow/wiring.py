@@ -14,6 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import field_validator
+
 from .artifacts import KINDS, Artifact, sha256_file
 from .config import (
     Keys,
@@ -56,14 +58,22 @@ def load(path: Path, sets: Sequence[str], stages: Mapping[str, str]) -> Plan:
 
 
 class _SourceSettings(Settings):
-    """A file source."""
+    """A file source. `part: [0.9, 1]` takes the records whose prompts fall into that share of all prompts."""
 
     kind: Literal[
         "documents", "conversations", "comparisons", "rated", "prompts", "tokenizer", "policy", "reward_model"
     ]
     path: str | list[str] | None = None
     format: str | None = None
+    part: tuple[float, float] | None = None
     base: str | None = None
+
+    @field_validator("part")
+    @classmethod
+    def _within(cls, part: tuple[float, float] | None) -> tuple[float, float] | None:
+        if part is not None and not 0 <= part[0] < part[1] <= 1:
+            raise ValueError(f"part: [low, high] with 0 <= low < high <= 1, not {list(part)}")
+        return part
 
 
 class _Loading:
@@ -339,7 +349,8 @@ class _Loading:
 def _source(name: str, values: _SourceSettings) -> Source:
     listed = isinstance(values.path, list)
     paths = values.path if isinstance(values.path, list) else [values.path] if values.path else []
-    return Source(name, KINDS[values.kind], tuple(Path(p) for p in paths), listed, values.format, values.base)
+    files = tuple(Path(p) for p in paths)
+    return Source(name, KINDS[values.kind], files, listed, values.format, values.part, values.base)
 
 
 def _holds(value: Any, keys: Iterable[str]) -> bool:

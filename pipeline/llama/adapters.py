@@ -37,7 +37,8 @@ class LoraSettings(Settings):
     alpha: float = Field(default=32.0, gt=0, description="Scale of the update, divided by the rank.")
     dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
     targets: Literal["attention", "linear", "query_value"] = Field(
-        default="linear", description="Which projections get one: attention, all linear layers, or queries and values."
+        default="linear",
+        description="Which projections get one: attention, all linear layers, or queries and values.",
     )
 
 
@@ -66,15 +67,16 @@ def quiet() -> Iterator[None]:
 
 
 def is_adapted(model: nn.Module) -> bool:
-    return hasattr(model, "peft_config")
+    return hasattr(model, "get_base_model")  # peft leaves its `peft_config` on the model inside too
 
 
 def lora_config(settings: LoraSettings, *, classifier: bool) -> Any:
     from peft import LoraConfig, TaskType
 
+    scale: Any = settings.alpha  # peft's annotation says int, its arithmetic takes any number
     return LoraConfig(
         r=settings.rank,
-        lora_alpha=settings.alpha,
+        lora_alpha=scale,
         lora_dropout=settings.dropout,
         target_modules=list(TARGETS[settings.targets]),
         bias="none",
@@ -96,13 +98,12 @@ def add_lora(model: nn.Module, settings: LoraSettings, seed: int) -> PeftModel:
         from peft import get_peft_model
 
         torch.manual_seed(seed)
-        adapted = get_peft_model(model, lora_config(settings, classifier=hasattr(model, "score")))
-    return adapted
+        return get_peft_model(model, lora_config(settings, classifier=hasattr(model, "score")))
 
 
 def require_same(model: nn.Module, settings: LoraSettings) -> None:
     """Raises UserError where a plan asks for another adapter than the one that the row starts from."""
-    have = model.active_peft_config
+    have: Any = model.active_peft_config
     found = (have.r, float(have.lora_alpha), set(have.target_modules))
     asked = (settings.rank, settings.alpha, set(TARGETS[settings.targets]))
     if found != asked:
@@ -118,7 +119,7 @@ def adapters_off(model: PeftModel) -> Iterator[None]:
     for name, config in model.peft_config.items():
         if getattr(config, "bias", "none") != "none":
             raise UserError(
-                f"adapter {name!r} trains biases (bias: {config.bias}), which stay in place when it is switched off, "
+                f"adapter {name!r} trains biases, which stay in place when it is switched off, "
                 "so the base is no reference: train with bias none, or start the row from a merged policy"
             )
     with model.disable_adapter():

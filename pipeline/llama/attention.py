@@ -94,7 +94,7 @@ def _make_plan(forest: Forest, window: int | None) -> Plan:
     start, length = forest.start_S.tolist(), forest.length_S.tolist()
     parent = forest.parent_S.tolist()
     chains: list[tuple[int, ...]] = []
-    for s, up in enumerate(parent):
+    for up in parent:
         chains.append(() if up < 0 else chains[up] + ((up,) if length[up] else ()))
     before = [sum(length[a] for a in chain) for chain in chains]
     short, longs = [], []
@@ -184,7 +184,9 @@ def _bucket(
     return Bucket(len(group), own, prefix + own, key_slots[:, prefix:], key_slots, mask.to(device))
 
 
-def _indices(p: Plan, tokens: int, heads: int, kv_heads: int, head_major: bool, device: torch.device) -> Indices:
+def _indices(
+    p: Plan, tokens: int, heads: int, kv_heads: int, head_major: bool, device: torch.device
+) -> Indices:
     """Row numbers for a flat tensor whose rows are heads [queries H | keys K | values K] of T tokens."""
     key = (heads, kv_heads, head_major)
     if key in p.indices:
@@ -355,7 +357,9 @@ def _with_longs(rows: Tensor, short: Tensor | None, p: Plan, heads: int, kv: int
     parts = list(short.split(p.lengths)) if short is not None else [piece[:, :heads] for piece in pieces]
     for item in p.longs:
         own = pieces[item.segment]
-        keys = torch.cat([pieces[a][:, heads:] for a in item.chain] + [own[:, heads:]]) if item.chain else None
+        keys = (
+            torch.cat([pieces[a][:, heads:] for a in item.chain] + [own[:, heads:]]) if item.chain else None
+        )
         kv_rows = keys if keys is not None else own[:, heads:]
         result = F.scaled_dot_product_attention(
             own[:, :heads].transpose(0, 1)[None],
@@ -433,7 +437,7 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 def use_forest(model: nn.Module) -> bool:
     """Switch a transformers model (also inside a peft wrapper) to forest attention. False where it cannot be."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     config = inner.config
     if config.model_type not in TRIED or not getattr(inner, "_supports_attention_backend", False):
         return False

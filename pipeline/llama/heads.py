@@ -29,16 +29,20 @@ class TokenOutputs(NamedTuple):
     """A tuple, so that engines (DDP, ZeRO) find the tensors in it. None where not asked for."""
 
     logprobs_T: Tensor | None = None  # float32, 0 where the token was not chosen or nothing precedes it
-    entropy_T: Tensor | None = None  # float32, nats, of the distribution that each chosen token was drawn from
+    entropy_T: Tensor | None = (
+        None  # float32, nats, of the distribution that each chosen token was drawn from
+    )
     values_T: Tensor | None = None  # float32, value of the state that predicts each token, 0 where none does
 
 
-def unwrapped(model: nn.Module) -> Any:
+def unwrapped(model: Any) -> Any:
     """The transformers model inside a peft wrapper, its adapter layers in place. Prompt methods have none."""
-    if not hasattr(model, "peft_config"):
+    if not hasattr(model, "get_base_model"):
         return model
     if model.active_peft_config.is_prompt_learning:
-        raise ValueError("prompt-learning adapters add tokens of their own and cannot run on a forest: use LoRA")
+        raise ValueError(
+            "prompt-learning adapters add tokens of their own and cannot run on a forest: use LoRA"
+        )
     return model.get_base_model()
 
 

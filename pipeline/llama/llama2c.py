@@ -3,8 +3,9 @@
     import_llama2c(weights, tokenizer, directory)        -> an ordinary Hugging Face directory
 
     version 0   seven int32 (dim, hidden_dim, layers, heads, kv_heads, vocab, max_len; a negative vocab says that the
-                head is not tied), then tensors; norms of all layers first, the rotary tables of old before the head
-    version 1   magic 0x616b3432, int32 version, the seven, a byte for tied, zeros up to 256 bytes, then tensors, norms first
+                head is not tied), then tensors, embedding first, rotary tables (not used) before the head
+    version 1   magic 0x616b3432, int32 version, the seven, a byte for tied, zeros up to 256 bytes, then tensors,
+                norms first
     tokenizer   int32 longest piece, then for each piece float32 score, int32 bytes, the bytes
 
 llama2.c turns pairs (2i, 2i + 1) of a head, transformers (i, i + h): rows of queries and keys are reordered.
@@ -28,9 +29,17 @@ from pipeline.llama.modeling import LlamaForCausalLM
 from pipeline.llama.open import grow_vocabulary, save_model
 
 MAGIC = b"24ka"  # 0x616b3432, little-endian
+Named = tuple[str, tuple[int, ...]]
 HEADER = struct.Struct("<7i")
 UNK, BOS, EOS = 0, 1, 2
-_MOST = {"dim": 1 << 16, "hidden_dim": 1 << 18, "layers": 512, "heads": 1024, "kv_heads": 1024, "vocab": 1 << 20}
+_MOST = {
+    "dim": 1 << 16,
+    "hidden_dim": 1 << 18,
+    "layers": 512,
+    "heads": 1024,
+    "kv_heads": 1024,
+    "vocab": 1 << 20,
+}
 
 
 @dataclass(frozen=True)
@@ -68,7 +77,8 @@ def read_header(path: Path) -> Header:
         numbers, version, start = HEADER.unpack_from(first, 0), 0, HEADER.size
         tied = numbers[5] > 0
         numbers = (*numbers[:5], abs(numbers[5]), numbers[6])
-    header = Header(*numbers, tied=tied, version=version, start=start)
+    dim, hidden, layers, heads, kv_heads, vocab, longest = numbers
+    header = Header(dim, hidden, layers, heads, kv_heads, vocab, longest, tied, version, start)
     _check(header, path)
     return header
 
@@ -77,7 +87,12 @@ def _check(header: Header, path: Path) -> None:
     for name, most in _MOST.items():
         if not 1 <= getattr(header, name) <= most:
             raise UserError(f"{path}: the header says {name} {getattr(header, name)}: no llama2.c file")
-    if header.dim % header.heads or header.heads % header.kv_heads or header.head_dim % 2 or header.max_len < 1:
+    if (
+        header.dim % header.heads
+        or header.heads % header.kv_heads
+        or header.head_dim % 2
+        or header.max_len < 1
+    ):
         raise UserError(f"{path}: the header's sizes do not fit together ({header}): no llama2.c file")
     floats = sum(int(np.prod(shape)) for _, shape in _tensors(header))
     found, expected = path.stat().st_size, header.start + 4 * floats
@@ -85,29 +100,29 @@ def _check(header: Header, path: Path) -> None:
         raise UserError(f"{path}: {found} bytes, its header ({header}) asks for {expected}")
 
 
-def _tensors(header: Header) -> list[tuple[str, tuple[int, ...]]]:
+def _tensors(header: Header) -> list[Named]:
     """(name, shape) in file order. A name with {} holds all layers, one after another."""
     d, f, n = header.dim, header.hidden_dim, header.layers
     kv = header.kv_heads * header.head_dim
-    embedding = [("model.embed_tokens.weight", (header.vocab, d))]
-    norm_in = [("model.layers.{}.input_layernorm.weight", (n, d))]
-    norm_mlp = [("model.layers.{}.post_attention_layernorm.weight", (n, d))]
-    norm_out = [("model.norm.weight", (d,))]
-    attention = [
+    embedding: list[Named] = [("model.embed_tokens.weight", (header.vocab, d))]
+    norm_in: list[Named] = [("model.layers.{}.input_layernorm.weight", (n, d))]
+    norm_mlp: list[Named] = [("model.layers.{}.post_attention_layernorm.weight", (n, d))]
+    norm_out: list[Named] = [("model.norm.weight", (d,))]
+    attention: list[Named] = [
         ("model.layers.{}.self_attn.q_proj.weight", (n, d, d)),
         ("model.layers.{}.self_attn.k_proj.weight", (n, kv, d)),
         ("model.layers.{}.self_attn.v_proj.weight", (n, kv, d)),
         ("model.layers.{}.self_attn.o_proj.weight", (n, d, d)),
     ]
-    mlp = [
+    mlp: list[Named] = [
         ("model.layers.{}.mlp.gate_proj.weight", (n, f, d)),
         ("model.layers.{}.mlp.down_proj.weight", (n, d, f)),
         ("model.layers.{}.mlp.up_proj.weight", (n, f, d)),
     ]
-    head = [] if header.tied else [("lm_head.weight", (header.vocab, d))]
+    head: list[Named] = [] if header.tied else [("lm_head.weight", (header.vocab, d))]
     if header.version == 1:
         return norm_in + norm_mlp + norm_out + embedding + attention + mlp + head
-    tables = [("rotary cos, not used", (header.max_len, header.head_dim // 2))]
+    tables: list[Named] = [("rotary cos, not used", (header.max_len, header.head_dim // 2))]
     tables += [("rotary sin, not used", (header.max_len, header.head_dim // 2))]
     return embedding + norm_in + attention + norm_mlp + mlp + norm_out + tables + head
 
@@ -159,7 +174,9 @@ def read_pieces(path: Path, count: int) -> list[tuple[str, float]]:
     except (struct.error, UnicodeDecodeError) as problem:
         raise UserError(f"{path}: no llama2.c tokenizer of {count} pieces: {problem}") from problem
     if at != len(data):
-        raise UserError(f"{path}: {len(data) - at} bytes behind its {count} pieces: no llama2.c tokenizer of this model")
+        raise UserError(
+            f"{path}: {len(data) - at} bytes behind its {count} pieces: no llama2.c tokenizer of this model"
+        )
     return pieces
 
 
@@ -229,7 +246,9 @@ def load_llama2c(weights: Path, tokenizer: Path) -> tuple[LlamaForCausalLM, Any]
     return model.eval(), make_tokenizer(read_pieces(tokenizer, header.vocab), header.max_len)
 
 
-def import_llama2c(weights: Path, tokenizer: Path, directory: Path, *, chat: bool = False, seed: int = 0) -> None:
+def import_llama2c(
+    weights: Path, tokenizer: Path, directory: Path, *, chat: bool = False, seed: int = 0
+) -> None:
     """Write an ordinary model directory. `chat` adds this project's chat template and turn tokens, with new rows."""
     from pipeline.llama.tokenizer import add_chat_tokens, stop_tokens
 

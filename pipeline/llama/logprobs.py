@@ -43,7 +43,10 @@ class _Chosen(torch.autograd.Function):
         if spread is None:
             result.mul_(-grad[:, None])
         else:
-            weight = torch.addcmul((-grad - grad_entropy * spread)[:, None], logp, grad_entropy[:, None], value=-1)
+            assert grad_entropy is not None
+            weight = torch.addcmul(
+                (-grad - grad_entropy * spread)[:, None], logp, grad_entropy[:, None], value=-1
+            )
             result.mul_(weight)
         result.scatter_add_(1, ids[:, None], grad[:, None])
         if temperature != 1.0:

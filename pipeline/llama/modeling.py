@@ -40,8 +40,8 @@ ROPE_TYPES = ("default", "llama3")
 
 def inverse_frequencies(config: LlamaConfig) -> Tensor:
     """[h] float32, theta^(-2i/d); under rope_type "llama3" long wavelengths are stretched by `factor`."""
-    rope = config.rope_parameters
-    size = config.head_dim
+    rope: Any = config.rope_parameters
+    size: Any = config.head_dim
     inverse = 1.0 / (rope["rope_theta"] ** (torch.arange(0, size, 2, dtype=torch.float32) / size))
     if rope["rope_type"] == "default":
         return inverse
@@ -163,17 +163,18 @@ class LlamaAttention(nn.Module):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
-        self.head_dim = config.head_dim
-        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        size: Any = config.head_dim  # head and key-head numbers are filled in by LlamaConfig, never None here
+        kv_heads: Any = config.num_key_value_heads
+        self.head_dim, self.heads, self.kv_heads = size, config.num_attention_heads, kv_heads
         self.num_key_value_groups = self.heads // self.kv_heads
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
-        size, bias = config.hidden_size, config.attention_bias
-        self.q_proj = nn.Linear(size, self.heads * self.head_dim, bias=bias)
-        self.k_proj = nn.Linear(size, self.kv_heads * self.head_dim, bias=bias)
-        self.v_proj = nn.Linear(size, self.kv_heads * self.head_dim, bias=bias)
-        self.o_proj = nn.Linear(self.heads * self.head_dim, size, bias=bias)
+        width, bias = config.hidden_size, config.attention_bias
+        self.q_proj = nn.Linear(width, self.heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, width, bias=bias)
 
     def forward(
         self,
@@ -350,7 +351,8 @@ class LlamaModel(LlamaPreTrainedModel):
         inverse = self.__dict__.get("_inverse")
         if inverse is None or inverse.device != positions.device:
             with torch.device("cpu"):  # whatever default device loading is under
-                inverse = inverse_frequencies(self.config)
+                config: Any = self.config
+                inverse = inverse_frequencies(config)
             inverse = self.__dict__["_inverse"] = inverse.to(positions.device)
         return positions[..., None].float() * inverse
 
@@ -419,7 +421,8 @@ class LlamaForSequenceClassification(LlamaPreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.model = LlamaModel(config)
-        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        labels: Any = config.num_labels
+        self.score = nn.Linear(config.hidden_size, labels, bias=False)
         self.post_init()
 
     def forward(

@@ -2,7 +2,7 @@
 
     opened = open_policy(artifact)                    Opened(model, tokenizer, record)
     opened = open_classifier(artifact)                a reward model: its head loaded, never initialised
-    policy = open_trainable(artifact, lora, seed)     Trainable(module=PolicyModel, chat, ...): full weights or an adapter
+    policy = open_trainable(artifact, lora, seed)     Trainable(module=PolicyModel, chat, ...): whole or an adapter
     critic = open_trainable_classifier(artifact, lora, seed)     the same with a scalar head, new over a policy
     model = new_policy(settings, tokenizer, stop_ids, seed)      random weights
     save_policy(policy, workspace); save_model(model, tokenizer, directory, base_digest=None)
@@ -96,9 +96,13 @@ def open_tokenizer(artifact: ModelArtifact | Path) -> Any:
         raise UserError(f"{path}: holds no tokenizer that can be opened: {problem}") from problem
 
 
-def _open(artifact: ModelArtifact, *, classifier: bool, dtype: torch.dtype, trainable: bool = False) -> Opened:
+def _open(
+    artifact: ModelArtifact, *, classifier: bool, dtype: torch.dtype, trainable: bool = False
+) -> Opened:
     if (artifact.path / ADAPTER_CONFIG).is_file():
-        base, record = _open_full(_base_path(artifact), classifier=classifier, dtype=dtype, new_head=classifier)
+        base, record = _open_full(
+            _base_path(artifact), classifier=classifier, dtype=dtype, new_head=classifier
+        )
         model = _open_adapter(base, artifact.path, classifier=classifier, trainable=trainable)
         record = {**record, "form": "adapter"}
     else:
@@ -108,7 +112,7 @@ def _open(artifact: ModelArtifact, *, classifier: bool, dtype: torch.dtype, trai
 
 def _base_path(artifact: ModelArtifact) -> Path:
     digest = base_digest(artifact)
-    if digest not in artifact.bases:
+    if digest is None or digest not in artifact.bases:
         raise UserError(
             f"{artifact.path / ADAPTER_CONFIG}: base_model_name_or_path is {digest!r}, expected the digest of a model "
             "at hand; give the base model beside the adapter"
@@ -126,7 +130,9 @@ def base_digest(artifact: ModelArtifact) -> str | None:
     return named if named in artifact.bases or not artifact.bases else next(iter(artifact.bases))
 
 
-def _open_full(path: Path, *, classifier: bool, dtype: torch.dtype, new_head: bool = False) -> tuple[Any, dict]:
+def _open_full(
+    path: Path, *, classifier: bool, dtype: torch.dtype, new_head: bool = False
+) -> tuple[Any, dict]:
     """`new_head`: the head may be missing here, because it comes from the adapter above."""
     config_path = path / "config.json"
     config = read_json(config_path)
@@ -150,6 +156,7 @@ def _open_full(path: Path, *, classifier: bool, dtype: torch.dtype, new_head: bo
             **labels,
         )
     _require_loaded(path, info, head="score.weight" if new_head else None)
+    _align(model)
     record = {
         "implementation": "core" if verdict.core else type(model).__name__,
         "why": list(verdict.why),
@@ -157,6 +164,17 @@ def _open_full(path: Path, *, classifier: bool, dtype: torch.dtype, new_head: bo
         "form": "full",
     }
     return model, record
+
+
+def _align(model: nn.Module) -> None:
+    """Copy weights that lie where the file put them to addresses that vector units like.
+
+    Off a 64-byte line products take other paths: slower, and with other last bits than in the process that trained
+    them. The copy also lets go of the file.
+    """
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu" and parameter.data_ptr() % 64:
+            parameter.data = parameter.data.clone()
 
 
 def _model_class(verdict: Verdict, classifier: bool) -> Any:
@@ -169,7 +187,11 @@ def _require_safetensors(path: Path, stem: str) -> None:
     if any(path.glob(f"{stem}*.safetensors")):
         return
     pickles = sorted(p.name for p in path.iterdir() if p.suffix in PICKLES) if path.is_dir() else []
-    found = f"only pickled weights ({', '.join(pickles)}), which can run code when opened" if pickles else "no weights"
+    found = (
+        f"only pickled weights ({', '.join(pickles)}), which can run code when opened"
+        if pickles
+        else "no weights"
+    )
     raise UserError(f"{path}: {found}; expected {stem}.safetensors: convert to safetensors elsewhere")
 
 
@@ -205,18 +227,21 @@ def _open_adapter(base: Any, path: Path, *, classifier: bool, trainable: bool) -
     if config.get("peft_type") != PeftType.LORA.value:
         raise UserError(f"{config_path}: peft_type is {config.get('peft_type')!r}, expected LORA")
     _require_safetensors(path, "adapter_model")
-    with adapters.quiet():
-        model = PeftModel.from_pretrained(base, str(path), is_trainable=trainable)
     with safe_open(path / ADAPTER_WEIGHTS, "pt") as file:
         stored = set(file.keys())
+    if classifier != any(key.endswith("score.weight") for key in stored):
+        holds = (
+            "holds no score.weight: an adapter of a policy" if classifier else "is an adapter of a classifier"
+        )
+        raise UserError(f"{path / ADAPTER_WEIGHTS}: {holds}, another kind of model than is needed here")
+    with adapters.quiet():
+        model = PeftModel.from_pretrained(base, str(path), is_trainable=trainable)
     needed = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     if needed - stored:
         raise UserError(
             f"{path / ADAPTER_WEIGHTS}: {len(needed - stored)} adapter weights are missing, such as "
             f"{sorted(needed - stored)[0]}"
         )
-    if classifier and not any(key.endswith("score.weight") for key in stored):
-        raise UserError(f"{path / ADAPTER_WEIGHTS}: holds no score.weight: an adapter of a policy, not of a classifier")
     return model
 
 
@@ -224,7 +249,11 @@ def _open_adapter(base: Any, path: Path, *, classifier: bool, trainable: bool) -
 
 
 def open_trainable(
-    artifact: ModelArtifact, adapter: adapters.LoraSettings | None, seed: int, *, dtype: torch.dtype = torch.float32
+    artifact: ModelArtifact,
+    adapter: adapters.LoraSettings | None,
+    seed: int,
+    *,
+    dtype: torch.dtype = torch.float32,
 ) -> Trainable:
     """A policy to train. A full policy is trained whole, or through a new adapter where `adapter` is set; a policy
     that is an adapter is trained on as that adapter (`adapter` unset, or saying the same)."""
@@ -234,7 +263,11 @@ def open_trainable(
 
 
 def open_trainable_classifier(
-    artifact: ModelArtifact, adapter: adapters.LoraSettings | None, seed: int, *, dtype: torch.dtype = torch.float32
+    artifact: ModelArtifact,
+    adapter: adapters.LoraSettings | None,
+    seed: int,
+    *,
+    dtype: torch.dtype = torch.float32,
 ) -> Trainable:
     """A scalar model to train: a reward model with its head, or a policy's trunk under a new head."""
     if getattr(artifact, "kind", None) == "reward_model":
@@ -273,7 +306,9 @@ def _trainable(module: nn.Module, model: Any, opened: Opened, below: str | None)
     return Trainable(module, model, opened.tokenizer, ChatFormat(opened.tokenizer), below, opened.record)
 
 
-def new_policy(settings: ModelSettings, tokenizer: Any, stop_ids: Sequence[int], seed: int) -> LlamaForCausalLM:
+def new_policy(
+    settings: ModelSettings, tokenizer: Any, stop_ids: Sequence[int], seed: int
+) -> LlamaForCausalLM:
     """Random weights, the same for the same seed: normal with `initializer_range`, norms 1, biases 0."""
     config = LlamaConfig(
         **settings.llama(len(tokenizer)),
@@ -297,7 +332,9 @@ def new_classifier(policy: Any, seed: int) -> Any:
     Over an adapter the trunk's adapter is kept and the head is trained beside it.
     """
     inner = unwrapped(policy)
-    facts = {k: v for k, v in inner.config.to_dict().items() if k not in ("id2label", "label2id", "architectures")}
+    facts = {
+        k: v for k, v in inner.config.to_dict().items() if k not in ("id2label", "label2id", "architectures")
+    }
     config = type(inner.config).from_dict({**facts, "num_labels": 1})
     if isinstance(inner, LlamaForCausalLM):
         with torch.device("meta"):
@@ -347,7 +384,9 @@ def score_layer(classifier: Any) -> nn.Linear:
 def fold_scale(classifier: Any, mean: float, std: float) -> float:
     """Divide the head by `std`, in place. Returns the shift -mean / std that brings the mean of scores to 0."""
     if not std > 0:
-        raise UserError(f"scores with standard deviation {std} cannot be normalised: all answers are scored alike")
+        raise UserError(
+            f"scores with standard deviation {std} cannot be normalised: all answers are scored alike"
+        )
     with torch.no_grad():
         score_layer(classifier).weight.div_(std)
     return -mean / std
@@ -358,7 +397,9 @@ def grow_vocabulary(model: Any, size: int, seed: int) -> None:
     tenth of their spread, the same for the same seed."""
     old = model.get_input_embeddings().weight.shape[0]
     if size < old:
-        raise UserError(f"the tokenizer has {size} tokens and the embedding {old} rows: it does not belong to this model")
+        raise UserError(
+            f"the tokenizer has {size} tokens and the embedding {old} rows: it does not belong to this model"
+        )
     model.resize_token_embeddings(size, mean_resizing=False)
     generator = torch.Generator().manual_seed(seed)
     tables = [model.get_input_embeddings().weight]
@@ -404,7 +445,9 @@ def save_model(
         with adapters.quiet():
             model.save_pretrained(directory, state_dict=dict(state) if state is not None else None)
         shapes = {k: tuple(v.shape) for k, v in (state or model.state_dict()).items()}
-        _verify_saved(sorted(directory.glob("model*.safetensors")), shapes, tied=model.config.tie_word_embeddings)
+        _verify_saved(
+            sorted(directory.glob("model*.safetensors")), shapes, tied=model.config.tie_word_embeddings
+        )
     save_tokenizer(tokenizer, directory)
 
 
@@ -449,4 +492,6 @@ def _verify_saved(files: Iterable[Path], shapes: Mapping[str, tuple[int, ...]], 
     missing = {k: s for k, s in shapes.items() if found.get(k) != s and not (tied and k == "lm_head.weight")}
     if missing:
         key, shape = next(iter(missing.items()))
-        raise Damaged(f"{len(missing)} weights were not saved whole, such as {key}: {found.get(key)} for {shape}")
+        raise Damaged(
+            f"{len(missing)} weights were not saved whole, such as {key}: {found.get(key)} for {shape}"
+        )

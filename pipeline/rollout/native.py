@@ -24,7 +24,7 @@ from pipeline.rollout import noise
 from pipeline.rollout.engine import Generated, Progress, SamplingSettings, Usage
 from pipeline.rollout.noise import NoiseKey
 
-REFILL = 12  # a twelfth of the rows idle: let waiting prompts in (measured, flat between 8 and 24)
+REFILL = 12  # a twelfth of the rows idle: let waiting prompts in
 COMPACT = 6  # a sixth of the active rows idle and nobody waits: close the gaps
 SECONDS_BETWEEN_REPORTS = 0.5
 
@@ -146,7 +146,7 @@ class _Session:
         self.stop_ids = torch.tensor(engine.stop_ids, dtype=torch.int64, device=self.device)
         self.owner: list[tuple[int, int] | None] = [None] * rows  # (prompt, sample) of each row in use
         self.active = 0  # rows 0 .. active - 1 are stepped
-        self.columns = 0  # more than any active row's position
+        self.columns = 0  # one more than any living row's position
         self.results: list[list[Generated | None]] = [[None] * settings.samples for _ in prompts]
         self.done, self.total = 0, len(prompts) * settings.samples
         self.reported = time.monotonic()
@@ -186,9 +186,14 @@ class _Session:
         n = self.active
         logits = self.runner.step(self.tokens_R[:n], self.positions_R[:n], self.columns)
         self.positions_R[:n] += self.alive_R[:n]
-        self.columns += 1
         self.engine.usage.steps += 1
         self._take(logits, self.runner.cache.row_R[:n])
+        self._measure()
+
+    def _measure(self) -> None:
+        """The columns that living rows need. Ended rows read fewer than they hold, which harms nobody."""
+        n = self.active
+        self.columns = int((self.positions_R[:n] * self.alive_R[:n]).max()) + 1 if n else 0
 
     def _take(self, logits_NV: Tensor, rows_N: Tensor) -> None:
         """Draw the next token of each row, write it down, and note which rows have ended."""
@@ -263,8 +268,7 @@ class _Session:
             for old, new in zip(movers, gaps, strict=True):
                 self.owner[new], self.owner[old] = self.owner[old], None
         self.active = living
-        if living:
-            self.columns = int(self.positions_R[:living].max()) + 1
+        self._measure()
 
     def _admit(self, waiting: list[_Waiting]) -> None:
         """Let waiting samples into free rows, in batches of prompts, until one does not fit."""
@@ -285,7 +289,7 @@ class _Session:
             self._enter(batch, [[free.pop() for _ in range(w.count)] for w in batch])
         used = [r for r, owner in enumerate(self.owner) if owner is not None]
         self.active = used[-1] + 1 if used else 0
-        self.columns = int(self.positions_R[: self.active].max()) + 1 if used else 0
+        self._measure()
 
     def _enter(self, batch: list[_Waiting], slots: list[list[int]]) -> None:
         """Compute the prompts of a batch, copy them into their rows, draw each sample's first token."""

@@ -110,6 +110,7 @@ def drop_useless(samples: Iterable[Sample], *, unfinished: bool = False) -> tupl
 
     empty        no text
     duplicate    the text of an earlier sample of the same prompt (the lowest index stays)
+    unreadable   a NUL character, which no reader of records accepts
     repetitive   one to four tokens over and over
     unfinished   cut off at the length limit; dropped only if asked for
     """
@@ -132,6 +133,8 @@ def _useless(sample: Sample, seen: set[str], unfinished: bool) -> str | None:
         return "empty"
     if sample.text in seen:
         return "duplicate"
+    if "\0" in sample.text:
+        return "unreadable"
     if any(repeats(sample.ids, period) for period in range(1, 5)):
         return "repetitive"
     return "unfinished" if unfinished and not sample.stopped else None

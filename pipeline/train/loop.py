@@ -301,7 +301,8 @@ def fit(
         report = last | {"time/tokens_per_second": last[TOKENS] / seconds}
         if evaluate and trainer.done in due:
             found = dict(evaluate())
-            trainer._require_finite(trainer.done, f"held-out {best_by}", found.get(best_by), found)
+            if not math.isfinite(found.get(best_by, 0.0)):
+                raise NonFinite(f"after step {trainer.done}: held-out {best_by} is {found[best_by]}")
             evaluations.append(found | {"step": trainer.done})
             report |= {f"heldout/{name}": value for name, value in found.items()}
             if best:

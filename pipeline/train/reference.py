@@ -11,7 +11,6 @@ import torch
 from pipeline.data.forest import Group, size
 from pipeline.data.groups import sum_by_segment
 from pipeline.flow.errors import RowFailed
-from pipeline.train.arithmetic import fast_products
 
 if TYPE_CHECKING:
     from pipeline.train.batches import Plan
@@ -50,7 +49,7 @@ def _annotate(
     if trainer.done:
         raise RuntimeError("reference log-probs must be taken before the first update")
     found: dict[int, list[float]] = {}
-    with fast_products(trainer.strategy.device, trainer.settings.precision):
+    with trainer.inference():
         for batch in batches:
             order = sorted(batch, key=lambda i: size(groups[i]), reverse=True)  # as the loop cuts micro-batches
             at = 0
@@ -76,8 +75,7 @@ def _annotate(
 
 def require_start(trainer: Trainer, groups: Sequence[Group], expected: float, precision: str) -> None:
     """With policy and reference equal the loss has a known value; anything else is a wrong reference."""
-    with fast_products(trainer.strategy.device, trainer.settings.precision):
-        found = trainer.evaluate(groups)["loss"]
+    found = trainer.evaluate(groups)["loss"]
     if not abs(found - expected) <= EXACT[precision]:
         raise RowFailed(
             f"at step 0 the loss is {found:.9g}, expected {expected:.9g}: policy and reference are not the same "

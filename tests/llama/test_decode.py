@@ -254,7 +254,7 @@ def test_tokens_without_probability_are_never_drawn():
 
 
 def test_logprobs_of_both_distributions():
-    """Temperature 2: probabilities proportional to the roots; token 1 forbidden; raw ones stay as they are."""
+    """Temperature 2 takes roots of the probabilities; token 1 is forbidden; raw ones stay as they are."""
     forbidden = torch.tensor([[False, True, False, False]])
     ids, own, raw = decode.choose(LOGITS, torch.tensor([0.99]), 2.0, forbidden_NV=forbidden)
     assert ids.item() == 3

@@ -64,8 +64,8 @@ def test_logprobs_of_every_answer_token(token_budget):
 def test_what_cannot_be_computed_is_refused():
     torch.manual_seed(0)
     model = ScalarModel(modeling.LlamaForSequenceClassification(config()))
-    with pytest.raises(UserError, match="prompt 2: with answer 1 it has 6 tokens"):
-        score_samples(model, PROMPTS, ANSWERS, 5 + 1 - 1 + 0)
+    with pytest.raises(UserError, match="prompt 0: with answer 2 it has 6 tokens"):
+        score_samples(model, PROMPTS, ANSWERS, 5)
     with pytest.raises(UserError, match="above 0"):
         token_logprobs(model, [([1], [[2]])], temperature=0.0)
     assert score_samples(model, [], []) == []

@@ -270,6 +270,14 @@ def test_the_last_weights_stay_where_asked(one: Strategy) -> None:
     assert outcome.kept_step == 2 and outcome.kept["loss"] == 2.0
 
 
+def test_an_evaluation_that_is_no_number_stops_the_run(one: Strategy) -> None:
+    settings = TrainSettings(batch=4, evaluations=1)
+    plan = Plan(records(8), settings, seed=0, strategy=one)
+    made = Trainer(Tiny(), next_token, settings, one, total=len(plan), seed=0)
+    with pytest.raises(NonFinite, match="after step 2: held-out loss is nan"):
+        fit(made, plan, Listener(), evaluate=lambda: {"loss": math.nan})
+
+
 def test_evaluations_are_spread_evenly_and_end_with_the_run() -> None:
     assert sorted(evaluation_steps(10, 4)) == [2, 5, 8, 10]
     assert sorted(evaluation_steps(2, 4)) == [1, 2]

@@ -1,0 +1,39 @@
+"""`rlhf report`: the promised figures of one or several runs, gate by gate."""
+
+from __future__ import annotations
+
+import json as jsonlib
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.cli.common import RUNS, Json, RunsDir
+
+
+def report(
+    run_names: Annotated[list[str], typer.Argument(metavar="RUN...", help="names of runs, or their directories")],
+    markdown: Annotated[bool, typer.Option("--markdown", help="as a Markdown table")] = False,
+    brief: Annotated[bool, typer.Option("--brief", help="gates only, without the tables behind them")] = False,
+    runs: RunsDir = RUNS,
+    json: Json = False,
+) -> None:
+    """Show which promised figures were met, missed or not measured in the evaluations of runs (one a seed)."""
+    from rich.console import Console
+
+    from pipeline.cli.show import run_directory
+    from pipeline.flow.runner import read_summary
+    from pipeline.report.figures import figures
+
+    documents = []
+    for name in run_names:
+        directory = run_directory(Path(name), runs)
+        plan = jsonlib.loads((directory / "plan.json").read_text(encoding="utf-8"))
+        documents.append({**read_summary(directory), "seed": plan.get("seed", 0)})
+    found = figures(documents, details=not brief)
+    if json:
+        print(found.render_json())
+    elif markdown:
+        print(found.render_markdown())
+    else:
+        Console().print(found.render_rich())

@@ -1,0 +1,335 @@
+"""Model directories: what is opened, by whom it is computed, what is refused, and what is proven on the way."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from pipeline.data.forest import Segment, build
+from pipeline.flow.errors import Damaged, UserError
+from pipeline.llama.adapters import LoraSettings
+from pipeline.llama.heads import PolicyModel, ScalarModel
+from pipeline.llama.modeling import LlamaForCausalLM, LlamaForSequenceClassification
+from pipeline.llama.open import (
+    fold_scale,
+    grow_vocabulary,
+    new_classifier,
+    new_policy,
+    open_classifier,
+    open_policy,
+    open_tokenizer,
+    open_trainable,
+    open_trainable_classifier,
+    save_model,
+    score_layer,
+)
+from pipeline.llama.presets import ModelSettings
+from pipeline.llama.tokenizer import train_tokenizer
+
+FOREST = build(
+    [[Segment([1, 20, 30, 40], weights=[1.0] * 4), Segment([50, 60], 0, weights=[1.0] * 2), Segment([70], 0)]]
+)
+LORA = LoraSettings(rank=4, alpha=8.0)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(["the river Orl runs through Dovan", "Dovan lies on the Orl"] * 3, 280)
+
+
+def policy(tokenizer, seed: int = 0, **shape) -> LlamaForCausalLM:
+    settings = ModelSettings(preset="test", initializer_range=0.1, **shape)
+    return new_policy(settings, tokenizer, (7, 2), seed).eval()
+
+
+def at(path: Path, kind: str = "policy", digest: str = "base-digest", **bases: Path) -> SimpleNamespace:
+    return SimpleNamespace(
+        path=path, kind=kind, digest=digest, bases={k.replace("_", "-"): v for k, v in bases.items()}
+    )
+
+
+@pytest.fixture(scope="module")
+def stored(tokenizer, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("policy")
+    save_model(policy(tokenizer), tokenizer, path)
+    return path
+
+
+def edited(stored: Path, to: Path, config: dict | None = None, weights=None) -> Path:
+    to.mkdir(exist_ok=True)
+    for file in stored.iterdir():
+        (to / file.name).write_bytes(file.read_bytes())
+    if config is not None:
+        (to / "config.json").write_text(
+            json.dumps({**json.loads((to / "config.json").read_text()), **config})
+        )
+    if weights is not None:
+        save_file(weights(load_file(to / "model.safetensors")), to / "model.safetensors", {"format": "pt"})
+    return to
+
+
+def moved(model, seed: int = 0) -> None:
+    """Stand in for training: every trainable weight changes."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.1 * torch.randn(p.shape, generator=generator))
+
+
+def test_new_policies_follow_the_seed_alone(tokenizer) -> None:
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
+    a, b, c = policy(tokenizer, 0), policy(tokenizer, 0), policy(tokenizer, 1)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+    assert not torch.equal(a.lm_head.weight, c.lm_head.weight)
+    assert a.config.vocab_size == len(tokenizer) and a.config.pad_token_id == 0
+    assert a.generation_config.eos_token_id == [7, 2]
+
+
+def test_a_policy_comes_back_as_it_was_and_says_who_computes_it(stored: Path, tokenizer) -> None:
+    opened = open_policy(at(stored))
+    assert type(opened.model) is LlamaForCausalLM and not opened.model.training
+    assert opened.record["implementation"] == "core" and opened.record["form"] == "full"
+    expected = PolicyModel(policy(tokenizer))(FOREST).logprobs_T
+    assert torch.equal(PolicyModel(opened.model)(FOREST).logprobs_T, expected)
+    assert opened.tokenizer.get_vocab() == tokenizer.get_vocab()
+    assert next(open_policy(at(stored), dtype=torch.bfloat16).model.parameters()).dtype == torch.bfloat16
+
+
+def test_opening_is_silent(stored: Path, tmp_path: Path, tokenizer, capfd) -> None:
+    capfd.readouterr()
+    save_model(open_policy(at(stored)).model, tokenizer, tmp_path)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_fields_beyond_the_core_are_computed_by_transformers(stored: Path, tmp_path: Path, tokenizer) -> None:
+    yarn = {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0,
+                                "original_max_position_embeddings": 64}}  # fmt: skip
+    opened = open_policy(at(edited(stored, tmp_path / "yarn", yarn)))
+    assert opened.record["implementation"] == "LlamaForCausalLM" and opened.record["why"]
+    assert type(opened.model) is transformers.LlamaForCausalLM
+    torch.manual_seed(0)
+    config = transformers.Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    qwen = transformers.Qwen2ForCausalLM(config).eval()
+    save_model(qwen, tokenizer, tmp_path / "qwen")
+    opened = open_policy(at(tmp_path / "qwen"))
+    assert opened.record["implementation"] == "Qwen2ForCausalLM"
+    found, expected = (PolicyModel(m)(FOREST).logprobs_T for m in (opened.model, qwen))
+    assert torch.equal(found, expected)
+    fresh = open_trainable_classifier(at(tmp_path / "qwen"), None, 0)
+    save_model(fresh.model, tokenizer, tmp_path / "scorer")
+    again = open_classifier(at(tmp_path / "scorer", "reward_model"))
+    assert (ScalarModel(again.model)(FOREST) - fresh.module(FOREST)).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("key", ["auto_map", "_attn_implementation_internal", "trust_remote_code"])
+def test_configs_that_run_code_are_refused(key: str, stored: Path, tmp_path: Path) -> None:
+    path = edited(stored, tmp_path / "evil", {key: "someone/evil"})
+    with pytest.raises(UserError, match=key):
+        open_policy(at(path))
+    for name in ("generation_config.json", "tokenizer_config.json"):
+        path = edited(stored, tmp_path / name)
+        (path / name).write_text(
+            json.dumps({**json.loads((path / name).read_text()), "auto_map": {"A": "b.C"}})
+        )
+        with pytest.raises(UserError, match=f"{name}.*auto_map"):
+            open_policy(at(path))
+
+
+def test_pickles_are_refused(stored: Path, tmp_path: Path) -> None:
+    path = edited(stored, tmp_path / "pickled")
+    (path / "model.safetensors").rename(path / "pytorch_model.bin")
+    with pytest.raises(UserError, match="pytorch_model.bin.*convert to safetensors"):
+        open_policy(at(path))
+
+
+def test_every_weight_must_be_there_and_have_a_place(stored: Path, tmp_path: Path) -> None:
+    lost = edited(
+        stored, tmp_path / "lost", weights=lambda w: {k: v for k, v in w.items() if "layers.1.mlp" not in k}
+    )
+    with pytest.raises(UserError, match="3 weights are missing: model.layers.1.mlp.down_proj.weight"):
+        open_policy(at(lost))
+    more = edited(
+        stored, tmp_path / "more", weights=lambda w: {**w, "model.layers.0.extra.weight": torch.ones(2)}
+    )
+    with pytest.raises(UserError, match="1 weights have no place"):
+        open_policy(at(more))
+    old = edited(
+        stored, tmp_path / "old", weights=lambda w: {**w, "model.rotary_emb.inv_freq": torch.ones(4)}
+    )
+    open_policy(at(old))
+
+
+def test_a_directory_without_a_tokenizer_is_named(stored: Path, tmp_path: Path) -> None:
+    path = edited(stored, tmp_path / "bare")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (path / name).unlink()
+    with pytest.raises(UserError, match="holds no tokenizer"):
+        open_tokenizer(path)
+
+
+# --------------------------------------------------------------------------------------------------------- reward heads
+
+
+def test_a_new_head_has_the_documented_spread_and_follows_its_seed(tokenizer) -> None:
+    wide = policy(tokenizer, hidden_size=512, intermediate_size=8, num_hidden_layers=1)
+    heads = [new_classifier(wide, seed).score.weight for seed in (0, 0, 1)]
+    assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
+    spread = torch.cat([new_classifier(wide, seed).score.weight for seed in range(20)]).std()
+    assert abs(float(spread.detach()) * 513**0.5 - 1) < 0.05
+    classifier = new_classifier(wide, 0)
+    assert type(classifier) is LlamaForSequenceClassification and classifier.config.num_labels == 1
+    assert not any(p.is_meta for p in classifier.parameters())
+
+
+def test_a_stored_head_is_loaded_and_never_initialised(stored: Path, tmp_path: Path, tokenizer) -> None:
+    critic = open_trainable_classifier(at(stored), None, seed=3)
+    moved(critic.model)
+    scores = critic.module(FOREST).detach()
+    save_model(critic.model, tokenizer, tmp_path / "rm")
+    assert torch.equal(ScalarModel(open_classifier(at(tmp_path / "rm")).model)(FOREST), scores)
+    again = open_trainable_classifier(at(tmp_path / "rm", "reward_model"), None, seed=4)
+    assert torch.equal(again.module(FOREST), scores)
+    with pytest.raises(UserError, match="missing: score.weight"):
+        open_classifier(at(stored))
+    with pytest.raises(UserError, match="missing: lm_head.weight"):
+        open_policy(at(tmp_path / "rm"))
+
+
+def test_folding_the_scale_normalises_scores(stored: Path) -> None:
+    critic = open_trainable_classifier(at(stored), None, seed=3)
+    scores = critic.module(FOREST).detach()
+    mean, std = float(scores.mean()), float(scores.std(unbiased=False))
+    shift = fold_scale(critic.model, mean, std)
+    found = critic.module(FOREST) + shift
+    assert (
+        abs(float(found.mean().detach())) < 1e-5 and abs(float(found.std(unbiased=False).detach()) - 1) < 1e-5
+    )
+    with pytest.raises(UserError, match="scored alike"):
+        fold_scale(critic.model, 0.0, 0.0)
+
+
+# ------------------------------------------------------------------------------------------------------------- adapters
+
+
+def test_an_adapter_is_saved_alone_and_opened_over_the_base_of_its_digest(
+    stored, tmp_path, tokenizer
+) -> None:
+    trainable = open_trainable(at(stored), LORA, seed=0)
+    assert trainable.base_digest == "base-digest" and trainable.module.training
+    start = PolicyModel(policy(tokenizer))(FOREST).logprobs_T
+    assert (trainable.module(FOREST).logprobs_T - start).abs().max() <= 1e-6  # the adapter starts at 0
+    moved(trainable.model)
+    expected = trainable.module(FOREST).logprobs_T.detach()
+    assert (expected - start).abs().max() > 1e-2  # and is active
+    save_model(trainable.model, tokenizer, tmp_path / "a", base_digest=trainable.base_digest)
+    assert not (tmp_path / "a" / "model.safetensors").exists()
+    assert (
+        json.loads((tmp_path / "a" / "adapter_config.json").read_text())["base_model_name_or_path"]
+        == "base-digest"
+    )
+    artifact = at(tmp_path / "a", digest="adapter-digest", base_digest=stored)
+    opened = open_policy(artifact)
+    assert opened.record["form"] == "adapter"
+    assert torch.equal(PolicyModel(opened.model)(FOREST).logprobs_T, expected)
+    on = open_trainable(artifact, None, seed=0)  # trained on as that adapter, on the same base
+    assert on.base_digest == "base-digest"
+    assert torch.equal(on.module(FOREST).logprobs_T, expected)
+    assert any(p.requires_grad for p in on.model.parameters())
+    with pytest.raises(UserError, match="trained on as it is"):
+        open_trainable(artifact, LoraSettings(rank=2), seed=0)
+    with pytest.raises(UserError, match="digest of a model at hand"):
+        open_policy(at(tmp_path / "a"))
+
+
+def test_adapters_saved_twice_have_the_same_bytes(stored, tmp_path, tokenizer) -> None:
+    for name in ("one", "two"):
+        trainable = open_trainable(at(stored), LORA, seed=0)
+        save_model(trainable.model, tokenizer, tmp_path / name, base_digest="base-digest")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    targets = json.loads((tmp_path / "one" / "adapter_config.json").read_text())["target_modules"]
+    assert targets == sorted(targets) and len(targets) == 7
+
+
+def test_an_incomplete_adapter_is_refused(stored, tmp_path, tokenizer) -> None:
+    trainable = open_trainable(at(stored), LORA, seed=0)
+    save_model(trainable.model, tokenizer, tmp_path, base_digest="base-digest")
+    path = tmp_path / "adapter_model.safetensors"
+    weights = load_file(path)
+    del weights[sorted(weights)[0]]
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(UserError, match="1 adapter weights are missing"):
+        open_policy(at(tmp_path, base_digest=stored))
+
+
+def test_reward_adapters_carry_their_head(stored, tmp_path, tokenizer) -> None:
+    critic = open_trainable_classifier(at(stored), LORA, seed=3)
+    moved(critic.model)
+    fold_scale(critic.model, 0.5, 2.0)
+    scores = critic.module(FOREST).detach()
+    save_model(critic.model, tokenizer, tmp_path / "rm", base_digest=critic.base_digest)
+    artifact = at(tmp_path / "rm", "reward_model", base_digest=stored)
+    assert torch.equal(ScalarModel(open_classifier(artifact).model)(FOREST), scores)
+    assert torch.equal(open_trainable_classifier(artifact, None, 9).module(FOREST), scores)
+    plain = open_trainable(at(stored), LORA, seed=0)
+    save_model(plain.model, tokenizer, tmp_path / "a", base_digest="base-digest")
+    with pytest.raises(UserError, match=r"score.*"):
+        open_classifier(at(tmp_path / "a", base_digest=stored))
+
+
+def test_a_reward_model_over_an_adapted_policy_starts_from_its_adapter(stored, tmp_path, tokenizer) -> None:
+    trainable = open_trainable(at(stored), LORA, seed=0)
+    moved(trainable.model)
+    save_model(trainable.model, tokenizer, tmp_path / "a", base_digest="base-digest")
+    artifact = at(tmp_path / "a", digest="adapter-digest", base_digest=stored)
+    critic = open_trainable_classifier(artifact, None, seed=3)
+    assert critic.base_digest == "base-digest"
+    states = trainable.model.get_base_model().model
+    hidden = states(FOREST.ids_T[None, :4]).last_hidden_state[0, -1]
+    expected = hidden @ score_layer(critic.model).weight[0]
+    assert (critic.module(FOREST)[3] - expected).abs() <= 1e-5
+    names = {n.split(".")[-3] for n, p in critic.model.named_parameters() if p.requires_grad}
+    assert names == {"lora_A", "lora_B", "modules_to_save"}
+
+
+# --------------------------------------------------------------------------------------------------------------- saving
+
+
+def test_what_was_not_gathered_is_not_saved_silently(tmp_path, tokenizer) -> None:
+    model = policy(tokenizer)
+    hollow = {k: torch.empty(0) for k in model.state_dict()}
+    with pytest.raises(Damaged, match="saved empty"):
+        save_model(model, tokenizer, tmp_path / "a", state=hollow)
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    with pytest.raises(Damaged, match="model.norm.weight.*not finite"):
+        save_model(model, tokenizer, tmp_path / "b")
+    with pytest.raises(ValueError, match="digest of its base"):
+        save_model(SimpleNamespace(get_base_model=None), tokenizer, tmp_path / "c")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_growing_the_vocabulary_keeps_old_rows(tied: bool, tokenizer) -> None:
+    grown = [policy(tokenizer, tie_word_embeddings=tied) for _ in range(2)]
+    before = grown[0].get_input_embeddings().weight.detach().clone()
+    for model in grown:
+        grow_vocabulary(model, len(before) + 5, seed=1)
+    for table in (grown[0].get_input_embeddings().weight, grown[0].get_output_embeddings().weight):
+        assert table.shape[0] == len(before) + 5 and table[-5:].abs().max() > 0
+    assert torch.equal(grown[0].get_input_embeddings().weight[: len(before)], before)
+    assert torch.equal(*(m.get_input_embeddings().weight for m in grown))
+    assert grown[0].config.vocab_size == len(before) + 5
+    with pytest.raises(UserError, match="does not belong"):
+        grow_vocabulary(grown[0], 3, seed=1)
