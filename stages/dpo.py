@@ -31,7 +31,9 @@ class Dpo(Stage):
         sft_coefficient: float = Field(
             default=0.0, ge=0, description="Weight of the chosen answer's own loss (nats a token) beside the pair's."
         )
-        max_tokens: int = Field(default=512, ge=8, description="Longest prompt with its answer; longer pairs are dropped.")
+        max_tokens: int = Field(
+            default=512, ge=8, description="Longest prompt with its answer; longer pairs are dropped."
+        )
         adapter: LoraSettings | None = Field(default=None, description="Train a LoRA adapter instead of all weights.")
         train: TrainSettings = Field(
             default=TrainSettings(learning_rate=1e-4, batch=64, epochs=1, betas=(0.9, 0.999)),

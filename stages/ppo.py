@@ -28,8 +28,12 @@ from pipeline.train.settings import TrainSettings
 class KlSettings(Settings):
     """The penalty for moving away from the reference, taken off the reward token by token."""
 
-    coefficient: float = Field(default=0.1, ge=0, description="Reward lost for each nat (beta); where `adaptive` starts.")
-    control: Literal["fixed", "adaptive"] = Field(default="fixed", description="Whether the coefficient follows `target`.")
+    coefficient: float = Field(
+        default=0.1, ge=0, description="Reward lost for each nat (beta); where `adaptive` starts."
+    )
+    control: Literal["fixed", "adaptive"] = Field(
+        default="fixed", description="Whether the coefficient follows `target`."
+    )
     target: float = Field(default=6.0, gt=0, description="Nats a response that adaptive control aims for (Ziegler).")
     horizon: float = Field(default=10_000, gt=0, description="Responses over which adaptive control acts.")
 
@@ -59,7 +63,9 @@ class Ppo(Stage):
             default=-1.0, description="Score of an answer that does not stop; null leaves the reward model's."
         )
         kl: KlSettings = Field(default=KlSettings(), description="The KL penalty.")
-        max_tokens: int = Field(default=512, ge=8, description="Longest prompt with its answer; longer prompts are dropped.")
+        max_tokens: int = Field(
+            default=512, ge=8, description="Longest prompt with its answer; longer prompts are dropped."
+        )
         adapter: LoraSettings | None = Field(default=None, description="Train a LoRA adapter instead of all weights.")
         train: TrainSettings = Field(
             default=TrainSettings(learning_rate=1e-4, schedule="constant", warmup=0.0, betas=(0.9, 0.999)),
@@ -118,12 +124,21 @@ class Ppo(Stage):
         )
         updates = config.iterations * config.epochs * -(-stream.size * config.sampling.samples // config.minibatch)
         trainer = Trainer(
-            actor, ppo_loss(objective), config.train, ranks, total=updates, seed=workspace.seed,
+            actor,
+            ppo_loss(objective),
+            config.train,
+            ranks,
+            total=updates,
+            seed=workspace.seed,
             rates={"value.": config.value_rate},
         )
         learner = Learner(trainer, reference.module, objective, epochs=config.epochs, minibatch=config.minibatch)
         sampler = Sampler(
-            policy.model, policy.chat, config.sampling, NoiseKey(workspace.seed, workspace.stage), reward=reward,
+            policy.model,
+            policy.chat,
+            config.sampling,
+            NoiseKey(workspace.seed, workspace.stage),
+            reward=reward,
             token_budget=config.train.token_budget,
         )
         workspace.say(memory.statement([actor], [reference.module, reward.model], policy.model, config.train))

@@ -33,10 +33,13 @@ class Rejection(Stage):
         margin: float = Field(
             default=0.0, ge=0, description="Least score difference (in standard deviations) of a pair written for DPO."
         )
-        max_tokens: int = Field(default=512, ge=8, description="Longest prompt with its answer; longer prompts are dropped.")
+        max_tokens: int = Field(
+            default=512, ge=8, description="Longest prompt with its answer; longer prompts are dropped."
+        )
         adapter: LoraSettings | None = Field(default=None, description="Train a LoRA adapter instead of all weights.")
         train: TrainSettings = Field(
-            default=TrainSettings(learning_rate=2e-4, batch=64, epochs=1), description="Optimiser, schedule and batches."
+            default=TrainSettings(learning_rate=2e-4, batch=64, epochs=1),
+            description="Optimiser, schedule and batches.",
         )
 
     @dataclass
@@ -78,7 +81,11 @@ class Rejection(Stage):
         prompts = encode_prompts(found, policy.chat, config.max_tokens, config.sampling.max_new_tokens)
         prompts = prompts.take(PromptStream(len(prompts), config.prompts, workspace.seed).batch(0))
         sampler = Sampler(
-            policy.model, policy.chat, config.sampling, NoiseKey(workspace.seed, workspace.stage), reward=reward,
+            policy.model,
+            policy.chat,
+            config.sampling,
+            NoiseKey(workspace.seed, workspace.stage),
+            reward=reward,
             token_budget=config.train.token_budget,
         )
         answers = sampler.sample(prompts, ranks=ranks, progress=lambda d, n: workspace.progress(d, n, "samples"))

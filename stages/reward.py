@@ -31,9 +31,13 @@ class Reward(Stage):
         centring: float = Field(
             default=0.0, ge=0, description="Weight of (better + worse)^2, which keeps raw scores around 0."
         )
-        max_tokens: int = Field(default=512, ge=8, description="Longest prompt with its answer; longer ones are dropped.")
+        max_tokens: int = Field(
+            default=512, ge=8, description="Longest prompt with its answer; longer ones are dropped."
+        )
         normalise_prompts: int = Field(
-            default=256, ge=2, description="Prompts that the policy answers to set the scale of scores (N-details: 256)."
+            default=256,
+            ge=2,
+            description="Prompts that the policy answers to set the scale of scores (N-details: 256).",
         )
         max_new_tokens: int = Field(default=64, ge=1, description="Longest of those answers.")
         adapter: LoraSettings | None = Field(default=None, description="Train a LoRA adapter instead of all weights.")
@@ -87,9 +91,7 @@ class Reward(Stage):
             held = comparison_groups(heldout, scorer.chat, config.max_tokens).groups
             mine = trainer.share(held)
             evaluate = lambda: trainer.evaluate(mine)
-        outcome = fit(
-            trainer, plan, workspace, evaluate=evaluate, figures=("loss", "accuracy", "margin")
-        )
+        outcome = fit(trainer, plan, workspace, evaluate=evaluate, figures=("loss", "accuracy", "margin"))
         sampling = SamplingSettings(samples=1, max_new_tokens=config.max_new_tokens)
         prompts = None
         if inputs.prompts:

@@ -26,10 +26,13 @@ class Sft(Stage):
         train_on: Literal["all_rounds", "last_round", "marked"] = Field(
             default="all_rounds", description="Which assistant turns carry loss."
         )
-        max_tokens: int = Field(default=512, ge=8, description="Longest dialogue; longer ones lose their oldest rounds.")
+        max_tokens: int = Field(
+            default=512, ge=8, description="Longest dialogue; longer ones lose their oldest rounds."
+        )
         adapter: LoraSettings | None = Field(default=None, description="Train a LoRA adapter instead of all weights.")
         train: TrainSettings = Field(
-            default=TrainSettings(learning_rate=1e-3, batch=32, epochs=2), description="Optimiser, schedule and batches."
+            default=TrainSettings(learning_rate=1e-3, batch=32, epochs=2),
+            description="Optimiser, schedule and batches.",
         )
 
     @dataclass

@@ -13,9 +13,7 @@ from torch import Tensor
 from pipeline.algo.output import keep
 
 
-def finish_scores(
-    scores_N: Tensor, stopped_N: Tensor, *, score: float | None = None, penalty: float = 0.0
-) -> Tensor:
+def finish_scores(scores_N: Tensor, stopped_N: Tensor, *, score: float | None = None, penalty: float = 0.0) -> Tensor:
     """Scores of responses, those that did not end by themselves put right.
 
     score     replaces the score of an unfinished response (-1 in Huang et al. 2024, "The N+ implementation
@@ -100,9 +98,7 @@ def _places(start_N: Tensor, length_N: Tensor) -> tuple[Tensor, Tensor]:
     return start_N[:, None] + offsets, offsets < length_N[:, None]
 
 
-def shaped_rewards_ragged(
-    kl_T: Tensor, scores_N: Tensor, start_N: Tensor, length_N: Tensor, beta: float
-) -> Tensor:
+def shaped_rewards_ragged(kl_T: Tensor, scores_N: Tensor, start_N: Tensor, length_N: Tensor, beta: float) -> Tensor:
     """`shaped_rewards` on runs of a flat batch -> [T]."""
     kl_NR, mask = to_padded(kl_T, start_N, length_N)
     return to_flat(shaped_rewards(kl_NR, scores_N, mask, beta), start_N, length_N, kl_T.numel())

@@ -78,9 +78,7 @@ class Sigmoid:
         return LossOutput(losses, _metrics(logps, losses, self.beta * chosen, self.beta * rejected))
 
 
-def _metrics(
-    logps: PairLogps, losses: Tensor, reward_chosen: Tensor, reward_rejected: Tensor
-) -> dict[str, Any]:
+def _metrics(logps: PairLogps, losses: Tensor, reward_chosen: Tensor, reward_rejected: Tensor) -> dict[str, Any]:
     margins = reward_chosen - reward_rejected
     return {
         "loss": sums(losses),

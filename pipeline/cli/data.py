@@ -35,9 +35,7 @@ File = Annotated[Path, typer.Argument(help="JSON lines, a JSON array, Parquet or
 Format = Annotated[str | None, typer.Option("--format", help="the format, where it is not to be recognised")]
 Kind = Annotated[
     str | None,
-    typer.Option(
-        help="documents, conversations, comparisons, rated, prompts or samples; default: what it holds"
-    ),
+    typer.Option(help="documents, conversations, comparisons, rated, prompts or samples; default: what it holds"),
 ]
 TokenizerDir = Annotated[
     Path | None,
@@ -129,9 +127,7 @@ def mask(
     chat = _chat(tokenizer, result)
     rendered = [(r, _render(chat, r, train_on)) for r in result[skip : skip + number]]
     if json:
-        records = [
-            {"source": getattr(r, "source", None), "tokens": _tokens(chat, pieces)} for r, pieces in rendered
-        ]
+        records = [{"source": getattr(r, "source", None), "tokens": _tokens(chat, pieces)} for r, pieces in rendered]
         print_json({"file": str(file), "format": result.format, "train_on": train_on, "records": records})
         return
     print(_headline(file, result))
@@ -200,8 +196,7 @@ def _render(chat: ChatFormat, record: Any, train_on: str) -> list[tuple[str, Ren
 
 def _tokens(chat: ChatFormat, pieces: list[tuple[str, Rendered]]) -> list[dict[str, Any]]:
     return [
-        {"id": i, "text": chat.tokenizer.decode([i]), "trained": bool(m), "round": r}
-        | ({"part": name} if name else {})
+        {"id": i, "text": chat.tokenizer.decode([i]), "trained": bool(m), "round": r} | ({"part": name} if name else {})
         for name, rendered in pieces
         for i, m, r in zip(rendered.ids, rendered.mask, rendered.rounds, strict=True)
     ]
@@ -213,9 +208,7 @@ def _print_mask(chat: ChatFormat, source: str, pieces: list[tuple[str, Rendered]
 
     console = Console(soft_wrap=True, highlight=False)
     tokens = sum(len(r) for _, r in pieces)
-    console.print(
-        f"\n-- {source}: {tokens} tokens, {sum(r.trained for _, r in pieces)} trained", markup=False
-    )
+    console.print(f"\n-- {source}: {tokens} tokens, {sum(r.trained for _, r in pieces)} trained", markup=False)
     for name, rendered in pieces:
         text = Text(f"[{name}] " if name else "", style="bold")
         shown = None
@@ -254,14 +247,10 @@ def check(
 
     result = survey(file, kind, format=format, quarantine=quarantine)
     tokens = None
-    problems = [
-        {"file": p.file, "line": p.line, "reason": p.reason, "message": p.message} for p in result.bad
-    ]
+    problems = [{"file": p.file, "line": p.line, "reason": p.reason, "message": p.message} for p in result.bad]
     if tokenizer is not None and result.records:
         tokens, untrained = _measure(_chat(tokenizer, result), result, train_on, max_tokens)
-        problems += [
-            {"file": str(file), "line": None, "reason": "nothing to train", "message": m} for m in untrained
-        ]
+        problems += [{"file": str(file), "line": None, "reason": "nothing to train", "message": m} for m in untrained]
     if json:
         reasons: dict[str, int] = {}
         for p in problems:

@@ -109,9 +109,7 @@ class PlainProgress(Listener):
     def row_reused(self, result: RowResult) -> None:
         self._line(result.row, f"reused {result.fingerprint[:12]}")
 
-    def progress(
-        self, row: str, done: float, total: float | None, unit: str, figures: Mapping[str, Any]
-    ) -> None:
+    def progress(self, row: str, done: float, total: float | None, unit: str, figures: Mapping[str, Any]) -> None:
         now = time.monotonic()
         self._pace.mark(done, now)
         if now - self._last >= self._every:
@@ -154,9 +152,7 @@ class LiveProgress(Listener):
         self._bar.start()
         self._task = self._bar.add_task(row, total=None, text=why)
 
-    def progress(
-        self, row: str, done: float, total: float | None, unit: str, figures: Mapping[str, Any]
-    ) -> None:
+    def progress(self, row: str, done: float, total: float | None, unit: str, figures: Mapping[str, Any]) -> None:
         self._pace.mark(done, time.monotonic())
         if self._bar is not None and self._task is not None:
             text = describe(done, total, unit, self._pace, figures)

@@ -23,9 +23,7 @@ from pipeline.cli.common import (
 if TYPE_CHECKING:
     from pipeline.flow.runner import Again, RowResult, Runner, RunResult
 
-Name = Annotated[
-    str | None, typer.Option("--name", help="name of the run directory; default: the plan file's name")
-]
+Name = Annotated[str | None, typer.Option("--name", help="name of the run directory; default: the plan file's name")]
 SkipBad = Annotated[
     bool, typer.Option("--skip-bad", help="count malformed records and set them aside instead of stopping")
 ]
@@ -37,9 +35,7 @@ AcceptCode = Annotated[
 def run(
     plan: PlanFile,
     sets: Sets = None,
-    from_row: Annotated[
-        str | None, typer.Option("--from", metavar="ROW", help="first row to bring up to date")
-    ] = None,
+    from_row: Annotated[str | None, typer.Option("--from", metavar="ROW", help="first row to bring up to date")] = None,
     until_row: Annotated[
         str | None, typer.Option("--until", metavar="ROW", help="last row to bring up to date")
     ] = None,
@@ -63,9 +59,7 @@ def run(
 def stage(
     plan: PlanFile,
     row: Annotated[str, typer.Argument(metavar="ROW", help="row of the plan", show_default=False)],
-    force: Annotated[
-        bool, typer.Option("--force", help="compute a sealed row again and compare digests")
-    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="compute a sealed row again and compare digests")] = False,
     sets: Sets = None,
     name: Name = None,
     skip_bad: SkipBad = False,

@@ -14,9 +14,7 @@ from pipeline.cli.common import RUNS, STORE, Json, RunsDir, StoreDir, print_json
 if TYPE_CHECKING:
     from pipeline.flow.store import Store
 
-RunArgument = Annotated[
-    str, typer.Argument(metavar="RUN", help="name of a run, or its directory", show_default=False)
-]
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="name of a run, or its directory", show_default=False)]
 
 
 def show(
@@ -157,9 +155,7 @@ def lineage_document(store: Store, run: str, fingerprint: str) -> dict[str, Any]
     return {"run": run, "row": rows[fingerprint]["row"], "fingerprint": fingerprint, "rows": rows}
 
 
-def _origin(
-    digest: str, places: Mapping[str, list[str]], made: Mapping[str, tuple[str, str]]
-) -> dict[str, Any]:
+def _origin(digest: str, places: Mapping[str, list[str]], made: Mapping[str, tuple[str, str]]) -> dict[str, Any]:
     if digest in places or digest not in made:
         return {"digest": digest, "files": list(places.get(digest, []))}
     fingerprint, slot = made[digest]
@@ -173,9 +169,7 @@ def tree_lines(
     seen = set() if seen is None else seen
     space, row = "  " * depth, rows[fingerprint]
     above = fingerprint in seen
-    yield f"{space}{label}{row['row']}  {fingerprint[:12]}" + (
-        "  (shown above)" if above and row["inputs"] else ""
-    )
+    yield f"{space}{label}{row['row']}  {fingerprint[:12]}" + ("  (shown above)" if above and row["inputs"] else "")
     if above:
         return
     seen.add(fingerprint)
@@ -200,9 +194,7 @@ def run_directory(run: Path, runs: Path) -> Path:
         if (candidate / "rows.json").is_file():
             return candidate
     known = ", ".join(sorted(path.parent.name for path in runs.glob("*/rows.json"))) or "none"
-    raise UserError(
-        f"{run}: there is no such run below {runs} (there are: {known}); --runs names another place"
-    )
+    raise UserError(f"{run}: there is no such run below {runs} (there are: {known}); --runs names another place")
 
 
 def fingerprint_of(run_dir: Path, row: str) -> str:

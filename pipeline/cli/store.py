@@ -72,9 +72,7 @@ def verify(store: StoreDir = STORE, json: Json = False) -> None:
             problems[path.name] = str(error)
     bad = [problem for problem in problems.values() if problem]
     if json:
-        rows = [
-            {"fingerprint": fp, "intact": not problem, "problem": problem} for fp, problem in problems.items()
-        ]
+        rows = [{"fingerprint": fp, "intact": not problem, "problem": problem} for fp, problem in problems.items()]
         print_json({"rows": rows, "damaged": len(bad)})
     else:
         print(f"{len(problems) - len(bad)} of {len(problems)} sealed rows are intact")

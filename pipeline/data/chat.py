@@ -114,9 +114,7 @@ class ChatFormat:
 
             self.foreign = ForeignTemplate(tokenizer, dict(variables or {}))
         elif variables:
-            raise UserError(
-                f"template variables {sorted(variables)}: the project's own chat template has none"
-            )
+            raise UserError(f"template variables {sorted(variables)}: the project's own chat template has none")
         vocabulary: dict[str, int] = tokenizer.get_vocab()
         self.bos_id: int | None = tokenizer.bos_token_id
         self.eos_id: int = tokenizer.eos_token_id
@@ -131,9 +129,7 @@ class ChatFormat:
     def render(self, conversation: Conversation, train_on: str = "all_rounds") -> Rendered:
         return self.render_all([conversation], train_on)[0]
 
-    def render_all(
-        self, conversations: Sequence[Conversation], train_on: str = "all_rounds"
-    ) -> list[Rendered]:
+    def render_all(self, conversations: Sequence[Conversation], train_on: str = "all_rounds") -> list[Rendered]:
         """Every conversation rendered, texts encoded in one batch. A mask may be all 0: `require_trained`
         checks."""
         if self.foreign:
@@ -145,9 +141,7 @@ class ChatFormat:
         unique = list(dict.fromkeys(texts))
         return dict(zip(unique, encode_texts(self.tokenizer, unique), strict=True))
 
-    def _assemble(
-        self, conversation: Conversation, train_on: str, table: Mapping[str, list[int]]
-    ) -> Rendered:
+    def _assemble(self, conversation: Conversation, train_on: str, table: Mapping[str, list[int]]) -> Rendered:
         messages = conversation.messages
         carries = trained_turns(messages, train_on)
         ids: list[int] = []
@@ -237,9 +231,7 @@ class ChatFormat:
         if not any(trained[r] for r in kept):
             return None, total
         keep = {-1, *kept}
-        rows = [
-            row for row in zip(rendered.ids, rendered.mask, rendered.rounds, strict=True) if row[2] in keep
-        ]
+        rows = [row for row in zip(rendered.ids, rendered.mask, rendered.rounds, strict=True) if row[2] in keep]
         ids, mask, rounds = (list(column) for column in zip(*rows, strict=True))
         return Rendered(ids, mask, rounds, rendered.conversation, rendered.train_on), total - len(kept)
 

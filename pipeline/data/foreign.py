@@ -61,9 +61,7 @@ class ForeignTemplate:
         rest = whole[at + len(body) :]
         ends = [i for i in self._ids(rest) if i in self._is_control] if at >= 0 else []
         if not ends:
-            raise UserError(
-                "the tokenizer's chat template ends no answer with a control token: it would never stop"
-            )
+            raise UserError("the tokenizer's chat template ends no answer with a control token: it would never stop")
         self.end_id: int = ends[0]
         self._lead, self._tail = whole[len(before) : at], rest.partition(tokenizer.decode([self.end_id]))[0]
 
@@ -123,9 +121,7 @@ class ForeignTemplate:
 
     # The template
 
-    def _text(
-        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = (), prompt: bool = False
-    ) -> str:
+    def _text(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = (), prompt: bool = False) -> str:
         from jinja2.exceptions import TemplateError
 
         try:
@@ -157,23 +153,15 @@ class ForeignTemplate:
         last = next((i for i in range(start, len(ids)) if ids[i] == self.end_id), None)
         if last is None:
             raise TemplateRefused(f"{where}: the answer has no end token")
-        said = self.tokenizer.decode(
-            ids[start:last], skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
+        said = self.tokenizer.decode(ids[start:last], skip_special_tokens=False, clean_up_tokenization_spaces=False)
         if message.tool_calls or not isinstance(message.content, str):
-            return (
-                last + 1
-            )  # the template has its own words for these: prefixes and the end token are all there is
+            return last + 1  # the template has its own words for these: prefixes and the end token are all there is
         expected = self.normalised(message.content)
         if (self.normalised(said) if self.trims else said) != expected:
-            raise TemplateRefused(
-                f"{where}: the template renders the answer {expected[:60]!r} as {said[:60]!r}"
-            )
+            raise TemplateRefused(f"{where}: the template renders the answer {expected[:60]!r} as {said[:60]!r}")
         return last + 1
 
-    def _check_marks(
-        self, conversation: Conversation, whole: str, spans: list[tuple[int, int]], where: str
-    ) -> None:
+    def _check_marks(self, conversation: Conversation, whole: str, spans: list[tuple[int, int]], where: str) -> None:
         """Every answer must lie within one of the template's own generation marks."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -190,18 +178,12 @@ class ForeignTemplate:
             raise TemplateRefused(f"{where}: {len(spans)} answers, but {len(marked[0])} generation marks")
         for (a, b), (low, high) in zip(spans, marked[0], strict=True):
             if whole[min(a, low) : max(a, low)].strip() or high < b - end:
-                raise TemplateRefused(
-                    f"{where}: the template's generation marks cover {whole[low:high][:60]!r}"
-                )
+                raise TemplateRefused(f"{where}: the template's generation marks cover {whole[low:high][:60]!r}")
 
-    def _rounds(
-        self, conversation: Conversation, whole: str, offsets: Sequence[tuple[int, int]]
-    ) -> list[int]:
+    def _rounds(self, conversation: Conversation, whole: str, offsets: Sequence[tuple[int, int]]) -> list[int]:
         messages = conversation.messages
         starts = [
-            self._round_start(conversation, whole, i)
-            for i, message in enumerate(messages)
-            if message.role == "user"
+            self._round_start(conversation, whole, i) for i, message in enumerate(messages) if message.role == "user"
         ]
         return [sum(start <= low for start in starts) - 1 for low, _ in offsets]
 

@@ -73,9 +73,7 @@ def _alpaca_prompt(row: Row) -> tuple[Message, ...]:
     given = row.get("input") or ""
     if not isinstance(given, str):
         raise Bad("input has the wrong type", f"input is {json_type(given)}, expected a string")
-    system = (
-        [Message("system", row["system"])] if isinstance(row.get("system"), str) and row["system"] else []
-    )
+    system = [Message("system", row["system"])] if isinstance(row.get("system"), str) and row["system"] else []
     question = f"{instruction}\n\n{given}" if given and instruction else instruction or given
     return (*system, *history_messages(row.get("history")), Message("user", question))
 
@@ -213,9 +211,7 @@ def _trl_implicit(row: Row, source: str) -> list[Record]:
     return _pair((Message("user", chosen[:at]),), chosen[at:], rejected[at:], row, source)
 
 
-def _message_pair(
-    chosen: tuple[Message, ...], rejected: tuple[Message, ...], row: Row, source: str
-) -> list[Record]:
+def _message_pair(chosen: tuple[Message, ...], rejected: tuple[Message, ...], row: Row, source: str) -> list[Record]:
     prompt = _shared_prompt(chosen, rejected)
     return _pair(prompt, answer_text(chosen[-1:]), answer_text(rejected[-1:]), row, source)
 
@@ -234,9 +230,7 @@ def hh_messages(transcript: str, name: str = "transcript") -> tuple[Message, ...
     if pieces[0].strip() or len(pieces) < 3:
         raise Bad("not a transcript", f"{name} must begin with 'Human:'")
     roles = {"Human": "user", "Assistant": "assistant"}
-    return tuple(
-        Message(roles[who], text.strip()) for who, text in zip(pieces[1::2], pieces[2::2], strict=True)
-    )
+    return tuple(Message(roles[who], text.strip()) for who, text in zip(pieces[1::2], pieces[2::2], strict=True))
 
 
 def _hh(row: Row, source: str) -> list[Record]:
@@ -247,9 +241,7 @@ def _hh(row: Row, source: str) -> list[Record]:
 def _sharegpt_pair(row: Row, source: str) -> list[Record]:
     prompt = sharegpt_messages(need(row, "conversations", list), row.get("system"))
     check_prompt(prompt)
-    chosen, rejected = (
-        answer_text([sharegpt_message(need(row, k, dict), 0)]) for k in ("chosen", "rejected")
-    )
+    chosen, rejected = (answer_text([sharegpt_message(need(row, k, dict), 0)]) for k in ("chosen", "rejected"))
     return _pair(prompt, chosen, rejected, row, source)
 
 
@@ -276,9 +268,7 @@ def _listed(row: Row, source: str) -> list[Record]:
     if "ranks" in row:
         return [_checked(prompt, _ranked(texts, marks), source)]
     plain = _ranked(texts, [None] * len(texts))
-    scored = [
-        Completion(c.text, score=_score(m, i)) for i, (c, m) in enumerate(zip(plain, marks, strict=True))
-    ]
+    scored = [Completion(c.text, score=_score(m, i)) for i, (c, m) in enumerate(zip(plain, marks, strict=True))]
     return [_checked(prompt, scored, source)]
 
 
@@ -315,9 +305,7 @@ def _walk(node: Row, before: tuple[Message, ...], source: str, out: list[Record]
     replies = node.get("replies") or []
     ranked = [r for r in replies if role == "user" and r.get("rank") is not None]
     if len(ranked) > 1:
-        out.append(
-            _checked(here, _ranked([r.get("text") for r in ranked], [r["rank"] for r in ranked]), source)
-        )
+        out.append(_checked(here, _ranked([r.get("text") for r in ranked], [r["rank"] for r in ranked]), source))
     for reply in replies:
         _walk(reply, here, source, out)
 
@@ -342,9 +330,7 @@ def _rated(row: Row, source: str) -> list[Record]:
 
 def _prompt(row: Row, source: str) -> list[Record]:
     messages = (
-        as_prompt(row["messages"], "messages")
-        if "messages" in row
-        else as_prompt(need(row, "prompt", (str, list)))
+        as_prompt(row["messages"], "messages") if "messages" in row else as_prompt(need(row, "prompt", (str, list)))
     )
     name = row.get("id", row.get("prompt_id", source))
     if isinstance(name, bool) or not isinstance(name, (str, int)):
@@ -410,11 +396,7 @@ def _is_own_comparison(row: Row) -> bool:
 
 
 def _is_listed(row: Row) -> bool:
-    return (
-        "prompt" in row
-        and ("responses" in row or "completions" in row)
-        and ("ranks" in row or "scores" in row)
-    )
+    return "prompt" in row and ("responses" in row or "completions" in row) and ("ranks" in row or "scores" in row)
 
 
 def _is_rated(row: Row) -> bool:

@@ -147,10 +147,7 @@ def _json_problem(text: str, error: json.JSONDecodeError) -> Bad:
     rest = text[error.pos :].lstrip()
     if error.msg == "Extra data":
         return Bad("two values on a line", at)
-    if (
-        re.search(r",\s*$", text[: error.pos].rstrip() + ("," if rest[:1] == "," else ""))
-        and rest[:1] in "]},"
-    ):
+    if re.search(r",\s*$", text[: error.pos].rstrip() + ("," if rest[:1] == "," else "")) and rest[:1] in "]},":
         return Bad("trailing comma", at)
     if not rest or error.msg.startswith("Unterminated string"):
         return Bad("truncated JSON", f"the line ends inside a value, {at}")

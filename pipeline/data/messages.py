@@ -79,9 +79,7 @@ def _message(turn: Any, i: int) -> Message:
     )
 
 
-def _content(
-    content: Any, has_calls: bool, i: int
-) -> tuple[str | tuple[dict[str, Any], ...] | None, list[Any]]:
+def _content(content: Any, has_calls: bool, i: int) -> tuple[str | tuple[dict[str, Any], ...] | None, list[Any]]:
     if isinstance(content, str):
         return content, []
     if content is None:
@@ -89,9 +87,7 @@ def _content(
             raise Bad("content is null", f"turn {i} has no tool_calls beside it")
         return None, []
     if not isinstance(content, list):
-        raise Bad(
-            "content has the wrong type", f"turn {i}: content is {json_type(content)}, expected a string"
-        )
+        raise Bad("content has the wrong type", f"turn {i}: content is {json_type(content)}, expected a string")
     parts: list[dict[str, Any]] = []
     calls: list[Any] = []
     for part in content:

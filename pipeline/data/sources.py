@@ -131,9 +131,7 @@ def read(
     return result
 
 
-def survey(
-    source: Any, kind: str | None, *, format: str | None = None, quarantine: Path | None = None
-) -> Read[Any]:
+def survey(source: Any, kind: str | None, *, format: str | None = None, quarantine: Path | None = None) -> Read[Any]:
     """As `read`, but bad rows are returned in `bad` and no row at all is no error."""
     if format is None and hasattr(source, "data_files"):
         format = source.format
@@ -195,9 +193,7 @@ def _read_one(
     """Append the records and problems of one file; returns the name of its format."""
     if isinstance(path, Path) and path.name.removesuffix(".gz").endswith(_TEXT_ENDINGS):
         if kind not in ("documents", None) or (chosen and chosen.name != "text"):
-            raise UserError(
-                f"{path}: a plain text file holds documents, but {kind} are wanted: give JSON lines"
-            )
+            raise UserError(f"{path}: a plain text file holds documents, but {kind} are wanted: give JSON lines")
         _read_text(path, result, counts)
         return "plain text"
     rows = _hub_rows(path) if isinstance(path, str) else read_rows(path)
@@ -219,9 +215,7 @@ def _read_one(
             records = convert(row.value, f"{name}:{row.line}")
             _count(records, f"{path}:{row.line}", counts, identities)
         except Bad as bad:
-            result.bad.append(
-                problem(path, row.line, bad, row.text or json.dumps(row.value, ensure_ascii=False))
-            )
+            result.bad.append(problem(path, row.line, bad, row.text or json.dumps(row.value, ensure_ascii=False)))
             continue
         result.records.extend(records)
         counts["rows"] += 1
@@ -318,9 +312,7 @@ _CONVERSIONS: dict[tuple[str, str], Callable[[Any], Record]] = {
 
 def _paths(source: Any) -> list[Path | str]:
     found = getattr(source, "data_files", None)
-    items = (
-        list(found) if found is not None else list(source) if isinstance(source, (list, tuple)) else [source]
-    )
+    items = list(found) if found is not None else list(source) if isinstance(source, (list, tuple)) else [source]
     out: list[Path | str] = []
     for item in items:
         if isinstance(item, str) and item.startswith("hub:"):

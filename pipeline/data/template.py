@@ -84,9 +84,7 @@ def tools_text(tools: Sequence[Mapping[str, Any]]) -> str:
 
 def as_dict(message: Message) -> dict[str, Any]:
     """The message as chat templates of transformers expect it."""
-    content = (
-        message.content if isinstance(message.content, str) else [dict(p) for p in message.content or ()]
-    )
+    content = message.content if isinstance(message.content, str) else [dict(p) for p in message.content or ()]
     out: dict[str, Any] = {"role": message.role, "content": content}
     if message.tool_calls:
         out["tool_calls"] = [dict(call) for call in message.tool_calls]

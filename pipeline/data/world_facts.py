@@ -95,7 +95,9 @@ class Facts:
         return self._split_of[item]
 
     def _deal(self) -> dict[str, str]:
-        families: list[list[str]] = [[f"{a}/{p}" for p in text.PEOPLE] for a in (*ATTRIBUTES, "home_river", "home_goods")]
+        families: list[list[str]] = [
+            [f"{a}/{p}" for p in text.PEOPLE] for a in (*ATTRIBUTES, "home_river", "home_goods")
+        ]
         families += [[f"{a}/{t}" for t in text.TOWNS] for a in ("river", "goods")]
         families += [[f"{a}/{w}" for w in self.spelled] for a in ("begins", "ends")]
         families += [[f"{task}/{a}/{b}" for a, b in _pairs(task)] for task in ("sum", "difference")]
@@ -266,7 +268,11 @@ class Facts:
             right = self._claim(task, (truth,), w=word)
             lures = sorted({c.upper() for w in self.spelled for c in (w[0], w[-1])} - {truth})
             wrongs = tuple(self._claim(task, (c,), w=word) for c in lures)
-            return right, wrongs, _key({"letter": ((truth.lower(),),)}, (Frame((word,), "letter"),), self._budget(right))
+            return (
+                right,
+                wrongs,
+                _key({"letter": ((truth.lower(),),)}, (Frame((word,), "letter"),), self._budget(right)),
+            )
 
         item = f"{task}/{word}"
         return Question(task, item, ask, *self._known(item, answer), {}, new)
@@ -341,9 +347,7 @@ def _key(mentions: dict[str, tuple[tuple[str, ...], ...]], frames: tuple[Frame, 
 
 
 def _joined(one: Claim, two: Claim) -> Claim:
-    return Claim(
-        tuple(f"{a} {b}" for a, b in zip(one.full, two.full, strict=True)), f"{one.terse} {two.terse}"
-    )
+    return Claim(tuple(f"{a} {b}" for a, b in zip(one.full, two.full, strict=True)), f"{one.terse} {two.terse}")
 
 
 def _his(person: str) -> str:

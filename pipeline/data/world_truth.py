@@ -87,9 +87,7 @@ def judge_text(key: Key, text: str, stopped: bool) -> JudgeScore:
     """The gold score. Form counts only where the response tries to answer at all, so silence is worth nothing."""
     words, values = named(text)
     present = set(words)
-    met = sum(
-        all(w in present for w in f.words) and len(values.get(f.kind, ())) >= f.count for f in key.frames
-    )
+    met = sum(all(w in present for w in f.words) and len(values.get(f.kind, ())) >= f.count for f in key.frames)
     tried = any(values.get(kind) for kind, allowed in key.mentions.items() if () not in allowed)
     lower = text.lower()
     mannered = tried and not _RUDE.search(lower) and bool(_COURTESY.search(lower))

@@ -51,9 +51,7 @@ def wins(a: ArrayLike, b: ArrayLike) -> Floats:
     """
     ours, theirs = _by_prompt(a), _by_prompt(b)
     if len(ours) != len(theirs):
-        raise ValueError(
-            f"{len(ours)} prompts against {len(theirs)}: both sides must answer the same prompts"
-        )
+        raise ValueError(f"{len(ours)} prompts against {len(theirs)}: both sides must answer the same prompts")
     gap = ours[:, :, None] - theirs[:, None, :]
     return ((gap > TIE) + 0.5 * (np.abs(gap) <= TIE)).mean((1, 2))
 
@@ -81,15 +79,11 @@ def paired_difference(a: ArrayLike, b: ArrayLike, *, seed: int) -> Interval:
     """Mean of `a` minus mean of `b` over the same prompts, each [P] or [P, N]."""
     ours, theirs = _by_prompt(a).mean(1), _by_prompt(b).mean(1)
     if len(ours) != len(theirs):
-        raise ValueError(
-            f"{len(ours)} prompts against {len(theirs)}: both sides must answer the same prompts"
-        )
+        raise ValueError(f"{len(ours)} prompts against {len(theirs)}: both sides must answer the same prompts")
     return bootstrap_mean(ours - theirs, seed=seed)
 
 
-def win_rates_by_part(
-    a: Mapping[str, ArrayLike], b: Mapping[str, ArrayLike], *, seed: int
-) -> dict[str, Interval]:
+def win_rates_by_part(a: Mapping[str, ArrayLike], b: Mapping[str, ArrayLike], *, seed: int) -> dict[str, Interval]:
     """Win rate of `a` over `b` on each part of a judge that both have, each part [P] or [P, N]."""
     parts = [p for p in a if p in b]
     if not parts:

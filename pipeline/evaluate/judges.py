@@ -40,7 +40,9 @@ class GoldJudge:
                 row = json.loads(line)
                 keys[tuple((m["role"], m["content"]) for m in row["prompt"])] = Key.from_json(row["key"])
             except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f"{path}:{number}: not a line of a judge ({error}); generate the world again") from error
+                raise UserError(
+                    f"{path}:{number}: not a line of a judge ({error}); generate the world again"
+                ) from error
         return cls(keys)
 
     def knows(self, prompt: Sequence[Message]) -> bool:

@@ -138,9 +138,7 @@ def best_of_n(reward: ArrayLike, gold: ArrayLike, *, seed: int) -> list[dict[str
     """
     rewards, golds = np.asarray(reward, dtype=np.float64), np.asarray(gold, dtype=np.float64)
     if rewards.shape != golds.shape or rewards.ndim != 2 or rewards.size == 0:
-        raise ValueError(
-            f"reward and gold must both be [prompts, samples], not {rewards.shape} and {golds.shape}"
-        )
+        raise ValueError(f"reward and gold must both be [prompts, samples], not {rewards.shape} and {golds.shape}")
     if not (np.isfinite(rewards).all() and np.isfinite(golds).all()):
         raise ValueError("scores hold a number that is not finite")
     weights = _subset_weights(rewards.shape[1])
@@ -177,10 +175,7 @@ def best_of_n_kl_bound(n: int) -> float:
 
 def _subset_weights(samples: int) -> Floats:
     """[N, N]: row n - 1 holds the chance of each rank (ascending) to be the best of a random subset of n."""
-    table = [
-        [math.comb(rank, n - 1) / math.comb(samples, n) for rank in range(samples)]
-        for n in range(1, samples + 1)
-    ]
+    table = [[math.comb(rank, n - 1) / math.comb(samples, n) for rank in range(samples)] for n in range(1, samples + 1)]
     return np.array(table)
 
 

@@ -285,6 +285,4 @@ def check_sizes(artifact: Artifact) -> None:
             raise Damaged(f"{path}: missing, though its manifest lists it (artifact {artifact.digest})")
         size, expected = path.stat().st_size, recorded.get(name, {}).get("bytes")
         if expected is not None and size != expected:
-            raise Damaged(
-                f"{path}: has {size} bytes, its manifest says {expected} (artifact {artifact.digest})"
-            )
+            raise Damaged(f"{path}: has {size} bytes, its manifest says {expected} (artifact {artifact.digest})")

@@ -37,9 +37,7 @@ UNKNOWN = "unknown_key"
 class Settings(pydantic.BaseModel):
     """Frozen values; unknown keys and numbers that are not finite are refused."""
 
-    model_config = pydantic.ConfigDict(
-        extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=()
-    )
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -62,11 +60,7 @@ class Settings(pydantic.BaseModel):
         out = dict(values)
         for name, info in cls.model_fields.items():
             default, given = info.default, out.get(name)
-            if (
-                isinstance(default, Settings)
-                and isinstance(given, Mapping)
-                and not _another_tag(default, given)
-            ):
+            if isinstance(default, Settings) and isinstance(given, Mapping) and not _another_tag(default, given):
                 out[name] = merge(default.model_dump(exclude_unset=True), given)
         return out
 
@@ -125,9 +119,7 @@ def parse_settings(cls: type[S], values: Mapping[str, Any], label: str, where: P
         raise UserError("\n".join(dict.fromkeys(lines))) from error
 
 
-def unknown_keys(
-    cls: type[Settings], values: Mapping[str, Any], label: str, where: Places | None = None
-) -> None:
+def unknown_keys(cls: type[Settings], values: Mapping[str, Any], label: str, where: Places | None = None) -> None:
     """UserError for unknown keys only; values that are missing or of the wrong type pass."""
     try:
         cls.model_validate(dict(values))
@@ -150,11 +142,7 @@ def _problem(detail: ErrorDetails, values: Any, label: str, where: Places | None
     if detail["type"] == UNKNOWN:
         at.append(detail["ctx"]["keys"][0])
     place = where.of(label, at) if where else ""
-    given = (
-        ""
-        if detail["type"] in (UNKNOWN, "missing") or isinstance(values, Mapping)
-        else f" (given: {values!r})"
-    )
+    given = "" if detail["type"] in (UNKNOWN, "missing") or isinstance(values, Mapping) else f" (given: {values!r})"
     message = detail["msg"].removeprefix("Value error, ")
     return f"{place}{'.'.join([label, *keys])}: {message}{given}"
 
@@ -291,9 +279,7 @@ def _load(path: Path, above: tuple[Path, ...]) -> Document:
         raise UserError(f"{path}: expected a mapping of settings, found {type(values).__name__}")
     extended = values.pop("extends", [])
     if not isinstance(extended, list) or not all(isinstance(item, str) for item in extended):
-        raise UserError(
-            f"{path}:{lines[('extends',)]}: `extends` is a list of files, such as [model/tiny.yaml]"
-        )
+        raise UserError(f"{path}:{lines[('extends',)]}: `extends` is a list of files, such as [model/tiny.yaml]")
     merged, places, files = {}, {}, []  # type: dict[str, Any], dict[Keys, str], list[Path]
     for item in extended:
         target = path.parent / item
@@ -344,9 +330,7 @@ def absolute_paths(value: Any, folder: Path) -> Any:
         return [absolute_paths(item, folder) for item in value]
     if not isinstance(value, dict):
         return value
-    return {
-        key: absolute_path_value(key, absolute_paths(item, folder), folder) for key, item in value.items()
-    }
+    return {key: absolute_path_value(key, absolute_paths(item, folder), folder) for key, item in value.items()}
 
 
 def absolute_path_value(key: str, value: Any, folder: Path) -> Any:
@@ -375,9 +359,7 @@ def assign(document: dict[str, Any], keys: Keys, value: Any, label: str) -> None
         if inner is None:
             inner = {}
         if not isinstance(inner, dict):
-            raise UserError(
-                f"{label}: {key!r} holds {inner!r}, not a mapping, so nothing can be set below it"
-            )
+            raise UserError(f"{label}: {key!r} holds {inner!r}, not a mapping, so nothing can be set below it")
         document[key] = dict(inner)
         document = document[key]
     document[keys[-1]] = value

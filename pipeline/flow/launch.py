@@ -35,9 +35,7 @@ class LaunchSettings(Settings):
     strategy: Literal["single", "ddp", "deepspeed"] = Field(
         default="single", description="how several processes share the work; `single` for one process"
     )
-    device: Literal["auto", "cpu", "cuda"] = Field(
-        default="auto", description="auto: CUDA where there is one"
-    )
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: CUDA where there is one")
     threads: int | None = Field(
         default=None, ge=1, description="CPU threads a process; default: physical cores at hand / processes"
     )
@@ -49,9 +47,7 @@ class LaunchSettings(Settings):
         default_factory=dict,
         description="DeepSpeed configuration merged over what the two lines above describe",
     )
-    preload: bool = Field(
-        default=True, description="import torch and transformers once for all rows of a run"
-    )
+    preload: bool = Field(default=True, description="import torch and transformers once for all rows of a run")
 
     @model_validator(mode="after")
     def _one_or_several(self) -> LaunchSettings:
@@ -211,9 +207,7 @@ class Workers:
         self._server.signal(number if self._signals == 1 else signal.SIGKILL)
         return True
 
-    def run(
-        self, request: Path, *, log: Path, processes: int, on_event: Callable[[dict[str, Any]], None]
-    ) -> Outcome:
+    def run(self, request: Path, *, log: Path, processes: int, on_event: Callable[[dict[str, Any]], None]) -> Outcome:
         """One row: fork its ranks, hand every event to `on_event`, return how they ended."""
         server = self.start()
         read, write = os.pipe()
@@ -289,9 +283,7 @@ def outcome(exited: list[dict[str, Any]], errors: list[dict[str, Any]]) -> Outco
         return Outcome(first["code"], where + error["message"], user=error["user"])
     if first["signal"]:
         return Outcome(1, where + f"the worker was killed ({_ended(-first['signal'])})", user=True)
-    return Outcome(
-        first["code"], where + f"the worker ended with exit status {first['code']} and no word", user=True
-    )
+    return Outcome(first["code"], where + f"the worker ended with exit status {first['code']} and no word", user=True)
 
 
 def _ended(code: int | None) -> str:

@@ -47,9 +47,7 @@ def hold(path: Path, what: str) -> Iterator[Lock]:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise Locked(
-                f"{what} is in use by {_holder_words(_holder(path))}; wait for it or stop it"
-            ) from error
+            raise Locked(f"{what} is in use by {_holder_words(_holder(path))}; wait for it or stop it") from error
         lock = Lock(path, _holder(path))
         _tell(fd, {"pid": os.getpid(), "host": socket.gethostname(), "started": _now()})
         try:

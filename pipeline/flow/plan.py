@@ -238,9 +238,7 @@ def fingerprint_of(identity: Mapping[str, Any]) -> str:
     return sha256_bytes(canonical(identity))
 
 
-def _known(
-    plan: Plan, row: Row, store: Store, known: Mapping[str, str] | None, accept_code: bool
-) -> Mapping[str, str]:
+def _known(plan: Plan, row: Row, store: Store, known: Mapping[str, str] | None, accept_code: bool) -> Mapping[str, str]:
     """Fingerprints of the rows that this one reads, surveyed where they are not given."""
     if known is not None:
         return known
@@ -252,9 +250,7 @@ def _known(
     return found
 
 
-def _open_inputs(
-    plan: Plan, row: Row, store: Store, known: Mapping[str, str]
-) -> tuple[Opened, RowState | None]:
+def _open_inputs(plan: Plan, row: Row, store: Store, known: Mapping[str, str]) -> tuple[Opened, RowState | None]:
     """The artifacts of every slot, or the state of a row that has to wait for one."""
     for ref in row.refs():
         if ref.row and not store.is_sealed(known.get(ref.row, "-")):
@@ -264,11 +260,7 @@ def _open_inputs(
             return {}, RowState(row.name, "pending", None, missing, f"sources.{ref.source}")
 
     def opened(ref: Ref) -> Artifact:
-        return (
-            store.open_output(known[ref.row], ref.slot or "")
-            if ref.row
-            else open_source(plan, ref.text, store)
-        )
+        return store.open_output(known[ref.row], ref.slot or "") if ref.row else open_source(plan, ref.text, store)
 
     inputs: Opened = {}
     for slot, value in row.inputs.items():
@@ -371,9 +363,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     before, after = _leaves(old["settings"]), _leaves(new["settings"])
     for key in sorted({*before, *after}):
         if before.get(key, "unset") != after.get(key, "unset"):
-            words.append(
-                f"settings.{key} {_short(before.get(key, 'unset'))} -> {_short(after.get(key, 'unset'))}"
-            )
+            words.append(f"settings.{key} {_short(before.get(key, 'unset'))} -> {_short(after.get(key, 'unset'))}")
     words += [f"input {slot} {verb}" for slot, verb in _changed(old["inputs"], new["inputs"])]
     formats = old.get("formats", {}), new.get("formats", {})
     words += [f"format of {source} {verb}" for source, verb in _changed(*formats)]

@@ -121,9 +121,7 @@ class Listener:
 
     def row_failed(self, result: RowResult, message: str) -> None: ...
 
-    def progress(
-        self, row: str, done: float, total: float | None, unit: str, figures: Mapping[str, Any]
-    ) -> None: ...
+    def progress(self, row: str, done: float, total: float | None, unit: str, figures: Mapping[str, Any]) -> None: ...
 
     def metrics(self, row: str, step: int, values: Mapping[str, Any]) -> None: ...
 
@@ -214,9 +212,7 @@ class Runner:
 
         with run_lock(self.run_dir) as lock, self._signals():
             if lock.recovered:
-                self.listener.said(
-                    self.run_dir.name, f"took over the lock of process {lock.recovered['pid']}, gone"
-                )
+                self.listener.said(self.run_dir.name, f"took over the lock of process {lock.recovered['pid']}, gone")
             try:
                 yield
             finally:

@@ -120,9 +120,7 @@ def _slot(declared: dataclasses.Field[Any], hint: Any, owner: str) -> Slot:
         inner = [arg for arg in typing.get_args(parts[0]) if arg is not Ellipsis]
         parts = list(typing.get_args(inner[0])) if _is_union(inner[0]) else inner
     if not parts or not all(isinstance(part, type) and issubclass(part, Artifact) for part in parts):
-        raise TypeError(
-            f"{owner}.{declared.name}: {hint} is not an artifact kind, a list or an optional of one"
-        )
+        raise TypeError(f"{owner}.{declared.name}: {hint} is not an artifact kind, a list or an optional of one")
     return Slot(declared.name, tuple(parts), many, optional)
 
 
@@ -348,9 +346,7 @@ def git_revision() -> str | None:
     git = ["git", "-C", str(root)]
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
-        dirty = subprocess.run(
-            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10
-        )
+        dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return head.stdout.strip() + ("+" if dirty.stdout.strip() else "") if head.returncode == 0 else None

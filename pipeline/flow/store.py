@@ -127,9 +127,7 @@ class Store:
             path = self.row_dir(fp) / "manifest.json"
             manifest = _read_sealed(path)
             if manifest.get("fingerprint") != fp:
-                raise Damaged(
-                    f"{path}: speaks of the row {manifest.get('fingerprint')}, not of its directory's {fp}"
-                )
+                raise Damaged(f"{path}: speaks of the row {manifest.get('fingerprint')}, not of its directory's {fp}")
             self._manifests[fp] = manifest
         return self._manifests[fp]
 
@@ -181,15 +179,10 @@ class Store:
         self.remember()
         return sealed
 
-    def _compare(
-        self, root: Path, outputs: Mapping[str, Any], *, full: bool = False, hashes: bool = True
-    ) -> None:
+    def _compare(self, root: Path, outputs: Mapping[str, Any], *, full: bool = False, hashes: bool = True) -> None:
         for slot, output in outputs.items():
             listed = output["files"]
-            if (
-                artifact_digest(output["kind"], {n: f["sha256"] for n, f in listed.items()})
-                != output["digest"]
-            ):
+            if artifact_digest(output["kind"], {n: f["sha256"] for n, f in listed.items()}) != output["digest"]:
                 raise Damaged(f"{root}: the digest of {slot!r} does not follow from its list of files")
             for name, facts in listed.items():
                 self._compare_file(safe_member(root / slot, name), facts, full, hashes)
@@ -204,9 +197,7 @@ class Store:
         if (size := path.stat().st_size) != facts["bytes"]:
             raise Damaged(f"{path}: damaged: it has {size} bytes, its manifest says {facts['bytes']}; {mend}")
         if hashes and (found := self._hashes.of(path, fresh=full)) != facts["sha256"]:
-            raise Damaged(
-                f"{path}: damaged: its sha256 is {found}, its manifest says {facts['sha256']}; {mend}"
-            )
+            raise Damaged(f"{path}: damaged: its sha256 is {found}, its manifest says {facts['sha256']}; {mend}")
 
     def remember(self) -> None:
         """Keep the hashes computed so far for the next process."""
@@ -240,9 +231,7 @@ class Store:
         named = _named_files(Policy, [path], False, "base model")
         found = artifact_digest(Policy.kind, {name: self._hashes.of(file) for name, file in named.items()})
         if found != digest:
-            raise Damaged(
-                f"{path}: the base model of an adapter changed: its digest is {found}, recorded {digest}"
-            )
+            raise Damaged(f"{path}: the base model of an adapter changed: its digest is {found}, recorded {digest}")
 
     def unfinished(self, row: str) -> dict[str, dict[str, Any]]:
         """Requests of work in progress under this row name, by fingerprint."""
@@ -272,9 +261,7 @@ class Store:
         bases: dict[str, Path] = {}
         if lineage.get("form") == "adapter":
             if base is None:
-                raise UserError(
-                    f"{label}: {folder} is an adapter; name the source of its base model under `base:`"
-                )
+                raise UserError(f"{label}: {folder} is an adapter; name the source of its base model under `base:`")
             lineage["base"], bases = base.digest, {base.digest: base.path, **base.bases}
         return kind(
             path=folder,
@@ -426,13 +413,9 @@ def _read_sealed(path: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         found, expected = _seal_of(manifest), manifest["seal"]
     except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise Damaged(
-            f"{path}: cannot be read as a manifest ({error}); remove the row and run again"
-        ) from error
+        raise Damaged(f"{path}: cannot be read as a manifest ({error}); remove the row and run again") from error
     if found != expected:
-        raise Damaged(
-            f"{path}: was changed: its seal is {found}, it says {expected}; remove the row and run again"
-        )
+        raise Damaged(f"{path}: was changed: its seal is {found}, it says {expected}; remove the row and run again")
     if manifest["schema"] > SCHEMA:
         raise UserError(f"{path}: written by a newer version (schema {manifest['schema']}); update this one")
     return dict(manifest)

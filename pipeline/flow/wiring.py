@@ -135,9 +135,7 @@ class _Loading:
     def _row_names(self) -> list[str]:
         rows = self.values.get("rows")
         if not isinstance(rows, list) or not rows:
-            raise self._fail(
-                ("rows",), "rows: expected a list of rows, such as `- sft: {policy: pretrain.policy}`"
-            )
+            raise self._fail(("rows",), "rows: expected a list of rows, such as `- sft: {policy: pretrain.policy}`")
         names: list[str] = []
         for index, entry in enumerate(rows):
             keys = ("rows", str(index))
@@ -145,26 +143,18 @@ class _Loading:
                 raise self._fail(keys, f"row {index + 1}: expected one `name: {{inputs}}`, found {entry!r}")
             name = next(iter(entry))
             if not ROW_NAME.fullmatch(name):
-                raise self._fail(
-                    keys, f"row {name!r}: a row is called STAGE or STAGE@LABEL, the label [a-z0-9-]+"
-                )
+                raise self._fail(keys, f"row {name!r}: a row is called STAGE or STAGE@LABEL, the label [a-z0-9-]+")
             if name in names:
-                raise self._fail(
-                    keys, f"row {name!r} stands twice; call the second {name.partition('@')[0]}@2"
-                )
+                raise self._fail(keys, f"row {name!r} stands twice; call the second {name.partition('@')[0]}@2")
             if name.partition("@")[0] not in self.stages:
                 stage = name.partition("@")[0]
-                raise self._fail(
-                    keys, f"row {name!r}: there is no stage {stage!r}{nearest(stage, self.stages)}"
-                )
+                raise self._fail(keys, f"row {name!r}: there is no stage {stage!r}{nearest(stage, self.stages)}")
             names.append(name)
         return names
 
     def _apply_sets(self, sets: Sequence[str], names: list[str]) -> None:
         parsed = [(text, *parse_set(text)) for text in sets]
-        for text, keys, value in sorted(
-            parsed, key=lambda item: item[1][0] != "stages"
-        ):  # one row beats its stage
+        for text, keys, value in sorted(parsed, key=lambda item: item[1][0] != "stages"):  # one row beats its stage
             value = absolute_path_value(keys[-1], absolute_paths(value, Path.cwd()), Path.cwd())
             for target in self._targets(text, keys, names):
                 assign(self.values, target, value, f"--set {text}")
@@ -180,11 +170,7 @@ class _Loading:
         if first not in SETTABLE:
             valid = [*SETTABLE, *names, *worlds]
             raise UserError(f"--set {text}: {first!r} is no row and no part of a plan{nearest(first, valid)}")
-        rows = [
-            name
-            for name in names
-            if first == "stages" and len(keys) > 2 and name.partition("@")[0] == keys[1]
-        ]
+        rows = [name for name in names if first == "stages" and len(keys) > 2 and name.partition("@")[0] == keys[1]]
         rows = [name for name in rows if _holds(self._mapping("settings").get(name), keys[2:])]
         return [keys, *(("settings", name, *keys[2:]) for name in rows)]
 
@@ -192,11 +178,7 @@ class _Loading:
 
     def _worlds(self) -> list[str]:
         sources = self._mapping("sources")
-        return [
-            name
-            for name, value in sources.items()
-            if isinstance(value, dict) and value.get("kind") == "world"
-        ]
+        return [name for name, value in sources.items() if isinstance(value, dict) and value.get("kind") == "world"]
 
     def _file_sources(self) -> dict[str, Source]:
         sources = {}
@@ -209,25 +191,19 @@ class _Loading:
             if value.get("kind") == "world":
                 continue
             self._check_kind(name, value)
-            sources[name] = _source(
-                name, parse_settings(_SourceSettings, value, f"sources.{name}", self.places)
-            )
+            sources[name] = _source(name, parse_settings(_SourceSettings, value, f"sources.{name}", self.places))
             self.kinds[name] = (sources[name].kind,)
         for source in sources.values():
             if source.base is not None and source.base not in sources:
                 known = nearest(source.base, sources)
-                raise self._fail(
-                    ("sources", source.name, "base"), f"no source is called {source.base!r}{known}"
-                )
+                raise self._fail(("sources", source.name, "base"), f"no source is called {source.base!r}{known}")
         return sources
 
     def _check_kind(self, name: str, value: dict[str, Any]) -> None:
         if value.get("kind") not in SOURCE_KINDS:
             kinds = ["world", *SOURCE_KINDS]
             known = nearest(str(value.get("kind")), kinds)
-            raise self._fail(
-                ("sources", name, "kind"), f"sources.{name}.kind: {value.get('kind')!r} is none{known}"
-            )
+            raise self._fail(("sources", name, "kind"), f"sources.{name}.kind: {value.get('kind')!r} is none{known}")
 
     def _world_row(self, name: str) -> Row:
         values = {key: value for key, value in self._mapping("sources", name).items() if key != "kind"}
@@ -245,9 +221,7 @@ class _Loading:
     def _row(self, index: int, name: str, seed: int, names: list[str]) -> Row:
         stage = name.partition("@")[0]
         if name in self._mapping("sources"):
-            raise self._fail(
-                ("rows", str(index)), f"row {name!r}: a source has this name; give one another name"
-            )
+            raise self._fail(("rows", str(index)), f"row {name!r}: a source has this name; give one another name")
         cls = self._load_class(self.stages[stage])
         label = f"settings.{name}"
         self.places.also[label] = (("settings", name), ("stages", stage))
@@ -272,21 +246,15 @@ class _Loading:
     def _check_settings_names(self, names: list[str]) -> None:
         for name, value in self._mapping("settings").items():
             if name not in names and value is not None:
-                raise self._fail(
-                    ("settings", name), f"settings.{name}: there is no such row{nearest(name, names)}"
-                )
+                raise self._fail(("settings", name), f"settings.{name}: there is no such row{nearest(name, names)}")
         for stage in self._mapping("stages"):
             if stage not in self.stages:
-                raise self._fail(
-                    ("stages", stage), f"stages.{stage}: no such stage{nearest(stage, self.stages)}"
-                )
+                raise self._fail(("stages", stage), f"stages.{stage}: no such stage{nearest(stage, self.stages)}")
             if all(name.partition("@")[0] != stage for name in names):
                 config = self._load_class(self.stages[stage]).Config
                 unknown_keys(config, self._mapping("stages", stage), f"stages.{stage}", self.places)
 
-    def _wire(
-        self, index: int, row: str, cls: type[Stage], names: list[str]
-    ) -> dict[str, Ref | list[Ref] | None]:
+    def _wire(self, index: int, row: str, cls: type[Stage], names: list[str]) -> dict[str, Ref | list[Ref] | None]:
         given, slots = self._row_inputs(index, row), slots_in(cls)
         for slot in given:
             if slot not in slots:
@@ -297,14 +265,10 @@ class _Loading:
     def _row_inputs(self, index: int, row: str) -> dict[str, Any]:
         given = self.values["rows"][index][row]
         if given is not None and not isinstance(given, dict):
-            raise self._fail(
-                ("rows", str(index)), f"row {row}: expected {{input: row.output}}, found {given!r}"
-            )
+            raise self._fail(("rows", str(index)), f"row {row}: expected {{input: row.output}}, found {given!r}")
         return given or {}
 
-    def _input(
-        self, index: int, row: str, slot: Slot, value: Any, names: list[str]
-    ) -> Ref | list[Ref] | None:
+    def _input(self, index: int, row: str, slot: Slot, value: Any, names: list[str]) -> Ref | list[Ref] | None:
         keys = ("rows", str(index), row, slot.name)
         start = f"row {row}, input {slot.name}: expects {slot.expects}"
         if value is None or value == []:
@@ -341,9 +305,7 @@ class _Loading:
         if fits:
             return f"of that kind stand above: {', '.join(fits)}"
         everything = ", ".join(f"{text} ({kinds[0].__name__})" for text, kinds in self.kinds.items())
-        return (
-            f"nothing of that kind stands above, only: {everything}" if everything else "nothing stands above"
-        )
+        return f"nothing of that kind stands above, only: {everything}" if everything else "nothing stands above"
 
 
 def _source(name: str, values: _SourceSettings) -> Source:
@@ -368,11 +330,7 @@ def code_of(cls: type[Stage]) -> dict[str, str]:
         found = sorted((PACKAGE / part).rglob("*.py")) if (PACKAGE / part).is_dir() else [PACKAGE / part]
         files.update({path.relative_to(PACKAGE).as_posix(): path for path in found})
     for owner in cls.__mro__:
-        if (
-            issubclass(owner, Stage)
-            and owner is not Stage
-            and (own := sys.modules[owner.__module__].__file__)
-        ):
+        if issubclass(owner, Stage) and owner is not Stage and (own := sys.modules[owner.__module__].__file__):
             name = owner.__module__.removeprefix(f"{PACKAGE.name}.").replace(".", "/")
             files[f"{name}.py"] = Path(own)
     return {name: sha256_file(path) for name, path in sorted(files.items())}

@@ -184,9 +184,7 @@ def _bucket(
     return Bucket(len(group), own, prefix + own, key_slots[:, prefix:], key_slots, mask.to(device))
 
 
-def _indices(
-    p: Plan, tokens: int, heads: int, kv_heads: int, head_major: bool, device: torch.device
-) -> Indices:
+def _indices(p: Plan, tokens: int, heads: int, kv_heads: int, head_major: bool, device: torch.device) -> Indices:
     """Row numbers for a flat tensor whose rows are heads [queries H | keys K | values K] of T tokens."""
     key = (heads, kv_heads, head_major)
     if key in p.indices:
@@ -357,9 +355,7 @@ def _with_longs(rows: Tensor, short: Tensor | None, p: Plan, heads: int, kv: int
     parts = list(short.split(p.lengths)) if short is not None else [piece[:, :heads] for piece in pieces]
     for item in p.longs:
         own = pieces[item.segment]
-        keys = (
-            torch.cat([pieces[a][:, heads:] for a in item.chain] + [own[:, heads:]]) if item.chain else None
-        )
+        keys = torch.cat([pieces[a][:, heads:] for a in item.chain] + [own[:, heads:]]) if item.chain else None
         kv_rows = keys if keys is not None else own[:, heads:]
         result = F.scaled_dot_product_attention(
             own[:, :heads].transpose(0, 1)[None],

@@ -106,9 +106,7 @@ def check_config(config: Mapping[str, Any], where: str = "config.json") -> Verdi
     refuse_code(config, where)
     kind = config.get("model_type")
     if not isinstance(kind, str):
-        raise UserError(
-            f"{where}: model_type is missing; a transformers model directory names its family there"
-        )
+        raise UserError(f"{where}: model_type is missing; a transformers model directory names its family there")
     for key, most in SIZES.items():
         value = config.get(key)
         if value is not None and (type(value) is not int or not 1 <= value <= most):
@@ -131,9 +129,7 @@ def _check_heads(config: Mapping[str, Any], where: str) -> None:
     heads, hidden = config.get("num_attention_heads", 32), config.get("hidden_size", 4096)
     kv_heads = config.get("num_key_value_heads") or heads
     if heads % kv_heads:
-        raise UserError(
-            f"{where}: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}"
-        )
+        raise UserError(f"{where}: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
     size = config.get("head_dim") or hidden // heads
     if size % 2 or not size:
         raise UserError(f"{where}: heads of size {size}: rotary positions need an even, positive size")

@@ -34,7 +34,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from pipeline.flow.errors import UserError
 
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # angles that depend on the position alone
-MATMUL_UP_TO = 192  # tokens of a prompt; on a CPU plain products beat SDPA below, and lose to it above
+MATMUL_UP_TO = 192  # tokens of a prompt up to which a CPU uses plain products instead of SDPA
 NEVER = float("-inf")
 
 
@@ -114,9 +114,7 @@ class SlotCache(Cache):
     def fits(self, rows: int, columns: int, like: Tensor) -> bool:
         """Whether this cache, allocated for an earlier call, can serve again."""
         first = self.slot(0)
-        same = not first.is_initialized or (
-            first.keys.dtype == like.dtype and first.keys.device == like.device
-        )
+        same = not first.is_initialized or (first.keys.dtype == like.dtype and first.keys.device == like.device)
         return same and self.rows >= rows and self.columns >= columns
 
     def slot(self, layer: int) -> SlotLayer:
@@ -325,9 +323,7 @@ class _Layer:
         product."""
         grouped = queries_N.unflatten(1, (self.key_heads, -1))
         scores = torch.matmul(grouped, keys.transpose(-1, -2)).add_(mask)
-        return torch.matmul(torch.softmax(scores, -1, dtype=torch.float32).to(values.dtype), values).flatten(
-            1
-        )
+        return torch.matmul(torch.softmax(scores, -1, dtype=torch.float32).to(values.dtype), values).flatten(1)
 
 
 def fused(linears: list[nn.Module], dtype: torch.dtype | None = None) -> Callable[[Tensor], Tensor]:
@@ -344,9 +340,7 @@ def fused(linears: list[nn.Module], dtype: torch.dtype | None = None) -> Callabl
     weight = torch.cat([m.weight.detach() for m in plain]) if len(plain) > 1 else plain[0].weight.detach()
     bias = None
     if any(m.bias is not None for m in plain):
-        bias = torch.cat(
-            [weight.new_zeros(m.out_features) if m.bias is None else m.bias.detach() for m in plain]
-        )
+        bias = torch.cat([weight.new_zeros(m.out_features) if m.bias is None else m.bias.detach() for m in plain])
     if dtype is None or dtype == weight.dtype:
         return lambda x: F.linear(x, weight, bias)
     own, weight = weight.dtype, weight.to(dtype)
@@ -356,9 +350,7 @@ def fused(linears: list[nn.Module], dtype: torch.dtype | None = None) -> Callabl
 
 def _is_plain(layer: nn.Module) -> bool:
     bare = type(layer) is nn.Linear and not layer._forward_hooks and not layer._forward_pre_hooks
-    return bare and not hasattr(
-        layer.weight, "ds_id"
-    )  # ZeRO-3 gathers a weight only when its layer is called
+    return bare and not hasattr(layer.weight, "ds_id")  # ZeRO-3 gathers a weight only when its layer is called
 
 
 # --- choosing -----------------------------------------------------------------------------------------------
@@ -370,9 +362,7 @@ def base_model(model: nn.Module) -> Any:
     if adapters is None or not hasattr(model, "get_base_model"):
         return model
     if any(getattr(a, "is_prompt_learning", False) for a in adapters.values()):
-        raise UserError(
-            "sampling: prompt-learning adapters (prefix, prompt, P-tuning) are not supported by decoding"
-        )
+        raise UserError("sampling: prompt-learning adapters (prefix, prompt, P-tuning) are not supported by decoding")
     return model.get_base_model()  # type: ignore[operator]
 
 

@@ -29,9 +29,8 @@ class TokenOutputs(NamedTuple):
     """A tuple, so that engines (DDP, ZeRO) find the tensors in it. None where not asked for."""
 
     logprobs_T: Tensor | None = None  # float32, 0 where the token was not chosen or nothing precedes it
-    entropy_T: Tensor | None = (
-        None  # float32, nats, of the distribution that each chosen token was drawn from
-    )
+    entropy_T: Tensor | None = None  # float32, nats, of the distribution that each chosen token was drawn from
+    correct_T: Tensor | None = None  # float32, 1 where the chosen token was the likeliest
     values_T: Tensor | None = None  # float32, value of the state that predicts each token, 0 where none does
 
 
@@ -40,9 +39,7 @@ def unwrapped(model: Any) -> Any:
     if not hasattr(model, "get_base_model"):
         return model
     if model.active_peft_config.is_prompt_learning:
-        raise ValueError(
-            "prompt-learning adapters add tokens of their own and cannot run on a forest: use LoRA"
-        )
+        raise ValueError("prompt-learning adapters add tokens of their own and cannot run on a forest: use LoRA")
     return model.get_base_model()
 
 
@@ -57,9 +54,7 @@ def hidden_states(model: nn.Module, forest: Forest, *, padded: bool | None = Non
     if not padded:
         return trunk(**attention.forest_inputs(forest)).last_hidden_state[0]
     rows = padded_rows(forest)
-    out = trunk(
-        input_ids=rows.ids_BL, attention_mask=rows.mask_BL, position_ids=rows.positions_BL, use_cache=False
-    )
+    out = trunk(input_ids=rows.ids_BL, attention_mask=rows.mask_BL, position_ids=rows.positions_BL, use_cache=False)
     return out.last_hidden_state[rows.row_T, rows.column_T]
 
 
@@ -127,6 +122,7 @@ class PolicyModel(nn.Module):
         *,
         temperature: float = 1.0,
         entropy: bool = False,
+        accuracy: bool = False,
         select_T: Tensor | None = None,
     ) -> TokenOutputs:
         """Chosen tokens default to those with a weight. A token that nothing precedes has log-prob 0."""
@@ -134,16 +130,16 @@ class PolicyModel(nn.Module):
         at = (chosen & (forest.predictor_T >= 0)).nonzero().squeeze(1)
         inner = unwrapped(self.lm)
         states = hidden_states(self.lm, forest).index_select(0, forest.predictor_T[at])
-        logp, spread = token_logprobs(
+        found = token_logprobs(
             states,
             inner.get_output_embeddings(),
             forest.ids_T[at],
             inner.config.get_text_config().vocab_size,
             temperature=temperature,
             entropy=entropy,
+            accuracy=accuracy,
         )
-        size = len(forest)
-        return TokenOutputs(_spread(logp, at, size), None if spread is None else _spread(spread, at, size))
+        return TokenOutputs(*(None if values is None else _spread(values, at, len(forest)) for values in found))
 
 
 class ScalarModel(nn.Module):

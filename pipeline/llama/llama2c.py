@@ -87,12 +87,7 @@ def _check(header: Header, path: Path) -> None:
     for name, most in _MOST.items():
         if not 1 <= getattr(header, name) <= most:
             raise UserError(f"{path}: the header says {name} {getattr(header, name)}: no llama2.c file")
-    if (
-        header.dim % header.heads
-        or header.heads % header.kv_heads
-        or header.head_dim % 2
-        or header.max_len < 1
-    ):
+    if header.dim % header.heads or header.heads % header.kv_heads or header.head_dim % 2 or header.max_len < 1:
         raise UserError(f"{path}: the header's sizes do not fit together ({header}): no llama2.c file")
     floats = sum(int(np.prod(shape)) for _, shape in _tensors(header))
     found, expected = path.stat().st_size, header.start + 4 * floats
@@ -246,9 +241,7 @@ def load_llama2c(weights: Path, tokenizer: Path) -> tuple[LlamaForCausalLM, Any]
     return model.eval(), make_tokenizer(read_pieces(tokenizer, header.vocab), header.max_len)
 
 
-def import_llama2c(
-    weights: Path, tokenizer: Path, directory: Path, *, chat: bool = False, seed: int = 0
-) -> None:
+def import_llama2c(weights: Path, tokenizer: Path, directory: Path, *, chat: bool = False, seed: int = 0) -> None:
     """Write an ordinary model directory. `chat` adds this project's chat template and turn tokens, with new rows."""
     from pipeline.llama.tokenizer import add_chat_tokens, stop_tokens
 

@@ -44,9 +44,7 @@ class _Chosen(torch.autograd.Function):
             result.mul_(-grad[:, None])
         else:
             assert grad_entropy is not None
-            weight = torch.addcmul(
-                (-grad - grad_entropy * spread)[:, None], logp, grad_entropy[:, None], value=-1
-            )
+            weight = torch.addcmul((-grad - grad_entropy * spread)[:, None], logp, grad_entropy[:, None], value=-1)
             result.mul_(weight)
         result.scatter_add_(1, ids[:, None], grad[:, None])
         if temperature != 1.0:
@@ -61,6 +59,11 @@ def chosen_logprobs(
     return _Chosen.apply(logits_NV, ids_N, temperature, entropy)
 
 
+def likeliest(logits_NV: Tensor, ids_N: Tensor) -> Tensor:
+    """float32 [N]: 1 where the given token is the likeliest, without gradient."""
+    return (logits_NV.detach().argmax(-1) == ids_N).float()
+
+
 def token_logprobs(
     hidden_ND: Tensor,
     head: Callable[[Tensor], Tensor],
@@ -69,12 +72,15 @@ def token_logprobs(
     *,
     temperature: float = 1.0,
     entropy: bool = False,
+    accuracy: bool = False,
     chunk_elements: int = CHUNK_ELEMENTS,
-) -> tuple[Tensor, Tensor | None]:
-    """`chosen_logprobs` of head(hidden), in chunks of at most `chunk_elements` logits."""
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """`chosen_logprobs` of head(hidden) and `likeliest` if asked, in chunks of at most `chunk_elements` logits."""
 
-    def compute(hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor | None]:
-        return chosen_logprobs(head(hidden), ids, temperature=temperature, entropy=entropy)
+    def compute(hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        logits = head(hidden)
+        correct = likeliest(logits, ids) if accuracy else None
+        return *chosen_logprobs(logits, ids, temperature=temperature, entropy=entropy), correct
 
     rows = max(1, chunk_elements // vocabulary)
     if len(ids_N) <= rows:
@@ -83,5 +89,5 @@ def token_logprobs(
         checkpoint(compute, h, i, use_reentrant=False, preserve_rng_state=False)
         for h, i in zip(hidden_ND.split(rows), ids_N.split(rows), strict=True)
     ]
-    spread = torch.cat([s for _, s in parts]) if entropy else None
-    return torch.cat([logp for logp, _ in parts]), spread
+    logp, spread, correct = zip(*parts, strict=True)
+    return torch.cat(logp), torch.cat(spread) if entropy else None, torch.cat(correct) if accuracy else None

@@ -187,8 +187,7 @@ class LlamaAttention(nn.Module):
         """hidden_states [B, L, D] -> [B, L, D] and the weights where the implementation has them."""
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         q, k, v = (
-            project(hidden_states).view(shape).transpose(1, 2)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
+            project(hidden_states).view(shape).transpose(1, 2) for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         cos, sin = (x.unsqueeze(1) for x in position_embeddings)
         q, k = _rotate_half_split(q, cos, sin), _rotate_half_split(k, cos, sin)

@@ -96,13 +96,9 @@ def open_tokenizer(artifact: ModelArtifact | Path) -> Any:
         raise UserError(f"{path}: holds no tokenizer that can be opened: {problem}") from problem
 
 
-def _open(
-    artifact: ModelArtifact, *, classifier: bool, dtype: torch.dtype, trainable: bool = False
-) -> Opened:
+def _open(artifact: ModelArtifact, *, classifier: bool, dtype: torch.dtype, trainable: bool = False) -> Opened:
     if (artifact.path / ADAPTER_CONFIG).is_file():
-        base, record = _open_full(
-            _base_path(artifact), classifier=classifier, dtype=dtype, new_head=classifier
-        )
+        base, record = _open_full(_base_path(artifact), classifier=classifier, dtype=dtype, new_head=classifier)
         model = _open_adapter(base, artifact.path, classifier=classifier, trainable=trainable)
         record = {**record, "form": "adapter"}
     else:
@@ -130,9 +126,7 @@ def base_digest(artifact: ModelArtifact) -> str | None:
     return named if named in artifact.bases or not artifact.bases else next(iter(artifact.bases))
 
 
-def _open_full(
-    path: Path, *, classifier: bool, dtype: torch.dtype, new_head: bool = False
-) -> tuple[Any, dict]:
+def _open_full(path: Path, *, classifier: bool, dtype: torch.dtype, new_head: bool = False) -> tuple[Any, dict]:
     """`new_head`: the head may be missing here, because it comes from the adapter above."""
     config_path = path / "config.json"
     config = read_json(config_path)
@@ -187,11 +181,7 @@ def _require_safetensors(path: Path, stem: str) -> None:
     if any(path.glob(f"{stem}*.safetensors")):
         return
     pickles = sorted(p.name for p in path.iterdir() if p.suffix in PICKLES) if path.is_dir() else []
-    found = (
-        f"only pickled weights ({', '.join(pickles)}), which can run code when opened"
-        if pickles
-        else "no weights"
-    )
+    found = f"only pickled weights ({', '.join(pickles)}), which can run code when opened" if pickles else "no weights"
     raise UserError(f"{path}: {found}; expected {stem}.safetensors: convert to safetensors elsewhere")
 
 
@@ -230,9 +220,7 @@ def _open_adapter(base: Any, path: Path, *, classifier: bool, trainable: bool) -
     with safe_open(path / ADAPTER_WEIGHTS, "pt") as file:
         stored = set(file.keys())
     if classifier != any(key.endswith("score.weight") for key in stored):
-        holds = (
-            "holds no score.weight: an adapter of a policy" if classifier else "is an adapter of a classifier"
-        )
+        holds = "holds no score.weight: an adapter of a policy" if classifier else "is an adapter of a classifier"
         raise UserError(f"{path / ADAPTER_WEIGHTS}: {holds}, another kind of model than is needed here")
     with adapters.quiet():
         model = PeftModel.from_pretrained(base, str(path), is_trainable=trainable)
@@ -306,9 +294,7 @@ def _trainable(module: nn.Module, model: Any, opened: Opened, below: str | None)
     return Trainable(module, model, opened.tokenizer, ChatFormat(opened.tokenizer), below, opened.record)
 
 
-def new_policy(
-    settings: ModelSettings, tokenizer: Any, stop_ids: Sequence[int], seed: int
-) -> LlamaForCausalLM:
+def new_policy(settings: ModelSettings, tokenizer: Any, stop_ids: Sequence[int], seed: int) -> LlamaForCausalLM:
     """Random weights, the same for the same seed: normal with `initializer_range`, norms 1, biases 0."""
     config = LlamaConfig(
         **settings.llama(len(tokenizer)),
@@ -332,9 +318,7 @@ def new_classifier(policy: Any, seed: int) -> Any:
     Over an adapter the trunk's adapter is kept and the head is trained beside it.
     """
     inner = unwrapped(policy)
-    facts = {
-        k: v for k, v in inner.config.to_dict().items() if k not in ("id2label", "label2id", "architectures")
-    }
+    facts = {k: v for k, v in inner.config.to_dict().items() if k not in ("id2label", "label2id", "architectures")}
     config = type(inner.config).from_dict({**facts, "num_labels": 1})
     if isinstance(inner, LlamaForCausalLM):
         with torch.device("meta"):
@@ -384,9 +368,7 @@ def score_layer(classifier: Any) -> nn.Linear:
 def fold_scale(classifier: Any, mean: float, std: float) -> float:
     """Divide the head by `std`, in place. Returns the shift -mean / std that brings the mean of scores to 0."""
     if not std > 0:
-        raise UserError(
-            f"scores with standard deviation {std} cannot be normalised: all answers are scored alike"
-        )
+        raise UserError(f"scores with standard deviation {std} cannot be normalised: all answers are scored alike")
     with torch.no_grad():
         score_layer(classifier).weight.div_(std)
     return -mean / std
@@ -445,9 +427,7 @@ def save_model(
         with adapters.quiet():
             model.save_pretrained(directory, state_dict=dict(state) if state is not None else None)
         shapes = {k: tuple(v.shape) for k, v in (state or model.state_dict()).items()}
-        _verify_saved(
-            sorted(directory.glob("model*.safetensors")), shapes, tied=model.config.tie_word_embeddings
-        )
+        _verify_saved(sorted(directory.glob("model*.safetensors")), shapes, tied=model.config.tie_word_embeddings)
     save_tokenizer(tokenizer, directory)
 
 
@@ -492,6 +472,4 @@ def _verify_saved(files: Iterable[Path], shapes: Mapping[str, tuple[int, ...]], 
     missing = {k: s for k, s in shapes.items() if found.get(k) != s and not (tied and k == "lm_head.weight")}
     if missing:
         key, shape = next(iter(missing.items()))
-        raise Damaged(
-            f"{len(missing)} weights were not saved whole, such as {key}: {found.get(key)} for {shape}"
-        )
+        raise Damaged(f"{len(missing)} weights were not saved whole, such as {key}: {found.get(key)} for {shape}")

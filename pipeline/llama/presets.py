@@ -40,9 +40,7 @@ def _shape(
     }
 
 
-def _stories(
-    hidden: int, inner: int, layers: int, heads: int, kv_heads: int | None = None, vocab: int = 32000
-):  # type: ignore[no-untyped-def]
+def _stories(hidden: int, inner: int, layers: int, heads: int, kv_heads: int | None = None, vocab: int = 32000):  # type: ignore[no-untyped-def]
     return _shape(vocab, hidden, inner, layers, heads, kv_heads, tie_word_embeddings=True, rms_norm_eps=1e-5)
 
 
@@ -95,25 +93,15 @@ class ModelSettings(Settings):
     intermediate_size: int | None = Field(default=None, ge=1, description="Width inside the SwiGLU block.")
     num_hidden_layers: int | None = Field(default=None, ge=1, description="Decoder layers.")
     num_attention_heads: int | None = Field(default=None, ge=1, description="Query heads.")
-    num_key_value_heads: int | None = Field(
-        default=None, ge=1, description="Key heads; divides the query heads."
-    )
-    head_dim: int | None = Field(
-        default=None, ge=2, description="Size of a head; hidden / query heads by default."
-    )
+    num_key_value_heads: int | None = Field(default=None, ge=1, description="Key heads; divides the query heads.")
+    head_dim: int | None = Field(default=None, ge=2, description="Size of a head; hidden / query heads by default.")
     max_position_embeddings: int | None = Field(default=None, ge=1, description="Longest context promised.")
-    rms_norm_eps: float | None = Field(
-        default=None, gt=0, description="Added to the mean square before the root."
-    )
+    rms_norm_eps: float | None = Field(default=None, gt=0, description="Added to the mean square before the root.")
     rope_theta: float | None = Field(default=None, gt=0, description="Base of the rotary wavelengths.")
-    tie_word_embeddings: bool | None = Field(
-        default=None, description="The head is the embedding's own matrix."
-    )
+    tie_word_embeddings: bool | None = Field(default=None, description="The head is the embedding's own matrix.")
     attention_bias: bool = Field(default=False, description="Biases on the attention projections.")
     mlp_bias: bool = Field(default=False, description="Biases in the SwiGLU block.")
-    initializer_range: float = Field(
-        default=0.02, gt=0, lt=1, description="Standard deviation of new weights."
-    )
+    initializer_range: float = Field(default=0.02, gt=0, lt=1, description="Standard deviation of new weights.")
 
     @model_validator(mode="before")
     @classmethod
@@ -129,9 +117,7 @@ class ModelSettings(Settings):
         if heads % kv_heads:
             raise ValueError(f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
         if shape["hidden_size"] % heads:
-            raise ValueError(
-                f"hidden_size {shape['hidden_size']} is no multiple of num_attention_heads {heads}"
-            )
+            raise ValueError(f"hidden_size {shape['hidden_size']} is no multiple of num_attention_heads {heads}")
         if head_dim(shape) % 2:
             raise ValueError(f"head_dim {head_dim(shape)} is odd: rotary positions turn pairs")
         return self

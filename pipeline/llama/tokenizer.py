@@ -138,9 +138,7 @@ def from_sentencepiece(path: Path) -> PreTrainedTokenizerFast:
         raise UserError(f"{path}: {len(model)} SentencePiece pieces became {len(tokenizer)} tokens")
     for probe in ("Once upon a time, Lily's 12 cats ran.\n", "caf\u00e9 \u7ea2\u697c\u68a6", "x\ty"):
         if encode_texts(tokenizer, [probe])[0] != model.encode(probe):
-            raise UserError(
-                f"{path}: this SentencePiece model changes text in a way that is not carried over"
-            )
+            raise UserError(f"{path}: this SentencePiece model changes text in a way that is not carried over")
     return tokenizer
 
 
@@ -175,9 +173,7 @@ def tokenizer_digest(directory: Path) -> str:
         names = ("tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
         present = [directory / n for n in names if (directory / n).is_file()]
         if not present:
-            raise UserError(
-                f"{directory}: holds no tokenizer (no tokenizer.json, tokenizer.model or vocab.json)"
-            )
+            raise UserError(f"{directory}: holds no tokenizer (no tokenizer.json, tokenizer.model or vocab.json)")
         facts["files"] = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in present}
     settings = _config(directory)
     roles = ("bos_token", "eos_token", "pad_token", "unk_token", "add_bos_token", "add_eos_token")

@@ -46,9 +46,7 @@ class Gate:
 
     def __post_init__(self) -> None:
         if self.measure not in MEASURES:
-            raise ValueError(
-                f"gate {self.name!r}: no measure {self.measure!r}; there are: {', '.join(MEASURES)}"
-            )
+            raise ValueError(f"gate {self.name!r}: no measure {self.measure!r}; there are: {', '.join(MEASURES)}")
 
 
 @dataclass(frozen=True)
@@ -164,9 +162,7 @@ def _reward_clear(gate: Gate, seen: Evidence) -> Reading:
     labellers = value_of(card.get("clear_labellers"))
     bar = gate.target if labellers is None else min(gate.target, labellers - 0.05)
     reading = _reading(card.get("clear"), lambda i: i["mean"] >= bar, "scorecard with a judge")
-    return (
-        reading if labellers is None else Reading(**{**asdict(reading), "note": f"labellers {labellers:.3f}"})
-    )
+    return reading if labellers is None else Reading(**{**asdict(reading), "note": f"labellers {labellers:.3f}"})
 
 
 def _reward_accuracy(gate: Gate, seen: Evidence) -> Reading:
@@ -181,11 +177,7 @@ def _policy_metric(gate: Gate, seen: Evidence) -> Reading:
 
 def _row_metric(gate: Gate, seen: Evidence) -> Reading:
     value = value_of(seen.rows.get(gate.row, {}).get(gate.key))
-    return (
-        Reading(note=f"no {gate.key} of {gate.row}")
-        if value is None
-        else Reading(value, met=value >= gate.target)
-    )
+    return Reading(note=f"no {gate.key} of {gate.row}") if value is None else Reading(value, met=value >= gate.target)
 
 
 @dataclass(frozen=True)
@@ -238,9 +230,7 @@ def chain_gates(
     for start, policy in zip([sft, *chain], chain, strict=False):
         gates.append(Gate(f"{policy} not below its input {start}", "not_below", policy=policy, other=start))
     for policy in chain:
-        gates += [
-            Gate(f"{policy} above {other}", "above", policy=policy, other=other) for other in (base, sft)
-        ]
+        gates += [Gate(f"{policy} above {other}", "above", policy=policy, other=other) for other in (base, sft)]
     if chain:
         final = chain[-1]
         gates.append(Gate(f"{final} wins over {sft}", "wins", 0.65, policy=final, other=sft))
@@ -258,12 +248,8 @@ def chain_gates(
                 key="correct",
             )
         )
-        gates.append(
-            Gate(f"{policy}: stops by itself", "policy_metric", 0.99, policy=policy, key="stop_rate")
-        )
-    gates.append(
-        Gate(f"{value_row}: explained variance", "row_metric", 0.3, row=value_row, key="explained_variance")
-    )
+        gates.append(Gate(f"{policy}: stops by itself", "policy_metric", 0.99, policy=policy, key="stop_rate"))
+    gates.append(Gate(f"{value_row}: explained variance", "row_metric", 0.3, row=value_row, key="explained_variance"))
     return gates
 
 
@@ -292,10 +278,7 @@ class Figures:
         runs = list(dict.fromkeys(_label(r) for r in mine))
         cells = {(r["gate"], _label(r)): _cell(r) for r in mine}
         targets = {r["gate"]: r["target"] for r in mine}
-        rows = [
-            [gate, target, *(cells.get((gate, run), NONE) for run in runs)]
-            for gate, target in targets.items()
-        ]
+        rows = [[gate, target, *(cells.get((gate, run), NONE) for run in runs)] for gate, target in targets.items()]
         title = "at any temperature" if temperature is None else f"at temperature {temperature:g}"
         return Grid(f"gates {title}", ["gate", "target", *runs], rows, left=frozenset({0, 1}))
 

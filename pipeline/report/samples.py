@@ -146,9 +146,7 @@ def overview(exhibits: Sequence[Exhibit]) -> Grid:
         cells = [_mean([a.scores[k] for a in answers if k in a.scores]) for k in scores]
         cells += [_mean([a.parts[k] for a in answers if k in a.parts]) for k in parts]
         rows.append([visible(policy), *cells, _mean([float(a.stopped) for a in answers])])
-    return Grid(
-        "means of the answers shown", [visible(c) for c in ("policy", *scores, *parts, "stopped")], rows
-    )
+    return Grid("means of the answers shown", [visible(c) for c in ("policy", *scores, *parts, "stopped")], rows)
 
 
 def visible(text: str) -> str:

@@ -78,9 +78,7 @@ def reward_grid(evaluation: Mapping[str, Any]) -> Grid | None:
     card = evaluation.get("reward_model")
     if not card:
         return None
-    rows = [
-        [label, interval(card[key]), str(card[key]["count"])] for key, label in CARD.items() if card.get(key)
-    ]
+    rows = [[label, interval(card[key]), str(card[key]["count"])] for key, label in CARD.items() if card.get(key)]
     direction = (card.get("length") or {}).get("direction")
     note = f"Length alone: the {direction} one is taken to be better." if direction else ""
     return Grid("reward model: accuracy", ["pairs", "accuracy", "count"], rows, note)

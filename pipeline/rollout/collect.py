@@ -35,9 +35,7 @@ class EncodedPrompts:
         return EncodedPrompts([self.prompts[i] for i in numbers], [self.ids[i] for i in numbers], self.dropped)
 
 
-def encode_prompts(
-    prompts: Sequence[Prompt], chat: ChatFormat, max_tokens: int, max_new_tokens: int
-) -> EncodedPrompts:
+def encode_prompts(prompts: Sequence[Prompt], chat: ChatFormat, max_tokens: int, max_new_tokens: int) -> EncodedPrompts:
     """UserError where not one prompt of `max_tokens - max_new_tokens` tokens or less is left."""
     everything = chat.prompts_ids([p.messages for p in prompts])
     room = max_tokens - max_new_tokens
@@ -99,9 +97,7 @@ class Sampler:
         mine = ranks.share([len(i) for i in ids]) if ranks is not None else list(range(len(ids)))
         key = NoiseKey(self.key.seed, self.key.row, iteration)
         my_ids = [ids[i] for i in mine]
-        generated = self.engine.generate(
-            my_ids, self.settings, key, progress, names=[prompts[i].id for i in mine]
-        )
+        generated = self.engine.generate(my_ids, self.settings, key, progress, names=[prompts[i].id for i in mine])
         scores = self._scores(my_ids, [[g.ids for g in group] for group in generated])
         part = {
             i: [[list(g.ids), list(g.raw_logprobs), g.stopped, s] for g, s in zip(group, group_scores, strict=True)]
@@ -137,8 +133,6 @@ def figures(samples: Sequence[Sample]) -> dict[str, float]:
         scores = np.array([s.scores["proxy"] for s in samples])
         out |= {"score": float(scores.mean()), "score_std": float(scores.std())}
     return out
-
-
 
 
 def finished_scores(samples: Sequence[Sample], unfinished: float | None) -> list[float]:

@@ -79,9 +79,7 @@ class NativeEngine:
         if not prompts:
             return []
         columns = self._columns(prompts, settings)
-        streams_PK = noise.streams(
-            key, noise.content_names(prompts) if names is None else names, settings.samples
-        )
+        streams_PK = noise.streams(key, noise.content_names(prompts) if names is None else names, settings.samples)
         with decode.sampling_mode(self.model):
             cache = self._room(columns, len(prompts) * settings.samples)
             runner = decode.new_runner(self.model, cache, self.linear_dtype)
@@ -175,9 +173,7 @@ class _Session:
         samples = self.settings.samples
         order = sorted(range(len(self.prompts)), key=lambda p: (len(self.prompts[p]), -p))
         return [
-            _Waiting(p, first, min(rows, samples - first))
-            for p in order
-            for first in reversed(range(0, samples, rows))
+            _Waiting(p, first, min(rows, samples - first)) for p in order for first in reversed(range(0, samples, rows))
         ]
 
     # -- one step of all active rows --
@@ -222,9 +218,7 @@ class _Session:
 
     def _harvest(self) -> None:
         """Take the answers of ended rows out and free their rows."""
-        ended = [
-            r for r in (~self.alive_R[: self.active]).nonzero()[:, 0].tolist() if self.owner[r] is not None
-        ]
+        ended = [r for r in (~self.alive_R[: self.active]).nonzero()[:, 0].tolist() if self.owner[r] is not None]
         if not ended:
             return
         at = torch.tensor(ended, device=self.device)

@@ -62,10 +62,7 @@ def read_samples(path: Path) -> list[Sample]:
 
 def with_scores(samples: Sequence[Sample], source: str, scores: Sequence[float]) -> list[Sample]:
     """The same samples with one more score each; a score of that source is replaced."""
-    return [
-        replace(s, scores={**s.scores, source: float(score)})
-        for s, score in zip(samples, scores, strict=True)
-    ]
+    return [replace(s, scores={**s.scores, source: float(score)}) for s, score in zip(samples, scores, strict=True)]
 
 
 # --- choosing -----------------------------------------------------------------------------------------------
@@ -99,9 +96,7 @@ def mine_pairs(samples: Iterable[Sample], source: str, margin: float = 0.0) -> l
 def _score(sample: Sample, source: str) -> float:
     if source not in sample.scores:
         known = ", ".join(sorted(sample.scores)) or "none"
-        raise UserError(
-            f"sample {sample.index} of prompt {sample.prompt.id}: no score {source!r} (it has: {known})"
-        )
+        raise UserError(f"sample {sample.index} of prompt {sample.prompt.id}: no score {source!r} (it has: {known})")
     return sample.scores[source]
 
 
@@ -157,9 +152,7 @@ def conversations(samples: Iterable[Sample]) -> Iterator[Conversation]:
     """Each prompt continued by its sample; under train_on: marked the sample alone weighs."""
     for sample in samples:
         history = [replace(m, weight=0.0) if m.role == "assistant" else m for m in sample.prompt.messages]
-        yield Conversation(
-            (*history, Message("assistant", sample.text, weight=1.0)), source=sample.prompt.source
-        )
+        yield Conversation((*history, Message("assistant", sample.text, weight=1.0)), source=sample.prompt.source)
 
 
 def comparisons(pairs: Iterable[Pair], source: str) -> Iterator[Comparison]:

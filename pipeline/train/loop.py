@@ -96,9 +96,7 @@ class Trainer:
         self.engine = strategy.engine(module, optim.adamw(module, settings, rates), settings.precision)
         self._filler: Forest | None = None
 
-    def step(
-        self, work: Work, weights: Mapping[str, float], filler: Group | Forest | None = None
-    ) -> dict[str, float]:
+    def step(self, work: Work, weights: Mapping[str, float], filler: Group | Forest | None = None) -> dict[str, float]:
         """One update from this rank's groups (cut here by the token budget) or forests (taken as they are).
 
         weights   by term, of this rank's work; a global weight of 0 leaves its term out
@@ -181,9 +179,7 @@ class Trainer:
 
     def _agree(self, weights: Mapping[str, float], micros: int) -> tuple[dict[str, float], int]:
         """coefficient / global weight by term, and how many passes every rank makes."""
-        everyone = self.strategy.gather(
-            {"weights": {k: float(v) for k, v in weights.items()}, "passes": micros}
-        )
+        everyone = self.strategy.gather({"weights": {k: float(v) for k, v in weights.items()}, "passes": micros})
         passes = max(rank["passes"] for rank in everyone)
         if not passes:
             raise ValueError("a step without any work on any rank")
@@ -208,9 +204,7 @@ class Trainer:
         seed_dropout(self.seed, number, micro, self.strategy.rank)
         out = self.loss_fn(self.engine, forest)
         if unknown := out.terms.keys() - scales.keys():
-            raise ValueError(
-                f"loss terms {sorted(unknown)} have no weight; weights are stated for {sorted(scales)}"
-            )
+            raise ValueError(f"loss terms {sorted(unknown)} have no weight; weights are stated for {sorted(scales)}")
         real = work is not None
         parts = [self.strategy.world * scales[term] * total for term, total in out.terms.items()]
         loss = torch.stack([p.float() for p in parts]).sum() * float(real)
@@ -244,9 +238,7 @@ class Trainer:
             figures |= {LOSS + term: value for term, value in terms.items()}
         return figures | {TOKENS: int(tokens)}
 
-    def _require_finite(
-        self, number: int, what: str, value: float | None, figures: Mapping[str, float]
-    ) -> None:
+    def _require_finite(self, number: int, what: str, value: float | None, figures: Mapping[str, float]) -> None:
         if value is None or math.isfinite(value):
             return
         self.engine.clear()
@@ -309,9 +301,7 @@ def fit(
                 best.offer(trainer, found)
         if trainer.strategy.main:
             workspace.log(step=trainer.done, **report)
-            workspace.progress(
-                tokens, plan.tokens, "tokens", **{k: report[k] for k in figures if k in report}
-            )
+            workspace.progress(tokens, plan.tokens, "tokens", **{k: report[k] for k in figures if k in report})
     kept = best.restore(trainer) if best and best.step else trainer.done
     return Outcome(last, evaluations, kept, trainer.done, tokens)
 

@@ -31,10 +31,10 @@ def next_token(module: Callable[..., Any], forest: Forest) -> LossSums:
 
 def per_round(module: Callable[..., Any], forest: Forest) -> LossSums:
     """The same, with loss and accuracy (share of tokens that were the likeliest) of every round of the dialogue."""
-    out = module(forest)
+    out = module(forest, accuracy=True)
     weights = forest.weights_T
     nll = -out.logprobs_T * weights
-    correct = weights * 0.0
+    correct = out.correct_T * (weights > 0)
     metrics = {"nll": (nll.detach().sum(), weights.sum()), "accuracy": (correct.sum(), (weights > 0).sum())}
     round_T = forest.tokens["round"].clamp(max=ROUNDS_LOGGED - 1)
     for number in range(ROUNDS_LOGGED):

@@ -40,15 +40,10 @@ def parameter_groups(
         raise ValueError(f"no trainable parameter's name starts with {sorted(unused)}")
     if not chosen:
         raise ValueError("the module has no trainable parameter")
-    return [
-        {"params": parameters, "weight_decay": decay, "rate": rate}
-        for (decay, rate), parameters in chosen.items()
-    ]
+    return [{"params": parameters, "weight_decay": decay, "rate": rate} for (decay, rate), parameters in chosen.items()]
 
 
-def adamw(
-    module: nn.Module, settings: TrainSettings, rates: Mapping[str, float] | None = None
-) -> torch.optim.AdamW:
+def adamw(module: nn.Module, settings: TrainSettings, rates: Mapping[str, float] | None = None) -> torch.optim.AdamW:
     """PyTorch's AdamW (Loshchilov & Hutter 2019), fused: four to six times faster than the others on a CPU.
 
     eps stands outside the square root of the bias-corrected second moment, unlike TF1's Adam.

@@ -183,9 +183,7 @@ class Learner:
         cuts = [[groups[i] for i in order[at : at + step]] for at in range(0, len(order), step)]
         with fast_products(trainer.strategy.device, trainer.settings.precision), evaluating(trainer.module):
             minibatches = [trainer.forests(trainer.share(cut)) for cut in cuts]
-            targets = make_targets(
-                trainer.engine, self._reference, minibatches, beta, self.objective, self._reduce
-            )
+            targets = make_targets(trainer.engine, self._reference, minibatches, beta, self.objective, self._reduce)
             if iteration == 0:
                 require_zero_kl(targets.largest_kl, trainer.settings.precision)
             require_ratio_one(trainer.engine, targets.minibatches[0], self.objective, trainer.settings.precision)

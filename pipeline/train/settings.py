@@ -13,9 +13,7 @@ class TrainSettings(Settings):
     """Optimiser, schedule and batch of one training row."""
 
     learning_rate: float = Field(default=1e-3, gt=0, description="Peak learning rate of AdamW.")
-    epochs: float = Field(
-        default=1.0, gt=0, description="Passes over the training records; a fraction is allowed."
-    )
+    epochs: float = Field(default=1.0, gt=0, description="Passes over the training records; a fraction is allowed.")
     steps: int | None = Field(
         default=None, ge=1, description="Optimiser steps; where set, it decides instead of `epochs`."
     )
@@ -39,9 +37,7 @@ class TrainSettings(Settings):
     weight_decay: float = Field(
         default=0.0, ge=0, description="AdamW's decay of matrices and embeddings; norms and biases have none."
     )
-    clip: float = Field(
-        default=1.0, ge=0, description="Largest norm of the whole gradient; 0 leaves it alone."
-    )
+    clip: float = Field(default=1.0, ge=0, description="Largest norm of the whole gradient; 0 leaves it alone.")
     warmup: float = Field(
         default=0.05,
         ge=0,

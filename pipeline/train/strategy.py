@@ -85,9 +85,7 @@ class Strategy:
 class Engine:
     """One module and its optimiser in one process or under DDP."""
 
-    def __init__(
-        self, strategy: Strategy, module: nn.Module, optimizer: torch.optim.Optimizer, precision: str
-    ) -> None:
+    def __init__(self, strategy: Strategy, module: nn.Module, optimizer: torch.optim.Optimizer, precision: str) -> None:
         self.strategy = strategy
         self.bare = module
         self.precision = precision

@@ -48,9 +48,7 @@ def test_gae_does_not_see_padding(oracles, poison):
     assert advantages[0].tolist() == pytest.approx([*oracles[name][0][:2], 0.0])
     assert returns[0].tolist() == pytest.approx([*oracles[name][1][:2], 0.0])
     wrong, _ = gae(row([0, 1, 0]), row([0, 0, 100]), torch.ones(1, 3), gamma=1.0, lam=0.95)
-    assert wrong[0].tolist() == pytest.approx(
-        oracles["gae_masked_pad WRONG(unmasked)"][0]
-    )  # what the mask prevents
+    assert wrong[0].tolist() == pytest.approx(oracles["gae_masked_pad WRONG(unmasked)"][0])  # what the mask prevents
 
 
 def test_gae_steps_over_tokens_of_others(oracles):
@@ -85,9 +83,7 @@ def test_ragged_equals_padded_one_by_one():
     advantages, returns = gae_ragged(*poisoned, start, length, gamma=0.9, lam=0.7)
     for s, n in zip(start.tolist(), length.tolist(), strict=True):
         if n:
-            a, r = gae(
-                rewards[None, s : s + n], values[None, s : s + n], torch.ones(1, n), gamma=0.9, lam=0.7
-            )
+            a, r = gae(rewards[None, s : s + n], values[None, s : s + n], torch.ones(1, n), gamma=0.9, lam=0.7)
             assert torch.equal(a[0], advantages[s : s + n]) and torch.equal(r[0], returns[s : s + n])
     assert not advantages[~inside].any() and not returns[~inside].any()
 

@@ -58,9 +58,7 @@ def test_approx_kl_is_that_of_the_old_policy_from_its_samples(oracles):
 
 def test_worked_value_clip(oracles):
     for name, want in oracles["value_clip .2"].items():
-        value, old, target = (
-            torch.tensor([float(x)], dtype=torch.float64) for x in re.findall(r"=([\d.]+)", name)
-        )
+        value, old, target = (torch.tensor([float(x)], dtype=torch.float64) for x in re.findall(r"=([\d.]+)", name))
         out = clipped_value_loss(value, old, target, ONE, clip=0.2)
         assert out.losses.item() == pytest.approx(want, abs=1e-12), name
 
@@ -138,8 +136,6 @@ def test_explained_variance():
     assert score(returns + 7.0) == pytest.approx(1.0)  # a constant offset is not counted against it
     assert score(-returns) == pytest.approx(-3.0)
     assert explained_variance(explained_variance_sums(returns, torch.ones(4), every)) is None
-    halves = [
-        explained_variance_sums(torch.tensor([1.0, 1.5]), returns[i : i + 2], torch.ones(2)) for i in (0, 2)
-    ]
+    halves = [explained_variance_sums(torch.tensor([1.0, 1.5]), returns[i : i + 2], torch.ones(2)) for i in (0, 2)]
     whole = explained_variance_sums(torch.tensor([1.0, 1.5, 1.0, 1.5]), returns, every)
     assert torch.allclose(halves[0] + halves[1], whole)

@@ -54,9 +54,7 @@ def test_sums_not_means_over_tokens():
 def test_stays_finite_and_gives_the_reference_no_gradient():
     reference = torch.tensor([0.0], requires_grad=True)
     policy = torch.tensor([-1e6], requires_grad=True)
-    out = Sigmoid(beta=1.0)(
-        PairLogps(policy, torch.tensor([0.0]), reference, torch.tensor([0.0]), policy, policy)
-    )
+    out = Sigmoid(beta=1.0)(PairLogps(policy, torch.tensor([0.0]), reference, torch.tensor([0.0]), policy, policy))
     out.losses.sum().backward()
     assert out.losses.item() == 1e6 and policy.grad.item() == -1.0
     assert reference.grad is None
@@ -76,9 +74,7 @@ def test_registry():
         make_loss("sigmoid", gamma=1.0)
 
 
-@pytest.mark.parametrize(
-    "bad", [{"beta": 0.0}, {"beta": -1.0}, {"label_smoothing": 0.5}, {"label_smoothing": -0.1}]
-)
+@pytest.mark.parametrize("bad", [{"beta": 0.0}, {"beta": -1.0}, {"label_smoothing": 0.5}, {"label_smoothing": -0.1}])
 def test_hyperparameters_out_of_range_are_refused(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         Sigmoid(**bad)

@@ -67,9 +67,7 @@ def test_nothing_to_compare_gives_no_pairs_and_a_zero_loss():
 
 def test_ranking_loss_is_the_weighted_sum_of_its_pairs():
     scores = torch.tensor([2.0, -1.0, 0.5])
-    pairs = ranking_pairs(
-        torch.tensor([2.0, 0.0, 1.0]), torch.zeros(3, dtype=torch.int64), weight_by="prompt"
-    )
+    pairs = ranking_pairs(torch.tensor([2.0, 0.0, 1.0]), torch.zeros(3, dtype=torch.int64), weight_by="prompt")
     out = ranking_loss(scores, pairs)
     softplus = lambda x: math.log1p(math.exp(-x))
     assert out.losses.sum().item() == pytest.approx((softplus(3.0) + softplus(1.5) + softplus(1.5)) / 3)

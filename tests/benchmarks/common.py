@@ -174,6 +174,4 @@ def table(lines: Sequence[Mapping[str, Any]]) -> str:
     columns = ("case", "ours", "rival", "ratio", "unit", "ceiling_share", "peak_mb_ours", "peak_mb_rival")
     rows = [columns, *(tuple("" if line[c] is None else str(line[c]) for c in columns) for line in lines)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
-    return "\n".join(
-        "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)

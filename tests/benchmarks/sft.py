@@ -96,10 +96,7 @@ def run(*, small: bool = False, repeats: int | None = None) -> list[dict[str, An
     contestants = [
         Contestant("ours", OURS, asdict(base)),
         *(Contestant(name, RIVAL, asdict(task)) for name, task in chosen),
-        *(
-            Contestant(f"{name}, default allocation", RIVAL, asdict(t), keep_freed=False)
-            for name, t in chosen
-        ),
+        *(Contestant(f"{name}, default allocation", RIVAL, asdict(t), keep_freed=False) for name, t in chosen),
     ]
     try:
         _require_same_loss(contestants)
@@ -152,9 +149,7 @@ def _require_same_loss(contestants: list[Contestant]) -> None:
         sys.exit(f"the contestants do not compute the same: {losses}")
 
 
-def _figures(
-    task: Task, contestants: list[Contestant], ceilings: list[dict[str, float]]
-) -> list[dict[str, Any]]:
+def _figures(task: Task, contestants: list[Contestant], ceilings: list[dict[str, float]]) -> list[dict[str, Any]]:
     ours, *rivals = contestants
     ceiling = max(max(c["mkl"], c["onednn"]) for c in ceilings) * 1e9
     share = ours.median("rate") * task.flops_per_token() / ceiling

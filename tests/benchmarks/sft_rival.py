@@ -41,9 +41,7 @@ def configuration(task: Task, folder: str, updates: int) -> Any:
     from trl import SFTConfig
 
     rows = (
-        task.batch
-        if not task.packed
-        else max(1, round(task.batch * (task.shortest + task.longest) / 2 / task.packed))
+        task.batch if not task.packed else max(1, round(task.batch * (task.shortest + task.longest) / 2 / task.packed))
     )
     micro = min(task.micro, rows)
     return SFTConfig(

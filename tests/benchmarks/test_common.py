@@ -7,9 +7,7 @@ from tests.benchmarks.sft import Task
 
 
 def test_a_figure_has_the_documented_shape() -> None:
-    line = Figure(
-        "sft", "best: padded", 300.0, 200.0, "tokens/s", ceiling_share=0.25, peak_mb_ours=512.0
-    ).line()
+    line = Figure("sft", "best: padded", 300.0, 200.0, "tokens/s", ceiling_share=0.25, peak_mb_ours=512.0).line()
     assert json.loads(json.dumps(line)) == {
         "bench": "sft",
         "case": "best: padded",

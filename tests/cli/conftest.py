@@ -100,9 +100,7 @@ def stable(document: Any, root: Path) -> Any:
 
     def text(value: str) -> str:
         value = value.replace(str(root), "ROOT")
-        return re.sub(
-            r"[0-9a-f]{64}", lambda m: numbers.setdefault(m[0], f"<sha256 {len(numbers) + 1}>"), value
-        )
+        return re.sub(r"[0-9a-f]{64}", lambda m: numbers.setdefault(m[0], f"<sha256 {len(numbers) + 1}>"), value)
 
     def walk(value: Any, key: str = "") -> Any:
         if key in ("seconds", "started", "finished"):

@@ -120,6 +120,4 @@ def test_every_sample_shows_masks_and_checks(path: Path, tokenizer: Path) -> Non
 
 def test_a_missing_file_is_a_user_error(tmp_path: Path) -> None:
     assert isinstance(call("check", tmp_path / "none.jsonl").exception, UserError)
-    assert isinstance(
-        call("mask", SAMPLES / "prompts.jsonl", "--tokenizer", tmp_path / "x").exception, UserError
-    )
+    assert isinstance(call("mask", SAMPLES / "prompts.jsonl", "--tokenizer", tmp_path / "x").exception, UserError)

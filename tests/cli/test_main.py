@@ -81,9 +81,7 @@ def test_a_damaged_file_is_code_3_and_named(cli: Any) -> None:
     code, out, err = cli("run", "toy.yaml")
     assert code == 3 and str(path) in err
     code, out, err = cli("verify", "--json")
-    assert (
-        code == 3 and json.loads(out)["damaged"] == 1 and str(path) in json.loads(out)["rows"][0]["problem"]
-    )
+    assert code == 3 and json.loads(out)["damaged"] == 1 and str(path) in json.loads(out)["rows"][0]["problem"]
 
 
 def test_a_held_run_directory_is_code_5_at_once(cli: Any) -> None:
@@ -104,9 +102,7 @@ from pipeline.cli import main
 main(["run", "toy.yaml", "--set", "first.seconds=30", "--json"])
 """
     command = [sys.executable, "-c", code]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=_environment()
-    )
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=_environment())
     log = cli.root / "runs" / "toy" / "logs" / "first.log"
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline and not (log.exists() and "toy log line" in log.read_text()):

@@ -60,9 +60,7 @@ def test_a_row_that_comes_out_otherwise_is_code_1(cli: Any) -> None:
 
 
 def test_headline_figures() -> None:
-    row = RowResult(
-        "dpo", "dpo", "executed", metrics={"heldout": {"accuracy": 0.71234}, "loss": 0.5, "n": 12345}
-    )
+    row = RowResult("dpo", "dpo", "executed", metrics={"heldout": {"accuracy": 0.71234}, "loss": 0.5, "n": 12345})
     assert headline(row) == "loss 0.5  n 12,345"
     named = RowResult("dpo", "dpo", "executed", metrics=row.metrics, headline=("heldout.accuracy", "missing"))
     assert headline(named) == "heldout.accuracy 0.712"

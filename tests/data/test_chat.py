@@ -97,9 +97,7 @@ def test_role_markers_in_a_users_text_train_nothing(chat: ChatFormat, spelled: s
 
 
 def test_nothing_to_train_names_the_line(chat: ChatFormat) -> None:
-    conversation = Conversation(
-        (Message("user", "a"), Message("assistant", "b", weight=0)), source="x.jsonl:7"
-    )
+    conversation = Conversation((Message("user", "a"), Message("assistant", "b", weight=0)), source="x.jsonl:7")
     with pytest.raises(NothingToTrain, match="x.jsonl:7.*marked"):
         require_trained(chat.render(conversation, "marked"))
 
@@ -125,10 +123,7 @@ def test_tools_reasoning_and_results(chat: ChatFormat) -> None:
         *ids_of(chat, "<think>hm</think>So: "),
         END,
     ]
-    assert (
-        chat.prompt_ids(conversation.messages[:1], conversation.tools)
-        == rendered.ids[: rendered.mask.index(1)]
-    )
+    assert chat.prompt_ids(conversation.messages[:1], conversation.tools) == rendered.ids[: rendered.mask.index(1)]
     with_system = Conversation((Message("system", "S."), *conversation.messages), (tool,))
     text = '<tools>{"type": "function", "function": {"name": "add"}}\n</tools>'
     assert chat.decode(chat.render(with_system).ids).startswith(f"S.{text}1+2?")
@@ -203,9 +198,9 @@ def check_invariants(chat: ChatFormat, conversation: Conversation, spelled: bool
     if messages[cut].role == "assistant":
         prompt = chat.prompt_ids(messages[:cut])
         assert prompt == [*before, ASSISTANT] == rendered.ids[: len(prompt)]
-        assert rendered.ids[len(prompt) :][
-            : len(chat.completion_ids(answer := message_text(messages[cut])))
-        ] == (chat.completion_ids(answer))
+        assert rendered.ids[len(prompt) :][: len(chat.completion_ids(answer := message_text(messages[cut])))] == (
+            chat.completion_ids(answer)
+        )
     # T5: the stored template, as anybody else uses it, gives the same ids and the same mask
     if not spelled:
         ids, _ = _as_others_render(chat, conversation)
@@ -303,7 +298,5 @@ def test_prompts_lose_whole_rounds(chat: ChatFormat) -> None:
         (10, 10, (10, 10)),
     ],
 )
-def test_sharing_room_between_prompt_and_answer(
-    prompt: int, answer: int, kept: tuple[int, int]
-) -> None:  # T8
+def test_sharing_room_between_prompt_and_answer(prompt: int, answer: int, kept: tuple[int, int]) -> None:  # T8
     assert fit_pair(prompt, answer, 1000) == kept

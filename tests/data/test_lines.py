@@ -103,9 +103,7 @@ def test_all_malformed_rows_in_one_pass(tmp_path: Path) -> None:
 def test_long_lists_of_problems_are_cut_and_counted(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(GOOD + b"\n" + b"{\n" * 200)
-    with pytest.raises(
-        UserError, match=r"and 150 more\n200 of 201 rows cannot be used \(200 truncated JSON\)"
-    ):
+    with pytest.raises(UserError, match=r"and 150 more\n200 of 201 rows cannot be used \(200 truncated JSON\)"):
         read_conversations(path)
 
 

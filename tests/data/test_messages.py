@@ -38,9 +38,7 @@ def test_parts_weights_and_developer() -> None:
     )
     assert messages[0] == Message("system", "ab")
     assert messages[1].weight == 1.0
-    assert (
-        message_text(messages[1]) == '<think>hm</think><tool_call>{"name": "f", "arguments": {}}</tool_call>'
-    )
+    assert message_text(messages[1]) == '<think>hm</think><tool_call>{"name": "f", "arguments": {}}</tool_call>'
 
 
 @pytest.mark.parametrize(

@@ -105,9 +105,7 @@ def test_scores_and_ties(file: Any) -> None:
     scored = {"prompt": "q", "completions": ["x", "y", "z"], "scores": [1, 2.5, 1]}
     pair = {"prompt": "q", "chosen": "a", "rejected": "b", "score_chosen": 8.5, "score_rejected": 8.5}
     first = read_comparisons(file(scored))
-    assert (
-        first.format == "ranked-lists" and first[0].pairs() == [(1, 0), (1, 2)] and first.counts["ties"] == 1
-    )
+    assert first.format == "ranked-lists" and first[0].pairs() == [(1, 0), (1, 2)] and first.counts["ties"] == 1
     second = read_comparisons(file(pair))
     assert second[0].pairs() == [] and second.counts["ties"] == 1
 
@@ -187,9 +185,7 @@ def test_rated_prompts_and_documents(file: Any) -> None:
     assert read_rated(file(own))[0] == Rated((U("q"),), "a", False, "rows.jsonl:1")
     assert read_rated(file({"messages": TURNS, "label": True}))[0].desirable is True
     assert read_rated(file({"prompt": "q", "completion": "a", "label": True}))[0].prompt == (U("q"),)
-    assert read_prompts(file({"id": "p1", "messages": [UD("q")]}))[0] == Prompt(
-        "p1", (U("q"),), "rows.jsonl:1"
-    )
+    assert read_prompts(file({"id": "p1", "messages": [UD("q")]}))[0] == Prompt("p1", (U("q"),), "rows.jsonl:1")
     assert read_prompts(file({"prompt": "q"}))[0] == Prompt("rows.jsonl:1", (U("q"),), "rows.jsonl:1")
     assert read_documents(file({"text": "t"}, {"text": "u", "source": "s"}))[1] == Document("u", source="s")
     dialogue = read_documents(file({"messages": TURNS}))
@@ -290,9 +286,7 @@ def test_speed(file: Any) -> None:
 
 
 def test_hh_harmless(shared_data: Path) -> None:
-    pairs = read_comparisons(
-        shared_data / "pref_hh_harmless_base" / "harmless_base.dev.jsonl.gz", skip_bad=True
-    )
+    pairs = read_comparisons(shared_data / "pref_hh_harmless_base" / "harmless_base.dev.jsonl.gz", skip_bad=True)
     assert pairs.format == "hh" and pairs.counts["rows"] == 1857
     lines = {r: [p.line - 1 for p in pairs.bad if p.reason == r] for r in pairs.reasons}
     assert lines == {
@@ -321,9 +315,7 @@ def test_oasst_rankings(shared_data: Path) -> None:
 
 
 def test_pandalm(shared_data: Path) -> None:
-    verdicts = read_comparisons(
-        shared_data / "pref_pandalm_human" / "pandalm_testset_v1.dev.jsonl", skip_bad=True
-    )
+    verdicts = read_comparisons(shared_data / "pref_pandalm_human" / "pandalm_testset_v1.dev.jsonl", skip_bad=True)
     wrong = sum(n for reason, n in verdicts.reasons.items() if "wrong type" in reason)
     assert (verdicts.counts["rows"], wrong) == (616, 6)
     assert verdicts.reasons["empty assistant"] == 31
@@ -398,10 +390,7 @@ def test_plain_text_of_the_wild(shared_data: Path) -> None:
     assert len(read_documents(shared_data / "pt_tinystories" / "tinystories.dev.jsonl")) == 947
     novel = read_documents(shared_data / "pt_zh_classics" / "xiyouji.txt.gz")
     assert all("\r" not in (d.text or "") for d in novel)
-    assert any(
-        "<unk>" in (d.text or "")
-        for d in read_documents(shared_data / "pt_wikitext2" / "wikitext2_valid.txt")
-    )
+    assert any("<unk>" in (d.text or "") for d in read_documents(shared_data / "pt_wikitext2" / "wikitext2_valid.txt"))
 
 
 def test_survey_reports_without_raising(file: Any) -> None:

@@ -118,9 +118,7 @@ def test_recovery_of_a_perfect_a_useless_and_a_perverse_reward():
 def test_permuting_prompts_permutes_what_is_chosen():
     rng = np.random.default_rng(0)
     reward, gold, order = rng.random((7, 5)), rng.random((7, 5)), rng.permutation(7)
-    assert np.array_equal(
-        best_of_n_means(gold, reward, 3)[order], best_of_n_means(gold[order], reward[order], 3)
-    )
+    assert np.array_equal(best_of_n_means(gold, reward, 3)[order], best_of_n_means(gold[order], reward[order], 3))
     with pytest.raises(ValueError, match="best of 6"):
         best_of_n_means(gold, reward, 6)
 
@@ -128,9 +126,7 @@ def test_permuting_prompts_permutes_what_is_chosen():
 def test_kl_bound():
     """log n - (n - 1) / n at 2, 4, 16 and 64."""
     got = [best_of_n_kl_bound(n) for n in (2, 4, 16, 64)]
-    assert got == pytest.approx(
-        [0.1931471805599453, 0.6362943611198906, 1.8350887222397811, 3.1745080833596715]
-    )
+    assert got == pytest.approx([0.1931471805599453, 0.6362943611198906, 1.8350887222397811, 3.1745080833596715])
 
 
 def test_shapes_that_do_not_match_are_refused():

@@ -107,9 +107,7 @@ def test_a_model_says_whether_it_is_an_adapter(tmp_path: Path) -> None:
 def test_an_entry_comes_back_as_it_was_and_sizes_are_checked(tmp_path: Path) -> None:
     (tmp_path / "data.jsonl").write_text("x\n")
     slot = describe(tmp_path, "comparisons", {"a": 1})
-    artifact = Comparisons(
-        tmp_path, ("data.jsonl",), slot["digest"], {"a": 1}, slot, "hh", {"d": tmp_path / "base"}
-    )
+    artifact = Comparisons(tmp_path, ("data.jsonl",), slot["digest"], {"a": 1}, slot, "hh", {"d": tmp_path / "base"})
     again = from_entry(json.loads(json.dumps(artifact.entry())))
     assert again == artifact
     (tmp_path / "data.jsonl").write_text("longer\n")

@@ -107,16 +107,13 @@ def test_extends_merges_mappings_and_replaces_lists(tmp_path: Path) -> None:
     (tmp_path / "parts/b.yaml").write_text("extends: [a.yaml]\nstages: {sft: {y: 2}}\n")
     plan = tmp_path / "plan.yaml"
     plan.write_text(
-        "extends: [parts/b.yaml]\nstages: {sft: {x: 5, l: [3]}}\n"
-        "sources: {e: {path: [../f, /g]}, w: {kind: prompts}}\n"
+        "extends: [parts/b.yaml]\nstages: {sft: {x: 5, l: [3]}}\nsources: {e: {path: [../f, /g]}, w: {kind: prompts}}\n"
     )
     document = load_document(plan)
     assert document.values["stages"] == {"sft": {"x": 5, "y": 2, "l": [3]}}
     assert document.values["sources"]["d"]["path"] == str(tmp_path / "parts/own.jsonl")
     assert document.values["sources"]["e"]["path"] == [str(tmp_path.parent / "f"), "/g"]
-    assert document.values["sources"]["w"] == {
-        "kind": "prompts"
-    }  # another kind: nothing of the old one is left
+    assert document.values["sources"]["w"] == {"kind": "prompts"}  # another kind: nothing of the old one is left
     assert document.places.of("stages.sft", ["x"]) == f"{plan}:2: "
     assert document.places.of("stages.sft", ["y"]) == f"{tmp_path / 'parts/b.yaml'}:2: "
 

@@ -54,9 +54,7 @@ def test_rows_share_one_server(tmp_path: Path, workers: Workers) -> None:
         ("server", 1, "the worker server was ended from outside (SIGKILL", True),
     ],
 )
-def test_how_a_row_can_fail(
-    tmp_path: Path, workers: Workers, fail: str, code: int, said: str, user: bool
-) -> None:
+def test_how_a_row_can_fail(tmp_path: Path, workers: Workers, fail: str, code: int, said: str, user: bool) -> None:
     ended, _ = run(workers, ask(tmp_path, fail=fail))
     assert (ended.code, ended.user) == (code, user)
     assert ended.message.startswith(said)
@@ -160,9 +158,7 @@ def test_threads_default_to_the_physical_cores_shared_by_the_ranks(
     assert LaunchSettings(threads=5).thread_count() == 5
 
 
-def test_hyperthreads_and_quotas_do_not_count_as_cores(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_hyperthreads_and_quotas_do_not_count_as_cores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for cpu, core in ((0, 0), (1, 1), (2, 0), (3, 1)):
         topology = tmp_path / f"cpu{cpu}" / "topology"
         topology.mkdir(parents=True)

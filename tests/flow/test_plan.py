@@ -347,19 +347,14 @@ def test_one_byte_of_the_preference_file_reruns_what_reads_it(folder: Path) -> N
 def test_settings_seeds_and_the_nearest_earlier_row_are_told(folder: Path) -> None:
     store = Store(folder / "store")
     _run(_plan(folder), store)
-    assert (
-        _why(_plan(folder, PLAN, "ppo.loss.beta=0.2"), store)["ppo"] == "stale: settings.loss.beta 0.1 -> 0.2"
-    )
+    assert _why(_plan(folder, PLAN, "ppo.loss.beta=0.2"), store)["ppo"] == "stale: settings.loss.beta 0.1 -> 0.2"
     _run(_plan(folder, PLAN, "ppo.loss.beta=0.2"), store)
     why = _why(_plan(folder, PLAN, "ppo.loss.beta=0.2", "ppo.word=z"), store)["ppo"]
     assert why == "stale: settings.word w -> z"  # against the second, which is nearer
     assert _why(_plan(folder, PLAN, "seed=1"), store)["sft"] == "stale: seed 0 -> 1"
     assert _why(_plan(folder, PLAN, "seed=1"), store)["world"] == "fresh: sealed"  # it has a seed of its own
     assert _why(_plan(folder, PLAN, "skip_bad=true"), store)["reward"] == "stale: skip_bad False -> True"
-    assert (
-        _why(_plan(folder, PLAN, "sources.pairs.format=hh"), store)["reward"]
-        == "stale: format of pairs added"
-    )
+    assert _why(_plan(folder, PLAN, "sources.pairs.format=hh"), store)["reward"] == "stale: format of pairs added"
 
 
 def test_equal_results_stop_the_wave(folder: Path) -> None:
@@ -369,9 +364,7 @@ def test_equal_results_stop_the_wave(folder: Path) -> None:
     assert _run(_plan(folder, PLAN, "sft.loss.beta=5"), store) == ["sft"]
 
 
-def test_changed_code_is_named_and_accepted_only_by_an_option(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_changed_code_is_named_and_accepted_only_by_an_option(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = folder / "pipeline"
     (package / "algo").mkdir(parents=True)
     (package / "algo/preference.py").write_text("x = 1\n")

@@ -66,9 +66,7 @@ class Heard(Listener):
     def row_failed(self, result: RowResult, message: str) -> None:
         self.lines.append(f"{result.row} failed")
 
-    def progress(
-        self, row: str, done: float, total: float | None, unit: str, figures: Mapping[str, Any]
-    ) -> None:
+    def progress(self, row: str, done: float, total: float | None, unit: str, figures: Mapping[str, Any]) -> None:
         self.lines.append(f"{row} {done}/{total} {unit} {sorted(figures)}")
 
     def said(self, row: str, text: str) -> None:
@@ -126,9 +124,7 @@ def statuses(result: RunResult) -> dict[str, str]:
 def test_a_second_run_executes_nothing(finished: tuple[Place, RunResult]) -> None:
     place, first = finished
     assert statuses(first) == dict.fromkeys(ROWS, "executed")
-    assert place.file_of("last").read_text() == (
-        "text word\nword\n" + "text word\nword\npairs word\nword\n" + "word\n"
-    )
+    assert place.file_of("last").read_text() == ("text word\nword\n" + "text word\nword\npairs word\nword\n" + "word\n")
     second = place.run()
     assert statuses(second) == dict.fromkeys(ROWS, "reused")
     assert [row.artifacts for row in second.rows] == [row.artifacts for row in first.rows]
@@ -168,9 +164,7 @@ def test_a_run_directory_records_what_happened(finished: tuple[Place, RunResult]
     summary = json.loads((place.run_dir / "summary.json").read_text())
     assert [row["row"] for row in summary["rows"]] == ROWS
     assert (summary["exit_code"], summary["error"]) == (0, None)
-    assert json.loads((place.run_dir / "plan.json").read_text())["rows"][0] == {
-        "first": {"documents": "text"}
-    }
+    assert json.loads((place.run_dir / "plan.json").read_text())["rows"][0] == {"first": {"documents": "text"}}
     assert result.rows[0].metrics == {"bytes": 10, "tokens": 3, "loss": 0.25}
     assert result.rows[0].tokens == 3 and result.rows[0].headline == ("bytes",)
 
@@ -204,9 +198,7 @@ def test_only_the_rows_between_from_and_until_run(place: Place) -> None:
 
 
 def test_from_below_an_unsealed_row_is_refused_before_anything_runs(place: Place) -> None:
-    with pytest.raises(
-        UserError, match="row pair reads second.documents, but row second is not sealed.*--from second"
-    ):
+    with pytest.raises(UserError, match="row pair reads second.documents, but row second is not sealed.*--from second"):
         place.run(first="pair")
     assert place.heard.lines == []
     with pytest.raises(UserError, match="--from last stands below --until first"):

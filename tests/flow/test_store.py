@@ -110,9 +110,7 @@ def test_a_flipped_byte_is_refused_naming_the_file_and_both_digests(store: Store
         assert len(set(re.findall(r"\b[0-9a-f]{64}\b", str(error.value)))) == 2
 
 
-def test_hashes_are_remembered_and_a_later_flip_is_still_found(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hashes_are_remembered_and_a_later_flip_is_still_found(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.flow.store.SETTLED", -1.0)
     _seal(store, "aa", "first")
     store.check("aa")
@@ -212,9 +210,7 @@ def test_an_adapter_of_the_user_needs_its_base(tmp_path: Path, store: Store) -> 
     assert lora.lineage["base"] == base.digest and lora.bases == {base.digest: tmp_path / "base"}
 
 
-def test_the_base_of_a_sealed_adapter_is_found_in_rows_or_where_the_user_has_it(
-    tmp_path: Path, store: Store
-) -> None:
+def test_the_base_of_a_sealed_adapter_is_found_in_rows_or_where_the_user_has_it(tmp_path: Path, store: Store) -> None:
     sealed = _seal(store, "aa", "sft", slot="policy", kind="policy", files={"model.safetensors": "w"})
     base = sealed["outputs"]["policy"]["digest"]
     adapter = {"adapter_config.json": json.dumps({"base_model_name_or_path": base})}

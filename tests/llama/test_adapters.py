@@ -60,9 +60,7 @@ def test_switched_off_a_classifiers_trained_head_is_the_first_one() -> None:
 def test_adapters_with_biases_are_no_reference() -> None:
     from peft import LoraConfig, get_peft_model
 
-    model = get_peft_model(
-        policy(), LoraConfig(r=2, target_modules=["q_proj"], bias="all", task_type="CAUSAL_LM")
-    )
+    model = get_peft_model(policy(), LoraConfig(r=2, target_modules=["q_proj"], bias="all", task_type="CAUSAL_LM"))
     with pytest.raises(UserError, match="trains biases"), adapters_off(model):
         pass
 

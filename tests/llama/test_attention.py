@@ -26,18 +26,12 @@ SHAPE = {
 }
 FAMILIES = {
     "ours": lambda: LlamaForCausalLM(transformers.LlamaConfig(**SHAPE)),
-    "ours, biases": lambda: LlamaForCausalLM(
-        transformers.LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True)
-    ),
+    "ours, biases": lambda: LlamaForCausalLM(transformers.LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True)),
     "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE)),
     "qwen2": lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**SHAPE)),
     "qwen3": lambda: transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**SHAPE, head_dim=8)),
-    "mistral": lambda: transformers.MistralForCausalLM(
-        transformers.MistralConfig(**SHAPE, sliding_window=None)
-    ),
-    "mistral, window 6": lambda: transformers.MistralForCausalLM(
-        transformers.MistralConfig(**SHAPE, sliding_window=6)
-    ),
+    "mistral": lambda: transformers.MistralForCausalLM(transformers.MistralConfig(**SHAPE, sliding_window=None)),
+    "mistral, window 6": lambda: transformers.MistralForCausalLM(transformers.MistralConfig(**SHAPE, sliding_window=6)),
 }
 
 
@@ -98,13 +92,9 @@ def test_forest_equals_each_sequence_alone(family: str, long: int, monkeypatch: 
     forest = build(groups)
     found = on_forest(model, forest)
     assert (found - expected).abs().max() <= 1e-5
-    for (name, _), a, b in zip(
-        model.named_parameters(), gradients(model, found, weights), wanted, strict=True
-    ):
+    for (name, _), a, b in zip(model.named_parameters(), gradients(model, found, weights), wanted, strict=True):
         assert (a - b).abs().max() <= 1e-5 * max(1.0, float(b.abs().max())), name
-    assert any(
-        k[0] == "attention" for k in forest.cache if isinstance(k, tuple)
-    )  # the forest's path was taken
+    assert any(k[0] == "attention" for k in forest.cache if isinstance(k, tuple))  # the forest's path was taken
     longs = len(attention.plan(forest, getattr(model.config, "sliding_window", None)).longs)
     assert (longs == 0) == (long == 384)
 

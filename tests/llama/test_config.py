@@ -11,9 +11,7 @@ from transformers import LlamaConfig
 from pipeline.flow.errors import UserError
 from pipeline.llama.config import check_config, read_json
 
-PLAIN = json.loads(
-    LlamaConfig(vocab_size=97, hidden_size=32, num_attention_heads=4).to_json_string(use_diff=False)
-)
+PLAIN = json.loads(LlamaConfig(vocab_size=97, hidden_size=32, num_attention_heads=4).to_json_string(use_diff=False))
 
 
 def test_our_own_configs_are_for_the_core() -> None:

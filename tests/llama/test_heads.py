@@ -111,9 +111,7 @@ class Oracle(nn.Module):
         self.base_model = self.trunk
 
     def trunk(self, input_ids: Tensor, **_) -> SimpleNamespace:
-        return SimpleNamespace(
-            last_hidden_state=50.0 * nn.functional.one_hot(input_ids.roll(-self.shift, 1), 30)
-        )
+        return SimpleNamespace(last_hidden_state=50.0 * nn.functional.one_hot(input_ids.roll(-self.shift, 1), 30))
 
     def get_output_embeddings(self) -> nn.Module:
         return nn.Identity()

@@ -100,9 +100,7 @@ def test_the_import_is_an_ordinary_directory_and_a_chain_can_start_from_it(folde
     start = open_trainable(SimpleNamespace(path=tmp_path / "chat", digest="d", bases={}), None, seed=0)
     ids = start.chat.prompt_ids([Message("user", "Hi <|user|>")])
     assert ids[0] == 1 and max(ids) < start.model.config.vocab_size == len(start.tokenizer)
-    assert torch.equal(
-        start.model.get_input_embeddings().weight[:512], opened.model.get_input_embeddings().weight
-    )
+    assert torch.equal(start.model.get_input_embeddings().weight[:512], opened.model.get_input_embeddings().weight)
 
 
 @pytest.mark.parametrize("name", WEIGHTS)

@@ -48,9 +48,7 @@ def test_gradients_equal_autograds(temperature: float, entropy: bool, chunk: int
     hidden = torch.randn(9, 6, requires_grad=True)
     ids = torch.randint(0, 20, (9,))
     w, u = torch.randn(9), torch.randn(9)
-    logp, spread = token_logprobs(
-        hidden, head, ids, 20, temperature=temperature, entropy=entropy, chunk_elements=chunk
-    )
+    logp, spread = token_logprobs(hidden, head, ids, 20, temperature=temperature, entropy=entropy, chunk_elements=chunk)
     loss = (logp * w).sum() + ((spread * u).sum() if entropy else 0.0)
     found = torch.autograd.grad(loss, [hidden, head.weight, head.bias])
     full = torch.log_softmax(head(hidden) / temperature, -1)
@@ -75,9 +73,7 @@ def test_no_more_logits_than_asked_for_at_a_time() -> None:
     head = nn.Linear(4, 10)
     head.register_forward_hook(lambda _, __, out: seen.append(out.shape[0]))
     hidden = torch.randn(25, 4, requires_grad=True)
-    token_logprobs(hidden, head, torch.zeros(25, dtype=torch.long), 10, chunk_elements=100)[
-        0
-    ].sum().backward()
+    token_logprobs(hidden, head, torch.zeros(25, dtype=torch.long), 10, chunk_elements=100)[0].sum().backward()
     assert max(seen) == 10 and sum(seen) == 50  # forward, and once more in the backward pass
 
 

@@ -111,10 +111,7 @@ def test_values_gradients_and_greedy_generation_equal_transformers(block: int) -
             assert (p.grad - q.grad).abs().max() <= 1e-5 * max(1.0, float(q.grad.abs().max())), name
         ids, mask = padded([draw(4, config.vocab_size), draw(7, config.vocab_size)], "left")
         with torch.no_grad():
-            written = [
-                m.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False)
-                for m in (ours, theirs)
-            ]
+            written = [m.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False) for m in (ours, theirs)]
         assert torch.equal(*written)
 
 
@@ -167,10 +164,7 @@ def test_logits_to_keep_and_hidden_states() -> None:
     assert torch.equal(ours(ids, logits_to_keep=2).logits, full.logits[:, -2:])
     expected = theirs(ids, output_hidden_states=True).hidden_states
     assert len(full.hidden_states) == len(expected) == 3
-    assert (
-        max(float((a - b).detach().abs().max()) for a, b in zip(full.hidden_states, expected, strict=True))
-        <= 1e-5
-    )
+    assert max(float((a - b).detach().abs().max()) for a, b in zip(full.hidden_states, expected, strict=True)) <= 1e-5
     assert (ours(ids, labels=ids).loss - theirs(ids, labels=ids).loss).abs() <= 1e-6
 
 
@@ -193,9 +187,7 @@ def test_heads_of_a_group_stand_together() -> None:
 def test_rotary_frequencies_by_hand() -> None:
     by_hand = modeling.inverse_frequencies(tiny(head_dim=8))
     assert torch.allclose(by_hand, torch.tensor([1.0, 0.1, 0.01, 0.001]), rtol=1e-6)
-    wide = modeling.inverse_frequencies(
-        tiny(head_dim=128, rope_parameters={"rope_type": "default", "rope_theta": 5e5})
-    )
+    wide = modeling.inverse_frequencies(tiny(head_dim=128, rope_parameters={"rope_type": "default", "rope_theta": 5e5}))
     assert wide[0] == 1 and abs(float(wide[1]) - 0.8146172339) < 1e-7
     assert abs(float(wide[63]) / 2.4551407912e-6 - 1) < 1e-5
     config = tiny()
@@ -314,9 +306,7 @@ def test_score_stands_at_the_last_real_token_whatever_the_padding() -> None:
     model = LlamaForSequenceClassification(tiny(num_labels=1)).eval()
     rows = [[5, PAD, 7, PAD], [9, 10], [11, 12, PAD, 13, 14, 15]]  # the pad id also stands in the text
     with torch.no_grad():
-        alone = [
-            model(torch.tensor([row]), attention_mask=torch.ones(1, len(row))).logits.item() for row in rows
-        ]
+        alone = [model(torch.tensor([row]), attention_mask=torch.ones(1, len(row))).logits.item() for row in rows]
     for side in ("left", "right"):
         ids, mask = padded(rows, side)
         found = model(ids, attention_mask=mask).logits.squeeze(1)

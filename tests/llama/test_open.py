@@ -66,9 +66,7 @@ def edited(stored: Path, to: Path, config: dict | None = None, weights=None) -> 
     for file in stored.iterdir():
         (to / file.name).write_bytes(file.read_bytes())
     if config is not None:
-        (to / "config.json").write_text(
-            json.dumps({**json.loads((to / "config.json").read_text()), **config})
-        )
+        (to / "config.json").write_text(json.dumps({**json.loads((to / "config.json").read_text()), **config}))
     if weights is not None:
         save_file(weights(load_file(to / "model.safetensors")), to / "model.safetensors", {"format": "pt"})
     return to
@@ -140,9 +138,7 @@ def test_configs_that_run_code_are_refused(key: str, stored: Path, tmp_path: Pat
         open_policy(at(path))
     for name in ("generation_config.json", "tokenizer_config.json"):
         path = edited(stored, tmp_path / name)
-        (path / name).write_text(
-            json.dumps({**json.loads((path / name).read_text()), "auto_map": {"A": "b.C"}})
-        )
+        (path / name).write_text(json.dumps({**json.loads((path / name).read_text()), "auto_map": {"A": "b.C"}}))
         with pytest.raises(UserError, match=f"{name}.*auto_map"):
             open_policy(at(path))
 
@@ -155,19 +151,13 @@ def test_pickles_are_refused(stored: Path, tmp_path: Path) -> None:
 
 
 def test_every_weight_must_be_there_and_have_a_place(stored: Path, tmp_path: Path) -> None:
-    lost = edited(
-        stored, tmp_path / "lost", weights=lambda w: {k: v for k, v in w.items() if "layers.1.mlp" not in k}
-    )
+    lost = edited(stored, tmp_path / "lost", weights=lambda w: {k: v for k, v in w.items() if "layers.1.mlp" not in k})
     with pytest.raises(UserError, match="3 weights are missing: model.layers.1.mlp.down_proj.weight"):
         open_policy(at(lost))
-    more = edited(
-        stored, tmp_path / "more", weights=lambda w: {**w, "model.layers.0.extra.weight": torch.ones(2)}
-    )
+    more = edited(stored, tmp_path / "more", weights=lambda w: {**w, "model.layers.0.extra.weight": torch.ones(2)})
     with pytest.raises(UserError, match="1 weights have no place"):
         open_policy(at(more))
-    old = edited(
-        stored, tmp_path / "old", weights=lambda w: {**w, "model.rotary_emb.inv_freq": torch.ones(4)}
-    )
+    old = edited(stored, tmp_path / "old", weights=lambda w: {**w, "model.rotary_emb.inv_freq": torch.ones(4)})
     open_policy(at(old))
 
 
@@ -213,9 +203,7 @@ def test_folding_the_scale_normalises_scores(stored: Path) -> None:
     mean, std = float(scores.mean()), float(scores.std(unbiased=False))
     shift = fold_scale(critic.model, mean, std)
     found = critic.module(FOREST) + shift
-    assert (
-        abs(float(found.mean().detach())) < 1e-5 and abs(float(found.std(unbiased=False).detach()) - 1) < 1e-5
-    )
+    assert abs(float(found.mean().detach())) < 1e-5 and abs(float(found.std(unbiased=False).detach()) - 1) < 1e-5
     with pytest.raises(UserError, match="scored alike"):
         fold_scale(critic.model, 0.0, 0.0)
 
@@ -223,9 +211,7 @@ def test_folding_the_scale_normalises_scores(stored: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------- adapters
 
 
-def test_an_adapter_is_saved_alone_and_opened_over_the_base_of_its_digest(
-    stored, tmp_path, tokenizer
-) -> None:
+def test_an_adapter_is_saved_alone_and_opened_over_the_base_of_its_digest(stored, tmp_path, tokenizer) -> None:
     trainable = open_trainable(at(stored), LORA, seed=0)
     assert trainable.base_digest == "base-digest" and trainable.module.training
     start = PolicyModel(policy(tokenizer))(FOREST).logprobs_T
@@ -235,10 +221,7 @@ def test_an_adapter_is_saved_alone_and_opened_over_the_base_of_its_digest(
     assert (expected - start).abs().max() > 1e-2  # and is active
     save_model(trainable.model, tokenizer, tmp_path / "a", base_digest=trainable.base_digest)
     assert not (tmp_path / "a" / "model.safetensors").exists()
-    assert (
-        json.loads((tmp_path / "a" / "adapter_config.json").read_text())["base_model_name_or_path"]
-        == "base-digest"
-    )
+    assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["base_model_name_or_path"] == "base-digest"
     artifact = at(tmp_path / "a", digest="adapter-digest", base_digest=stored)
     opened = open_policy(artifact)
     assert opened.record["form"] == "adapter"

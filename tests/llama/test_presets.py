@@ -48,9 +48,7 @@ def test_every_preset_is_a_valid_config() -> None:
         shape = ModelSettings.model_validate(name).llama(300)
         config = LlamaConfig(**shape)
         assert config.vocab_size == 300 and config.head_dim % 2 == 0
-        assert config.rope_parameters["rope_theta"] == shape.get(
-            "rope_theta", config.rope_parameters["rope_theta"]
-        )
+        assert config.rope_parameters["rope_theta"] == shape.get("rope_theta", config.rope_parameters["rope_theta"])
 
 
 def test_fields_beside_a_preset_change_it() -> None:

@@ -146,6 +146,4 @@ def test_a_sentencepiece_tokenizer_learns_to_chat(shared_data: Path) -> None:
     rendered = chat.render(Conversation((*messages, Message("assistant", "é 红"))))
     assert max(rendered.ids) < 512 + len(added)
     assert rendered.ids.count(tokenizer.bos_token_id) == 1
-    assert (
-        chat.decode([i for i, m in zip(rendered.ids, rendered.mask, strict=True) if m]) == texts[1] + "é 红"
-    )
+    assert chat.decode([i for i, m in zip(rendered.ids, rendered.mask, strict=True) if m]) == texts[1] + "é 红"

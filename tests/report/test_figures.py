@@ -23,9 +23,7 @@ def evaluation(temperature: float = 1.0) -> dict:
             "win_rate": None if name == "sft" else {"vs": "sft", **wins["sft"]},
             "win_rate_parts": {} if name == "sft" else {"correct": between(0.5 + (score - 0.6) / 2)},
             "stop_rate": 0.995,
-            "against": {
-                o: {"win_rate": wins[o], "difference": between(score - gold[o])} for o in gold if o != name
-            },
+            "against": {o: {"win_rate": wins[o], "difference": between(score - gold[o])} for o in gold if o != name},
         }
     return {
         "temperature": temperature,
@@ -64,9 +62,7 @@ def test_gates_of_the_chain():
     assert status(result, "dpo: way to best of 8 by gold") == "met"  # 0.2 of 0.3
     assert status(result, "ppo (from sft) wins over sft") == "met"
     assert status(result, "dpo: wins on correctness") == "met"
-    assert (
-        status(result, "reward model: clear pairs") == "met"
-    )  # below 0.85, within 5 points of the labellers
+    assert status(result, "reward model: clear pairs") == "met"  # below 0.85, within 5 points of the labellers
     assert status(result, "reward model: correctness alone") == "missed"
     assert status(result, "ppo: explained variance") == "met"
     assert [r["gate"] for r in result.missed] == ["reward model: correctness alone"]
@@ -129,9 +125,7 @@ def test_a_gate_is_read_where_it_was_measured():
 
 
 def test_policies_may_be_named_by_their_artifact():
-    named = json.loads(
-        json.dumps(evaluation()).replace('"sft"', '"sft.policy"').replace('"dpo"', '"dpo.policy"')
-    )
+    named = json.loads(json.dumps(evaluation()).replace('"sft"', '"sft.policy"').replace('"dpo"', '"dpo.policy"'))
     result = figures([run(0, named)], GATES)
     assert status(result, "dpo wins over sft") == "met" and status(result, "dpo above sft") == "met"
 

@@ -22,9 +22,7 @@ EXHIBITS = [
             Answer("dpo", "Mira lives in Dovan.", False, 6, {"gold": 1.0, "proxy": 2.0}, {"correct": 1.0}),
         ],
     ),
-    Exhibit(
-        "test-2", (Message("user", "Hi"),), [Answer("sft", "Hello.", scores={"gold": 1.0}), Answer("dpo", "")]
-    ),
+    Exhibit("test-2", (Message("user", "Hi"),), [Answer("sft", "Hello.", scores={"gold": 1.0}), Answer("dpo", "")]),
 ]
 
 
@@ -63,9 +61,7 @@ def test_the_page_holds_every_answer_beside_its_policy():
         "2 prompts · temperature 0.7",
     ):
         assert text in page.text
-    assert (
-        page.text.count("dpo best") == page.text.count(" best") == 1
-    )  # not where only one answer was judged
+    assert page.text.count("dpo best") == page.text.count(" best") == 1  # not where only one answer was judged
 
 
 def test_the_page_needs_neither_network_nor_scripts():
@@ -77,25 +73,18 @@ def test_the_page_needs_neither_network_nor_scripts():
 
 def test_an_answer_cannot_break_out():
     evil = '</article><script>alert(1)</script>" onload="x\x1b[2J\u202e'
-    exhibit = Exhibit(
-        evil, (Message("user", evil),), [Answer(evil, evil, parts={evil: 0.5}, scores={evil: 1.0})]
-    )
+    exhibit = Exhibit(evil, (Message("user", evil),), [Answer(evil, evil, parts={evil: 0.5}, scores={evil: 1.0})])
     page = Page(samples_html([exhibit], evil, {evil: evil}))
     assert "script" not in page.tags and page.tags.count("article") == 1
     assert "\x1b" not in page.text and "\u202e" not in page.text
 
 
 def test_markdown_fences_what_the_model_wrote():
-    nested = [
-        Exhibit("x", (Message("user", "Code?"),), [Answer("sft", "```python\n1\n```\n# not a heading")])
-    ]
+    nested = [Exhibit("x", (Message("user", "Code?"),), [Answer("sft", "```python\n1\n```\n# not a heading")])]
     text = samples_markdown(nested, "evaluate", {})
     assert "````text\n```python\n1\n```\n# not a heading\n````" in text
     shown = samples_markdown(EXHIBITS, "evaluate", {"temperature": "1.0"})
-    assert (
-        "### dpo\n\n```text\nMira lives in Dovan.\n```\n\ngold 1.00 · proxy 2.00 · 6 tokens · correct 1.00"
-        in shown
-    )
+    assert "### dpo\n\n```text\nMira lives in Dovan.\n```\n\ngold 1.00 · proxy 2.00 · 6 tokens · correct 1.00" in shown
 
 
 def test_control_characters_become_visible():

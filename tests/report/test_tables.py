@@ -8,9 +8,7 @@ from pipeline.report.tables import Grid, interval, number
 def test_markdown_keeps_its_columns():
     grid = Grid("wins | ties", ["policy", "gold"], [["a|b", "0.5"], ["two\nlines", "–"]], note="By prompt.")
     assert grid.render_markdown() == (
-        "**wins \\| ties**\n\n"
-        "| policy | gold |\n| --- | ---: |\n| a\\|b | 0.5 |\n| two lines | – |\n"
-        "\nBy prompt.\n"
+        "**wins \\| ties**\n\n| policy | gold |\n| --- | ---: |\n| a\\|b | 0.5 |\n| two lines | – |\n\nBy prompt.\n"
     )
 
 

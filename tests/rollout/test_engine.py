@@ -14,9 +14,7 @@ def test_settings_agree_with_each_other():
             SamplingSettings(**wrong)
 
 
-@pytest.mark.parametrize(
-    "change", [{"top_k": 5}, {"top_p": 0.9}, {"min_new_tokens": 1}, {"temperature": 0.0}]
-)
+@pytest.mark.parametrize("change", [{"top_k": 5}, {"top_p": 0.9}, {"min_new_tokens": 1}, {"temperature": 0.0}])
 def test_whether_logprobs_are_those_of_the_policy(change):
     assert not SamplingSettings(temperature=0.7).truncated
     assert SamplingSettings(**change).truncated

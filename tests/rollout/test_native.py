@@ -273,6 +273,4 @@ def test_weights_are_read_anew_at_every_call():
     with torch.no_grad():
         model.model.layers[0].self_attn.q_proj.weight.mul_(-3.0)
     assert engine.generate(prompts, settings, KEY) != before
-    assert engine.generate(prompts, settings, KEY) == NativeEngine(model, STOPS, 0).generate(
-        prompts, settings, KEY
-    )
+    assert engine.generate(prompts, settings, KEY) == NativeEngine(model, STOPS, 0).generate(prompts, settings, KEY)

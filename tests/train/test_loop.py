@@ -58,9 +58,7 @@ def gradient(strategy: Strategy, forests: list[Forest], weights: dict[str, float
     made = trainer(strategy, clip=0.0)
     kept: list[torch.Tensor] = []
     update = made.engine.update
-    made.engine.update = lambda: (
-        kept.extend(p.grad.clone().flatten() for p in made.engine.parameters) or update()
-    )  # type: ignore[method-assign, func-returns-value]
+    made.engine.update = lambda: kept.extend(p.grad.clone().flatten() for p in made.engine.parameters) or update()  # type: ignore[method-assign, func-returns-value]
     made.step(forests, weights)
     return torch.cat(kept)
 

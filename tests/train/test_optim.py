@@ -13,8 +13,7 @@ def test_norms_and_biases_do_not_decay_but_embeddings_do() -> None:
     model = Tiny()
     names = {id(p): name for name, p in model.named_parameters()}
     by_decay = {
-        group["weight_decay"]: {names[id(p)] for p in group["params"]}
-        for group in parameter_groups(model, 0.1)
+        group["weight_decay"]: {names[id(p)] for p in group["params"]} for group in parameter_groups(model, 0.1)
     }
     assert by_decay == {
         0.1: {"embedding.weight", "middle.weight", "head.weight"},
@@ -53,6 +52,4 @@ def test_first_update_has_epsilon_outside_the_root(eps: float, moved: float) -> 
     module = nn.ParameterList([weight])
     weight.grad = torch.full_like(weight, 1e-4)
     adamw(module, TrainSettings(learning_rate=1e-3, eps=eps)).step()
-    assert float(-weight.detach()) == pytest.approx(
-        moved, rel=1e-5
-    )  # TF1 would give 9.96848e-4 and 2.40253e-4
+    assert float(-weight.detach()) == pytest.approx(moved, rel=1e-5)  # TF1 would give 9.96848e-4 and 2.40253e-4

@@ -38,8 +38,6 @@ def test_a_stage_keeps_its_own_defaults_beside_what_is_set() -> None:
     class Stage(Settings):
         train: TrainSettings = TrainSettings(learning_rate=0.5, batch=64)
 
-    assert Stage.model_validate({"train": {"steps": 2}}).train == TrainSettings(
-        learning_rate=0.5, batch=64, steps=2
-    )
+    assert Stage.model_validate({"train": {"steps": 2}}).train == TrainSettings(learning_rate=0.5, batch=64, steps=2)
     assert Stage.model_validate({"train": {"batch": 8}}).train.learning_rate == 0.5
     assert Stage().train.batch == 64 and TrainSettings().batch != 64

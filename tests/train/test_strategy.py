@@ -60,9 +60,7 @@ def test_two_ranks_train_like_one_on_ragged_batches(tmp_path: Path, alone: dict[
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
 @pytest.mark.parametrize("stage", ["1", "2", "3"])
-def test_zero_trains_like_one_process(
-    tmp_path: Path, alone: dict[str, Any], stage: str, processes: int
-) -> None:
+def test_zero_trains_like_one_process(tmp_path: Path, alone: dict[str, Any], stage: str, processes: int) -> None:
     assert_same(torchrun(tmp_path / "zero", processes, "deepspeed", stage), alone)
 
 
