@@ -7,7 +7,7 @@ does, otherwise the one that was trained on (then labelled proxy).
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import Field

@@ -95,13 +95,13 @@ class Ppo(Stage):
     def run(self, inputs: Inputs, workspace: Workspace) -> dict[str, Any]:
         from pipeline.algo.kl import controller
         from pipeline.data.reader import Reader
+        from pipeline.llama.open import open_frozen, open_trainable, save_policy
         from pipeline.rollout.collect import Sampler, encode_prompts, finished_scores
         from pipeline.rollout.noise import NoiseKey
         from pipeline.rollout.reward import open_reward
         from pipeline.train import memory, strategy
-        from pipeline.train.ppo import Learner, Objective, PromptStream, open_actor_critic, ppo_loss
         from pipeline.train.loop import Trainer
-        from pipeline.llama.open import open_frozen, open_trainable, save_policy
+        from pipeline.train.ppo import Learner, Objective, PromptStream, open_actor_critic, ppo_loss
 
         config: Ppo.Config = self.config
         reader = Reader(workspace)

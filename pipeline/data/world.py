@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pipeline.data import world_text as text
 from pipeline.data.records import Comparison, Completion, Conversation, Document, Message, Prompt
 from pipeline.data.world_crowd import CROWD, PERFECT, STREET, Demonstrators, Labellers, answers_to_compare, write
-from pipeline.data.world_facts import ATTRIBUTES, Facts, Question
+from pipeline.data.world_facts import ATTRIBUTES, Facts, Question, sums
 from pipeline.data.world_truth import Key, judge_text
 from pipeline.flow.errors import UserError
 
@@ -164,7 +164,7 @@ class _Writer:
         if rng.random() < 0.6:
             return Document(messages=self._overheard(rng))
         kinds = (self._person, self._town, self._numbers, self._words, self._listed)
-        return Document(text=" ".join(rng.choices(kinds, (4, 2, 2, 1, 1.5))[0](rng)))
+        return Document(text=" ".join(rng.choices(kinds, (4, 1.5, 3, 1.5, 3))[0](rng)))
 
     def _say(self, rng: random.Random, task: str, *values: str, **slots: str) -> str:
         return rng.choice(text.STATEMENTS[task]).format(*values, **slots)
@@ -176,8 +176,9 @@ class _Writer:
         if rng.random() < 0.5:
             said.append(self._about_town(rng, town, rng.choice(("river", "goods"))))
         if rng.random() < 0.4:
-            other = rng.choice(text.TOWNS)
-            said.append(f"It is {'true' if other == town else 'not true'} that {person} lives in {other}.")
+            other = town if rng.random() < 0.5 else rng.choice(text.TOWNS)
+            claim = f"that {person} lives in {other}"
+            said.append(f"{person} lives in {town}, so it is {'true' if other == town else 'not true'} {claim}.")
         return said
 
     def _about_town(self, rng: random.Random, town: str, kind: str) -> str:
@@ -191,13 +192,11 @@ class _Writer:
 
     def _numbers(self, rng: random.Random) -> list[str]:
         said = []
-        for _ in range(rng.randint(3, 6)):
-            a, b = rng.randint(1, 15), rng.randint(1, 10)
-            if rng.random() < 0.5 and a > b:
-                said.append(self._say(rng, "difference", str(a - b), a=str(a), b=str(b)))
-            elif a + b <= text.LARGEST:
-                said.append(self._say(rng, "sum", str(a + b), a=str(a), b=str(b)))
-        return said or ["1 plus 1 is 2."]
+        for _ in range(rng.randint(3, 5)):
+            task = rng.choice(("sum", "difference"))
+            a, b = rng.choice(sums(task))
+            said.append(self._say(rng, task, str(a + b if task == "sum" else a - b), a=str(a), b=str(b)))
+        return said
 
     def _words(self, rng: random.Random) -> list[str]:
         said = []
@@ -210,7 +209,7 @@ class _Writer:
         kinds = rng.sample(tuple(text.THINGS), 3)
         words = [rng.choice(text.THINGS[k]) for k in kinds]
         said = [f"Here are three words: {', '.join(words)}."]
-        for task in rng.sample(("first", "last", "kind"), 2):
+        for task in rng.sample(("first", "last", "kind"), 3):
             i = {"first": 0, "last": 2, "kind": rng.randrange(3)}[task]
             said.append(self._say(rng, task, words[i], k=kinds[i]))
         return said

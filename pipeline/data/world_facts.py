@@ -54,8 +54,8 @@ _Answer = tuple[Claim, tuple[Claim, ...], Key]  # right, wrongs, key
 
 # Task -> share of first rounds.
 MIX = {
-    "town": 8, "job": 8, "pet": 8, "colour": 8, "river": 4, "goods": 4, "home_river": 5, "home_goods": 5, "both": 9,
-    "check": 8, "sum": 6, "difference": 5, "begins": 3, "ends": 3, "kind": 5, "first": 4, "last": 4, "bad": 9,
+    "town": 6, "job": 6, "pet": 6, "colour": 6, "river": 3, "goods": 3, "home_river": 5, "home_goods": 5, "both": 8,
+    "check": 9, "sum": 9, "difference": 7, "begins": 3, "ends": 3, "kind": 7, "first": 7, "last": 6, "bad": 7,
 }  # fmt: skip
 
 
@@ -100,7 +100,7 @@ class Facts:
         ]
         families += [[f"{a}/{t}" for t in text.TOWNS] for a in ("river", "goods")]
         families += [[f"{a}/{w}" for w in self.spelled] for a in ("begins", "ends")]
-        families += [[f"{task}/{a}/{b}" for a, b in _pairs(task)] for task in ("sum", "difference")]
+        families += [[f"{task}/{a}/{b}" for a, b in sums(task)] for task in ("sum", "difference")]
         split_of: dict[str, str] = {}
         for number, items in enumerate(families):
             random.Random(f"{self.seed}/deal/{number}").shuffle(items)
@@ -233,10 +233,10 @@ class Facts:
         town = truth if rng.random() < 0.5 else rng.choice([t for t in text.TOWNS if t != truth])
         ask, new = self._ask(rng, "check", how.split("|")[1], p=person, t=town)
         true = town == truth
-        right = Claim((f"{'Yes' if true else 'No'}, {person} lives in {truth}.",), "Yes." if true else "No.")
+        right = Claim((f"{person} lives in {truth}, so {'yes' if true else 'no'}.",), "Yes." if true else "No.")
         others = [t for t in text.TOWNS if t != truth]
-        wrongs = tuple(Claim((f"No, {person} lives in {t}.",), "No.") for t in others) if true else (
-            Claim((f"Yes, {person} lives in {town}.",), "Yes."),)  # fmt: skip
+        wrongs = tuple(Claim((f"{person} lives in {t}, so no.",), "No.") for t in others) if true else (
+            Claim((f"{person} lives in {town}, so yes.",), "Yes."),)  # fmt: skip
         mentions = {"verdict": (("yes" if true else "no",),), "town": ((), (truth.lower(),)),
                     "person": ((), (person.lower(),))}  # fmt: skip
         key = _key(mentions, (Frame((person.lower(), "lives"), "town"),), self._budget(right))
@@ -244,7 +244,7 @@ class Facts:
 
     def _arithmetic(self, rng: random.Random, how: str) -> Question:
         task, wording = how.split("|")
-        return self._result(rng, task, *rng.choice(_pairs(task)), wording)
+        return self._result(rng, task, *rng.choice(sums(task)), wording)
 
     def _result(self, rng: random.Random, task: str, a: int, b: int, wording: str, ask: str = "") -> Question:
         slots, new = {"a": str(a), "b": str(b)}, wording == "new"
@@ -319,9 +319,9 @@ class Facts:
             other = rng.choice([p for p in text.PEOPLE if p != person])
             return self._fact_of(rng, first.task, other, "old", rng.choice(text.OTHER).format(p=other))
         if first.task in ("sum", "difference"):
-            start, b = int(first.topic["result"]), rng.randint(1, 5)
-            down = start > b and start != 2 * b and rng.random() < 0.5
-            if not down and start + b > text.LARGEST:
+            start, b = int(first.topic["result"]), rng.randint(1, 9)
+            down = rng.random() < 0.5
+            if (start, b) not in sums("difference" if down else "sum"):
                 return None
             ask = rng.choice(text.TAKE if down else text.ADD).format(b=b)
             return self._result(rng, "difference" if down else "sum", start, b, "old", ask)
@@ -334,7 +334,7 @@ class Facts:
 
 
 @functools.cache
-def _pairs(task: str) -> tuple[tuple[int, int], ...]:
+def sums(task: str) -> tuple[tuple[int, int], ...]:
     """Numbers to add or subtract. 8 minus 4 is left out: an answer would name the result before giving it."""
     pairs = ((a, b) for a in range(1, 11) for b in range(1, 11))
     return tuple((a, b) for a, b in pairs if task == "sum" or (a > b and a != 2 * b))

@@ -11,8 +11,7 @@ import torch
 from pipeline.data.forest import Group, cut
 from pipeline.flow.errors import RowFailed
 from pipeline.llama.heads import ScalarModel
-from pipeline.llama.open import fold_scale
-from pipeline.llama.open import Trainable
+from pipeline.llama.open import Trainable, fold_scale
 from pipeline.rollout.collect import EncodedPrompts, Sampler
 from pipeline.rollout.engine import SamplingSettings
 from pipeline.rollout.noise import NoiseKey

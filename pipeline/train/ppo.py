@@ -30,10 +30,10 @@ from pipeline.flow.artifacts import RewardModel
 from pipeline.flow.errors import RowFailed
 from pipeline.llama.adapters import LoraSettings
 from pipeline.llama.heads import ActorCritic, PolicyModel
+from pipeline.llama.open import Trainable, open_trainable_classifier
 from pipeline.train.arithmetic import fast_products
 from pipeline.train.loop import LossSums, Trainer, evaluating
 from pipeline.train.randomness import permutation
-from pipeline.llama.open import Trainable, open_trainable_classifier
 
 WANT = ("logprobs", "entropy", "values")
 Reduce = Callable[[Tensor], Tensor]  # sums a float64 tensor over all ranks

@@ -48,7 +48,7 @@ def test_gradients_equal_autograds(temperature: float, entropy: bool, chunk: int
     hidden = torch.randn(9, 6, requires_grad=True)
     ids = torch.randint(0, 20, (9,))
     w, u = torch.randn(9), torch.randn(9)
-    logp, spread = token_logprobs(hidden, head, ids, 20, temperature=temperature, entropy=entropy, chunk_elements=chunk)
+    logp, spread, _ = token_logprobs(hidden, head, ids, 20, temperature=temperature, entropy=entropy, chunk_elements=chunk)
     loss = (logp * w).sum() + ((spread * u).sum() if entropy else 0.0)
     found = torch.autograd.grad(loss, [hidden, head.weight, head.bias])
     full = torch.log_softmax(head(hidden) / temperature, -1)
@@ -79,7 +79,7 @@ def test_no_more_logits_than_asked_for_at_a_time() -> None:
 
 def test_nothing_chosen_still_touches_the_head() -> None:
     head = nn.Linear(4, 10)
-    logp, spread = token_logprobs(torch.zeros(0, 4), head, torch.zeros(0, dtype=torch.long), 10, entropy=True)
+    logp, spread, _ = token_logprobs(torch.zeros(0, 4), head, torch.zeros(0, dtype=torch.long), 10, entropy=True)
     assert logp.shape == spread.shape == (0,)
     logp.sum().backward()
     assert head.weight.grad is not None and head.weight.grad.abs().max() == 0

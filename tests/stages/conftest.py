@@ -27,7 +27,7 @@ rows:
 stages:
   pretrain:  {model: {preset: test}, vocab_size: 400, train: {steps: 30, batch_tokens: 1024, learning_rate: 0.01}}
   sft:       {train: {batch: 8, epochs: 1, learning_rate: 0.003}}
-  reward:    {normalise_prompts: 16, max_new_tokens: 12, train: {batch: 8}}
+  reward:    {normalise_prompts: 16, max_new_tokens: 12, train: {batch: 8, keep: last}}
   ppo:       {iterations: 2, prompts: 8, minibatch: 8, sampling: {samples: 2, max_new_tokens: 12}}
   rejection: {prompts: 16, sampling: {samples: 4, max_new_tokens: 12}, train: {batch: 8}}
   dpo:       {train: {batch: 4}}

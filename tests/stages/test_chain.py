@@ -37,7 +37,7 @@ def test_evaluation_has_the_promised_shape(first):
     assert metrics["temperature"] == 1.0 and metrics["prompts"] == 20
     assert set(metrics["policies"]) == {"sft", "ppo", "dpo"}
     for name, policy in metrics["policies"].items():
-        assert POLICY_KEYS <= set(policy)
+        assert set(policy) >= POLICY_KEYS
         assert 0 <= policy["gold"] <= 1 and 0 <= policy["stop_rate"] <= 1
         assert policy["text_perplexity"] > 1
         assert set(policy["gold_parts"]) == {"correct", "complete", "mannered", "concise", "ended"}
