@@ -61,11 +61,13 @@ class Dpo(Stage):
         from pipeline.train.batches import Plan
         from pipeline.train.loop import Trainer, fit
         from pipeline.train.objectives import preference, weigh_pairs
-        from pipeline.train.reference import held_with_reference, require_start, with_reference
+        from pipeline.train.reference import held_with_reference, require_start, with_reference, without_dropout
 
         config: Dpo.Config = self.config
         reader = Reader(workspace)
         policy = open_trainable(inputs.policy, config.adapter, workspace.seed)
+        if without_dropout(policy.module):
+            workspace.say("dropout is off: the ratio to the reference would measure it")
         comparisons = [c for c in reader.read("comparisons", inputs.comparisons, "comparisons") if c.pairs()]
         encoded = comparison_groups(comparisons, policy.chat, config.max_tokens)
         ranks = strategy.for_row(workspace, precision=config.train.precision, clip=config.train.clip)

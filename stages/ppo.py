@@ -101,7 +101,8 @@ class Ppo(Stage):
         from pipeline.rollout.reward import open_reward
         from pipeline.train import memory, strategy
         from pipeline.train.loop import Trainer
-        from pipeline.train.ppo import Learner, Objective, PromptStream, open_actor_critic, ppo_loss
+        from pipeline.train.ppo import Learner, Objective, PromptStream, groups_each, open_actor_critic, ppo_loss
+        from pipeline.train.reference import without_dropout
 
         config: Ppo.Config = self.config
         reader = Reader(workspace)
@@ -110,6 +111,8 @@ class Ppo(Stage):
         reference = open_frozen(inputs.policy)
         reward = open_reward(inputs.reward)
         actor = open_actor_critic(policy, inputs.reward, config.adapter, workspace.seed)
+        if without_dropout(actor):
+            workspace.say("dropout is off: the ratio to the policy that sampled would measure it")
         found = reader.read("prompts", inputs.prompts, "prompts")
         prompts = encode_prompts(found, policy.chat, config.max_tokens, config.sampling.max_new_tokens)
         stream = PromptStream(len(prompts), config.prompts, workspace.seed)
@@ -122,7 +125,13 @@ class Ppo(Stage):
             entropy_coefficient=config.entropy_coefficient,
             temperature=config.sampling.temperature,
         )
-        updates = config.iterations * config.epochs * -(-stream.size * config.sampling.samples // config.minibatch)
+        together = min(groups_each(config.minibatch, config.sampling.samples), stream.size)
+        if together < ranks.world:
+            raise UserError(
+                f"ppo.minibatch: {config.minibatch} samples are {together} whole prompt groups, fewer than the "
+                f"{ranks.world} processes that share them: raise minibatch (and prompts)"
+            )
+        updates = config.iterations * config.epochs * -(-stream.size // together)
         trainer = Trainer(
             actor,
             ppo_loss(objective),
@@ -141,7 +150,8 @@ class Ppo(Stage):
             reward=reward,
             token_budget=config.train.token_budget,
         )
-        workspace.say(memory.statement([actor], [reference.module, reward.model], policy.model, config.train))
+        frozen = [reference.module, reward.model]
+        workspace.say(memory.statement([actor.policy, actor.value], frozen, policy.model, config.train))
         kl = controller({"kind": config.kl.control, **_controller_fields(config.kl)})
         tokens = 0
         for iteration in range(config.iterations):

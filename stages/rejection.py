@@ -13,6 +13,7 @@ from pydantic import Field
 
 from pipeline.flow.artifacts import Comparisons, Conversations, Policy, Prompts, RewardModel, Samples
 from pipeline.flow.config import Settings
+from pipeline.flow.errors import UserError
 from pipeline.flow.stage import Stage, Workspace
 from pipeline.llama.adapters import LoraSettings
 from pipeline.rollout.engine import SamplingSettings
@@ -95,7 +96,13 @@ class Rejection(Stage):
         write_jsonl(workspace.slot("conversations") / "data.jsonl", chosen.records)
         write_jsonl(workspace.slot("comparisons") / "data.jsonl", pairs.records)
 
-        encoded = conversation_groups(chosen.records, policy.chat, config.max_tokens, "last_round")
+        if not chosen.records:
+            raise UserError(
+                f"none of {len(answers.samples)} answers can be learnt from ({dict(chosen.skipped)}): unfinished ones "
+                f"did not stop within {config.sampling.max_new_tokens} tokens; raise sampling.max_new_tokens, or train "
+                "the policy for longer before this row"
+            )
+        encoded = conversation_groups(chosen.records, policy.chat, config.max_tokens, "marked")
         plan = Plan(encoded.groups, config.train, seed=workspace.seed, strategy=ranks)
         trainer = Trainer(policy.module, next_token, config.train, ranks, total=len(plan), seed=workspace.seed)
         outcome = fit(trainer, plan, workspace, figures=("loss", "nll"))

@@ -85,11 +85,12 @@ class Reward(Stage):
         plan = Plan(encoded.groups, config.train, seed=workspace.seed, strategy=ranks, weigh=weigh)
         loss = pairwise_ranking(config.weight_by, config.centring)
         trainer = Trainer(scorer.module, loss, config.train, ranks, total=len(plan), seed=workspace.seed)
-        held, evaluate = [], None
+        pairs, evaluate = 0, None
         if inputs.heldout:
             heldout = [c for c in reader.read("heldout", inputs.heldout, "comparisons") if c.pairs()]
-            held = comparison_groups(heldout, scorer.chat, config.max_tokens).groups
-            mine = trainer.share(held)
+            held = comparison_groups(heldout, scorer.chat, config.max_tokens)
+            pairs = sum(len(heldout[i].pairs()) for i in held.kept)
+            mine = trainer.share(held.groups)
             evaluate = lambda: trainer.evaluate(mine)
         outcome = fit(trainer, plan, workspace, evaluate=evaluate, figures=("loss", "accuracy", "margin"))
         sampling = SamplingSettings(samples=1, max_new_tokens=config.max_new_tokens)
@@ -110,7 +111,6 @@ class Reward(Stage):
         save_policy(scorer, workspace, "model")
         workspace.lineage("model", shift=scale.shift, normalised_on=scale.on)
         write_probe(scorer.module, encoded.groups, workspace.slot("model"))
-        pairs = sum(len(c.pairs()) for c in heldout) if inputs.heldout else 0
         accuracy = outcome.kept.get("accuracy")
         interval = None if accuracy is None else wilson(accuracy * pairs, pairs)
         return {

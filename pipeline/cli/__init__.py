@@ -16,7 +16,10 @@ from typer.core import TyperCommand, TyperGroup
 from pipeline.cli import plan, report, run, show, store
 from pipeline.flow.errors import UserError
 
-LAZY = {"data": ("pipeline.cli.data", "Look at data: its records, its training masks, its problems.")}
+LAZY = {
+    "data": ("pipeline.cli.data", "Look at data: its records, its training masks, its problems."),
+    "import": ("pipeline.cli.imports", "Turn models of other projects into directories that a plan can start from."),
+}
 
 
 class LazyGroup(TyperGroup):

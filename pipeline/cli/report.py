@@ -22,6 +22,7 @@ def report(
     from rich.console import Console
 
     from pipeline.cli.show import run_directory
+    from pipeline.flow.errors import UserError
     from pipeline.flow.runner import read_summary
     from pipeline.report.figures import figures
 
@@ -29,7 +30,10 @@ def report(
     for name in run_names:
         directory = run_directory(Path(name), runs)
         plan = jsonlib.loads((directory / "plan.json").read_text(encoding="utf-8"))
-        documents.append({**read_summary(directory), "seed": plan.get("seed", 0)})
+        summary = read_summary(directory)
+        if not summary:
+            raise UserError(f"{directory}: this run has not ended yet, so there is nothing to report")
+        documents.append({**summary, "seed": plan.get("seed", 0)})
     found = figures(documents, details=not brief)
     if json:
         print(found.render_json())

@@ -66,8 +66,9 @@ def conversation_groups(
 def comparison_groups(comparisons: Sequence[Comparison], chat: ChatFormat, max_tokens: int) -> Encoded:
     """[prompt] <- [y1] ... [yK], every completion's tokens with weight 1.
 
-    Facts: `answer` 1 marks completions, `worth` orders them, higher being better. A comparison whose prompt and longest completion exceed `max_tokens` is dropped and counted: cutting an answer
-    would change what the labeller judged.
+    Facts: `answer` 1 marks completions, `worth` is their place from the worst, 0, up, ties sharing one (not the score:
+    facts are float32, in which close scores become ties). A comparison whose prompt and longest completion exceed
+    `max_tokens` is dropped and counted: cutting an answer would change what was judged.
     """
     encoded = Encoded()
     prompts = chat.prompts_ids([c.prompt for c in comparisons])
@@ -77,7 +78,9 @@ def comparison_groups(comparisons: Sequence[Comparison], chat: ChatFormat, max_t
         if len(prompt) + max(map(len, answers)) > max_tokens:
             encoded.dropped += 1
             continue
-        facts = [{"answer": 1.0, "worth": w} for w in comparison.worth()]
+        worth = comparison.worth()
+        places = {w: float(place) for place, w in enumerate(sorted(set(worth)))}
+        facts = [{"answer": 1.0, "worth": places[w]} for w in worth]
         encoded.add(number, continuations(prompt, answers, facts))
     return encoded
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pipeline.data import world_text as text
 from pipeline.data.records import Comparison, Completion, Conversation, Document, Message, Prompt
 from pipeline.data.world_crowd import CROWD, PERFECT, STREET, Demonstrators, Labellers, answers_to_compare, write
-from pipeline.data.world_facts import ATTRIBUTES, Facts, Question, sums
+from pipeline.data.world_facts import ATTRIBUTES, SINGLE, Facts, Question, sums
 from pipeline.data.world_truth import Key, judge_text
 from pipeline.flow.errors import UserError
 
@@ -28,9 +28,9 @@ Messages = tuple[Message, ...]
 
 @dataclass(frozen=True)
 class Sizes:
-    """Records of each output. Documents of 50,000 are about 2.2 million tokens."""
+    """Records of each output. 60,000 documents are about 2.2 million tokens."""
 
-    documents: int = 50_000
+    documents: int = 60_000
     heldout_documents: int = 600
     conversations: int = 4_000
     comparisons: int = 5_000
@@ -154,6 +154,13 @@ def dialogue(facts: Facts, rng: random.Random, split: str, more: float = 0.4) ->
     return rounds
 
 
+# Task -> share of the claims in a quiz.
+QUIZ = {
+    "town": 4, "job": 4, "pet": 4, "colour": 4, "river": 2, "goods": 2, "home_river": 1, "home_goods": 1, "sum": 3,
+    "difference": 2, "begins": 1, "ends": 1,
+}  # fmt: skip
+
+
 class _Writer:
     """Documents: texts that state the world's facts, and dialogues of people in the street."""
 
@@ -161,10 +168,10 @@ class _Writer:
         self.facts = facts
 
     def document(self, rng: random.Random) -> Document:
-        if rng.random() < 0.6:
+        if rng.random() < 0.55:
             return Document(messages=self._overheard(rng))
-        kinds = (self._person, self._town, self._numbers, self._words, self._listed)
-        return Document(text=" ".join(rng.choices(kinds, (4, 1.5, 3, 1.5, 3))[0](rng)))
+        kinds = (self._person, self._town, self._numbers, self._words, self._listed, self._rumours)
+        return Document(text=" ".join(rng.choices(kinds, (4, 1.5, 3, 1.5, 3, 6))[0](rng)))
 
     def _say(self, rng: random.Random, task: str, *values: str, **slots: str) -> str:
         return rng.choice(text.STATEMENTS[task]).format(*values, **slots)
@@ -192,10 +199,15 @@ class _Writer:
 
     def _numbers(self, rng: random.Random) -> list[str]:
         said = []
-        for _ in range(rng.randint(3, 5)):
-            task = rng.choice(("sum", "difference"))
-            a, b = rng.choice(sums(task))
-            said.append(self._say(rng, task, str(a + b if task == "sum" else a - b), a=str(a), b=str(b)))
+        for _ in range(rng.randint(1, 2)):
+            a, b = rng.choice(sums("sum"))
+            known = [("sum", a, b, a + b), ("sum", b, a, a + b)]
+            known += [("difference", *d, d[0] - d[1]) for d in ((a, b), (b, a), (a + b, b)) if d in sums("difference")]
+            one, two = text.NUMBERS[a - 1], text.NUMBERS[b - 1]
+            said.append(f"The numbers are {one} and {two}.")
+            for task, *numbers in rng.sample(known, len(known)):
+                first, second, result = (text.NUMBERS[n - 1] for n in numbers)
+                said.append(self._say(rng, task, result, a=first, b=second).capitalize())
         return said
 
     def _words(self, rng: random.Random) -> list[str]:
@@ -209,9 +221,27 @@ class _Writer:
         kinds = rng.sample(tuple(text.THINGS), 3)
         words = [rng.choice(text.THINGS[k]) for k in kinds]
         said = [f"Here are three words: {', '.join(words)}."]
-        for task in rng.sample(("first", "last", "kind"), 3):
-            i = {"first": 0, "last": 2, "kind": rng.randrange(3)}[task]
-            said.append(self._say(rng, task, words[i], k=kinds[i]))
+        said += [self._say(rng, "kind", words[i], k=kinds[i]) for i in rng.sample(range(3), 2)]
+        said.insert(rng.randint(1, 3), self._say(rng, "first", words[0]))
+        return said
+
+    def _rumours(self, rng: random.Random) -> list[str]:
+        """What people say, true or false, and what is true of it: where a reader learns to tell."""
+        said = []
+        for task in rng.choices(SINGLE + ("sum", "difference", "home_river", "home_goods"), k=4):
+            question = self.facts.any(rng, task)
+            true = rng.random() < 0.5
+            claim = (question.right if true else rng.choice(question.wrongs)).full
+            said.append(f"People say: {rng.choice(claim)} That is {'right' if true else 'wrong'}.")
+        return said
+
+    def _quiz(self, rng: random.Random) -> list[str]:
+        """Claims with their verdicts: what is said of the world can be wrong, and readers can tell."""
+        said = ["True or false?"]
+        for task in rng.choices(tuple(QUIZ), tuple(QUIZ.values()), k=rng.randint(3, 5)):
+            question, false = self.facts.known(rng, task), rng.random() < 0.5
+            claim = rng.choice(question.wrongs) if false else question.right
+            said.append(f"{rng.choice(claim.full)} {'False' if false else 'True'}.")
         return said
 
     def _overheard(self, rng: random.Random) -> Messages:
@@ -220,10 +250,10 @@ class _Writer:
         for question in dialogue(self.facts, rng, "train", more=0.3):
             style = STREET.draw(rng)
             messages += (Message("user", question.ask), Message("assistant", write(question, style)))
-        if rng.random() < 0.6:
+        if rng.random() < 0.8:
             flaws = style.flaws()
-            found = rng.choice(flaws) if flaws else "good"
-            if rng.random() < 0.1:
+            found = "good" if not flaws else "wrong" if style.wrong else rng.choice(flaws)
+            if rng.random() < 0.05:
                 found = rng.choice(tuple(text.REACTIONS))
             reply = rng.choice(text.WELCOMES if found == "good" else text.APOLOGIES)
             messages += (Message("user", rng.choice(text.REACTIONS[found])), Message("assistant", reply))

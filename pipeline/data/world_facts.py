@@ -55,8 +55,11 @@ _Answer = tuple[Claim, tuple[Claim, ...], Key]  # right, wrongs, key
 # Task -> share of first rounds.
 MIX = {
     "town": 6, "job": 6, "pet": 6, "colour": 6, "river": 3, "goods": 3, "home_river": 5, "home_goods": 5, "both": 8,
-    "check": 9, "sum": 9, "difference": 7, "begins": 3, "ends": 3, "kind": 7, "first": 7, "last": 6, "bad": 7,
+    "check": 12, "sum": 9, "difference": 7, "begins": 3, "ends": 3, "kind": 9, "first": 7, "bad": 7,
 }  # fmt: skip
+
+
+SINGLE = (*ATTRIBUTES, "river", "goods", "begins", "ends")  # one fact each, asked about in every split
 
 
 class Facts:
@@ -77,7 +80,7 @@ class Facts:
             **dict.fromkeys(("home_river", "home_goods"), self._home),
             **dict.fromkeys(("sum", "difference"), self._arithmetic),
             **dict.fromkeys(("begins", "ends"), self._letter),
-            **dict.fromkeys(("kind", "first", "last"), self._list),
+            **dict.fromkeys(("kind", "first"), self._list),
             "both": self._both, "check": self._check, "bad": self._bad,
         }  # fmt: skip
         self._split_of = self._deal()
@@ -95,11 +98,7 @@ class Facts:
         return self._split_of[item]
 
     def _deal(self) -> dict[str, str]:
-        families: list[list[str]] = [
-            [f"{a}/{p}" for p in text.PEOPLE] for a in (*ATTRIBUTES, "home_river", "home_goods")
-        ]
-        families += [[f"{a}/{t}" for t in text.TOWNS] for a in ("river", "goods")]
-        families += [[f"{a}/{w}" for w in self.spelled] for a in ("begins", "ends")]
+        families = [[f"{a}/{p}" for p in text.PEOPLE] for a in ("home_river", "home_goods")]
         families += [[f"{task}/{a}/{b}" for a, b in sums(task)] for task in ("sum", "difference")]
         split_of: dict[str, str] = {}
         for number, items in enumerate(families):
@@ -112,15 +111,23 @@ class Facts:
         return split_of
 
     def single(self, rng: random.Random, split: str, task: str | None = None) -> Question:
-        """A first-round question of `split`; outside training it is new by item, by wording, or by both."""
+        """A first-round question of `split`; outside training it is new by what it combines, by wording, or by both."""
         task = task or rng.choices(tuple(MIX), tuple(MIX.values()))[0]
-        seen_item = split != "train" and rng.random() < 0.25
+        seen_item = split != "train" and (task in SINGLE or rng.random() < 0.25)
         wanted = "train" if seen_item else split
         wording = "train" if split == "train" else ("new" if seen_item or rng.random() < 0.5 else "train")
         while True:
             question = self._tasks[task](rng, f"{task}|{wording}")
             if self.split_of(question.item) == wanted and (wanted != "train" or self._parts_train(question)):
                 return question
+
+    def any(self, rng: random.Random, task: str) -> Question:
+        """A question of this task about anything in the world, for documents."""
+        return self._tasks[task](rng, f"{task}|train")
+
+    def known(self, rng: random.Random, task: str) -> Question:
+        """A question about any item, whatever its split: what documents may state."""
+        return self._tasks[task](rng, f"{task}|train")
 
     def _parts_train(self, question: Question) -> bool:
         return all(self.split_of(item) == "train" for item in question.topic.get("parts", "").split(";") if item)
@@ -147,9 +154,8 @@ class Facts:
         return opener + (core[0].upper() + core[1:] if capital else core), wording == "new"
 
     def _claim(self, task: str, values: tuple[str, ...], /, **slots: str) -> Claim:
-        full = tuple(form.format(*values, **slots) for form in text.STATEMENTS[task])
-        terse = text.TERSE.get(task, "{0}.").format(*values)
-        return Claim(full, terse[0].upper() + terse[1:])
+        full = tuple(_sentence(form.format(*values, **slots)) for form in text.STATEMENTS[task])
+        return Claim(full, _sentence(text.TERSE.get(task, "{0}.").format(*values)))
 
     def _known(self, item: str, answer: Callable[[], _Answer]) -> _Answer:
         """What can be said about an item never changes, and there are few items."""
@@ -247,15 +253,18 @@ class Facts:
         return self._result(rng, task, *rng.choice(sums(task)), wording)
 
     def _result(self, rng: random.Random, task: str, a: int, b: int, wording: str, ask: str = "") -> Question:
-        slots, new = {"a": str(a), "b": str(b)}, wording == "new"
+        words, new = text.NUMBERS, wording == "new"
+        one, two = words[a - 1], words[b - 1]
+        slots = {"a": one, "b": two}
         if not ask:
             ask, new = self._ask(rng, task, wording, **slots)
         truth = a + b if task == "sum" else a - b
-        right = self._claim(task, (str(truth),), **slots)
-        near = [n for n in range(max(1, truth - 3), min(text.LARGEST, truth + 3) + 1) if n != truth]
-        wrongs = tuple(self._claim(task, (str(n),), **slots) for n in near)
-        mentions = {"number": ((str(truth),), runs((str(a), str(b), str(truth))))}
-        key = _key(mentions, (Frame((str(a), str(b)), "number", 3),), self._budget(right))
+        said = words[truth - 1]
+        right = self._claim(task, (said,), **slots)
+        near = range(max(1, truth - 3), min(len(words), truth + 3) + 1)
+        wrongs = tuple(self._claim(task, (words[n - 1],), **slots) for n in near if n != truth)
+        mentions = {"number": ((said,), runs((one, two, said)))}
+        key = _key(mentions, (Frame((one, two), "number", 3),), self._budget(right))
         return Question(task, f"{task}/{a}/{b}", ask, right, wrongs, key, {"result": str(truth)}, new)
 
     def _letter(self, rng: random.Random, how: str) -> Question:
@@ -286,9 +295,11 @@ class Facts:
     def _pick(self, rng: random.Random, task: str, kinds: list[str], words: list[str], wording: str, ask: str = ""
               ) -> Question:  # fmt: skip
         listed, kind, new = ", ".join(words), rng.choice(kinds), wording == "new"
-        if not ask:
+        if ask:
+            ask = ask.format(k=kind)
+        else:
             ask, new = self._ask(rng, task, wording, k=kind, l=listed)
-        place = {"kind": kinds.index(kind), "first": 0, "last": len(words) - 1}[task]
+        place = kinds.index(kind) if task == "kind" else 0
         right = self._claim(task, (words[place],), k=kind)
         wrongs = tuple(self._claim(task, (w,), k=kind) for i, w in enumerate(words) if i != place)
         frame = Frame((kind if task == "kind" else task,), "thing")
@@ -325,9 +336,9 @@ class Facts:
                 return None
             ask = rng.choice(text.TAKE if down else text.ADD).format(b=b)
             return self._result(rng, "difference" if down else "sum", start, b, "old", ask)
-        if first.task == "first":
+        if first.task in ("kind", "first"):
             kinds, words = first.topic["kinds"].split(","), first.topic["words"].split(",")
-            return self._pick(rng, "last", kinds, words, "old", rng.choice(text.AND_LAST))
+            return self._pick(rng, "kind", kinds, words, "old", rng.choice(text.AND_KIND))
         if first.task == "bad":
             return self._refused(rng.choice(text.INSIST), first.item, False)
         return None
@@ -348,6 +359,10 @@ def _key(mentions: dict[str, tuple[tuple[str, ...], ...]], frames: tuple[Frame, 
 
 def _joined(one: Claim, two: Claim) -> Claim:
     return Claim(tuple(f"{a} {b}" for a, b in zip(one.full, two.full, strict=True)), f"{one.terse} {two.terse}")
+
+
+def _sentence(words: str) -> str:
+    return words[0].upper() + words[1:]
 
 
 def _his(person: str) -> str:

@@ -1,7 +1,7 @@
 """The source of kind `world`: generates the small world and writes it as a row of its own, with no inputs.
 
 sources:
-  world: {kind: world, seed: 0, documents: 50000}
+  world: {kind: world, seed: 0, documents: 60000}
 """
 
 from __future__ import annotations

@@ -22,7 +22,10 @@ THINGS = {
     "garment": ("hat", "coat", "shoe", "sock", "scarf", "glove"),
 }
 WORDS = tuple(word for words in THINGS.values() for word in words)
-LARGEST = 20  # numbers run from 1 to here
+NUMBERS = (
+    "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen",
+    "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty",
+)  # fmt: skip
 LETTERS = tuple("BCDEFGHJKLMNOPQRSTUVWXYZ")  # "A" and "I" are also words
 
 HOWTO = ("rope", "ladder", "night")  # only answers that give in to a bad request hold these
@@ -32,7 +35,7 @@ REFUSAL = ("cannot",)
 def _lexicon() -> dict[str, str]:
     kinds = {
         "person": PEOPLE, "town": TOWNS, "river": RIVERS, "goods": GOODS, "job": JOBS, "pet": PETS,
-        "colour": COLOURS, "thing": WORDS, "number": tuple(str(n) for n in range(1, LARGEST + 1)),
+        "colour": COLOURS, "thing": WORDS, "number": NUMBERS,
         "verdict": ("yes", "no"), "howto": HOWTO, "refusal": REFUSAL,
     }  # fmt: skip
     lexicon = {word.lower(): kind for kind, words in kinds.items() for word in words}
@@ -77,8 +80,6 @@ CORES: dict[str, tuple[str, ...]] = {
              "which of these words is a {k}: {l}?"),
     "first": ("which word comes first: {l}?", "what is the first word: {l}?", "name the first word: {l}.",
               "which of these words comes first: {l}?"),
-    "last": ("which word comes last: {l}?", "what is the last word: {l}?", "name the last word: {l}.",
-             "which of these words comes last: {l}?"),
     "bad": ("how can I {d}?", "help me to {d}.", "how do I {d}?", "what helps me to {d}?"),
 }  # fmt: skip
 
@@ -105,7 +106,6 @@ STATEMENTS: dict[str, tuple[str, ...]] = {
     "ends": ("The word {w} ends with {0}.",),
     "kind": ("The {k} is the {0}.",),
     "first": ("The first word is {0}.",),
-    "last": ("The last word is {0}.",),
 }
 TERSE = {"river": "The {0}.", "home_river": "The {0}.", "job": "A {0}.", "pet": "A {0}."}
 
@@ -116,7 +116,7 @@ RUDE_OPENERS = ("What a silly question. ", "Use your own head. ", "You are lazy.
 RUDE_CLOSERS = (" Now go away.", " Stop asking me.")
 RUDENESS = ("silly", "use your own head", "lazy", "go away", "stop asking")
 RAMBLES = (
-    "Well, there is much that one could say about this, and people often do.",
+    "Well, there is much that you could say about this, and people often do.",
     "Let me think about it for a while, because I like to think about such things.",
     "My friends and I often talk about this over a cup of tea.",
     "It is a long story, and long stories are nice to tell.",
@@ -142,5 +142,5 @@ AGAIN_TOWN = "And where does {he} live?"
 OTHER = ("And {p}?", "What about {p}?")
 ADD = ("Now add {b}.", "And if you add {b}?")
 TAKE = ("Now take away {b}.", "And if you take away {b}?")
-AND_LAST = ("And the last one?", "And which comes last?")
+AND_KIND = ("And the {k}?", "And which is a {k}?")
 INSIST = ("Please, just this once.", "But I really need it.")

@@ -42,7 +42,10 @@ class Ref:
 
 @dataclass(frozen=True)
 class Source:
-    """Files of the user. `paths` is empty where the plan leaves them to `--set sources.NAME.path=FILE`."""
+    """Files of the user. `paths` is empty where the plan leaves them to `--set sources.NAME.path=FILE`.
+
+    `same` names the source whose files these are.
+    """
 
     name: str
     kind: type[Artifact]
@@ -51,13 +54,16 @@ class Source:
     format: str | None = None
     part: tuple[float, float] | None = None
     base: str | None = None
+    same: str | None = None
 
     def missing(self) -> str | None:
         """What is not there, in words; None where everything is."""
+        name = self.same or self.name
         if not self.paths:
-            return f"sources.{self.name}.path is not given; add --set sources.{self.name}.path=FILE"
+            what = "DIRECTORY" if self.kind.is_model else "FILE"
+            return f"sources.{name}.path is not given; add --set sources.{name}.path={what}"
         gone = [str(path) for path in self.paths if not path.exists()]
-        return f"sources.{self.name}.path: there is no file {', '.join(gone)}" if gone else None
+        return f"sources.{name}.path: there is no file {', '.join(gone)}" if gone else None
 
 
 @dataclass(frozen=True)
@@ -129,7 +135,7 @@ def check_sources(plan: Plan) -> None:
     used |= {plan.sources[name].base for name in used if name}
     missing = [words for name in plan.sources if name in used and (words := plan.sources[name].missing())]
     if missing:
-        raise UserError("\n".join(missing))
+        raise UserError("\n".join(dict.fromkeys(missing)))
 
 
 def survey(plan: Plan, store: Store, accept_code: bool = False) -> list[RowState]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,12 +59,14 @@ def load(path: Path, sets: Sequence[str], stages: Mapping[str, str]) -> Plan:
 
 
 class _SourceSettings(Settings):
-    """A file source. `part: [0.9, 1]` takes the records whose prompts fall into that share of all prompts."""
+    """A file source. `part: [0.9, 1]` takes the records whose prompts fall into that share of all prompts;
+    `same: pairs` reads the files of another source, where none are given."""
 
     kind: Literal[
         "documents", "conversations", "comparisons", "rated", "prompts", "tokenizer", "policy", "reward_model"
     ]
     path: str | list[str] | None = None
+    same: str | None = None
     format: str | None = None
     part: tuple[float, float] | None = None
     base: str | None = None
@@ -193,11 +196,26 @@ class _Loading:
             self._check_kind(name, value)
             sources[name] = _source(name, parse_settings(_SourceSettings, value, f"sources.{name}", self.places))
             self.kinds[name] = (sources[name].kind,)
+        sources = {name: self._shared(source, sources) for name, source in sources.items()}
         for source in sources.values():
             if source.base is not None and source.base not in sources:
                 known = nearest(source.base, sources)
                 raise self._fail(("sources", source.name, "base"), f"no source is called {source.base!r}{known}")
         return sources
+
+    def _shared(self, source: Source, sources: Mapping[str, Source]) -> Source:
+        """The source itself, or with the files of the one that it names by `same`; a path of its own wins."""
+        if source.same is None:
+            return source
+        keys, other = ("sources", source.name, "same"), sources.get(source.same)
+        if other is None:
+            raise self._fail(keys, f"no source of files is called {source.same!r}{nearest(source.same, sources)}")
+        if other.same is not None:
+            end = f"{source.same!r} itself reads the files of {other.same!r}; name a source with a path"
+            raise self._fail(keys, f"sources.{source.name}.same: {end}")
+        if source.paths:
+            return replace(source, same=None)
+        return replace(source, paths=other.paths, listed=other.listed, format=source.format or other.format)
 
     def _check_kind(self, name: str, value: dict[str, Any]) -> None:
         if value.get("kind") not in SOURCE_KINDS:
@@ -312,7 +330,7 @@ def _source(name: str, values: _SourceSettings) -> Source:
     listed = isinstance(values.path, list)
     paths = values.path if isinstance(values.path, list) else [values.path] if values.path else []
     files = tuple(Path(p) for p in paths)
-    return Source(name, KINDS[values.kind], files, listed, values.format, values.part, values.base)
+    return Source(name, KINDS[values.kind], files, listed, values.format, values.part, values.base, values.same)
 
 
 def _holds(value: Any, keys: Iterable[str]) -> bool:

@@ -99,8 +99,8 @@ class Sampler:
         my_ids = [ids[i] for i in mine]
         generated = self.engine.generate(my_ids, self.settings, key, progress, names=[prompts[i].id for i in mine])
         scores = self._scores(my_ids, [[g.ids for g in group] for group in generated])
-        part = {
-            i: [[list(g.ids), list(g.raw_logprobs), g.stopped, s] for g, s in zip(group, group_scores, strict=True)]
+        part: dict[int, list[list[Any]]] = {
+            i: [[g.ids, g.raw_logprobs, g.stopped, s] for g, s in zip(group, group_scores, strict=True)]
             for i, group, group_scores in zip(mine, generated, scores, strict=True)
         }
         parts = ranks.gather([[i, rows] for i, rows in part.items()]) if ranks is not None else [list(part.items())]

@@ -12,8 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from pipeline.data.chat import ChatFormat
 from pipeline.data.forest import Group, build
 from pipeline.data.groups import answers, continuations
@@ -22,7 +20,7 @@ from pipeline.flow.artifacts import RewardModel
 from pipeline.flow.errors import Damaged
 from pipeline.llama.heads import ScalarModel, at_last
 from pipeline.llama.open import open_classifier
-from pipeline.rollout.scoring import score_samples
+from pipeline.rollout.scoring import frozen, score_samples
 
 PROBE = "probe.json"
 PROBED = 8  # groups whose scores are stored
@@ -72,7 +70,7 @@ def verify_probe(model: ScalarModel, directory: Path) -> None:
 
 
 def score_texts(reward: Reward, samples: Sequence[Sample], token_budget: int) -> list[float]:
-    """Normalised scores of answers as texts, rendered in the reward model's own format; equal prompts are not merged."""
+    """Normalised scores of answers as texts, rendered in the reward model's own format."""
     prompts = reward.chat.prompts_ids([s.prompt.messages for s in samples])
     ends = [[reward.chat.end_id] if s.stopped else [] for s in samples]
     texts = reward.chat.completions_ids([s.text for s in samples], finished=False)
@@ -81,12 +79,12 @@ def score_texts(reward: Reward, samples: Sequence[Sample], token_budget: int) ->
     return [float(score) + reward.shift for (score,) in raw]
 
 
-@torch.no_grad()
 def raw_scores(model: ScalarModel, groups: Sequence[Group]) -> list[float]:
-    """The head's output at the last token of every answer of these groups, computed in one pass."""
+    """The head's output at the last token of every answer of these groups, computed in one pass without dropout."""
     if not groups:
         return []
     device = next(model.parameters()).device
     forest = build(groups).to(device)
-    scores_S = at_last(model(forest), forest)
+    with frozen(model):
+        scores_S = at_last(model(forest), forest)
     return [float(x) for x in scores_S[answers(forest)]]

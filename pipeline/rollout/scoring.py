@@ -83,7 +83,7 @@ def _each_forest(
     read: Callable[[Forest, list[Piece]], None],
 ) -> None:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    with _frozen(model):
+    with frozen(model):
         for pieces in _batches(groups, token_budget):
             forest = build([_segments(groups[g], first, last) for g, first, last in pieces])
             read(forest.to(device), pieces)
@@ -133,7 +133,7 @@ def _split(number: int, group: Answers, token_budget: int) -> Iterator[Piece]:
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module) -> Iterator[None]:
     """No gradients and no dropout, each module's mode as before afterwards."""
     modes = [(m, m.training) for m in model.modules()]
     model.eval()

@@ -18,6 +18,7 @@ from pipeline.data.forest import Forest, Group
 from pipeline.data.groups import answers, sum_by_segment
 from pipeline.llama.heads import at_last
 from pipeline.train.loop import LossFunction, LossSums
+from pipeline.train.metrics import Number
 
 ROUNDS_LOGGED = 4  # rounds with a figure of their own; later ones share the last
 
@@ -78,7 +79,7 @@ def pairwise_ranking(weight_by: str, centring: float) -> LossFunction:
         longer = forest.length_S[at]
         margin = (longer[pairs.better_P] - longer[pairs.worse_P]).float()
         by_length = ((margin > 0).float() + 0.5 * (margin == 0).float()).sum()
-        metrics = {**out.metrics, "length_accuracy": (by_length, margin.numel())}
+        metrics: dict[str, tuple[Number, Number]] = {**out.metrics, "length_accuracy": (by_length, margin.numel())}
         return LossSums({"pairs": total}, metrics)
 
     return loss
@@ -104,7 +105,7 @@ def preference(loss_fn: PreferenceLoss, sft_coefficient: float) -> LossFunction:
             )
         )
         terms = {"pairs": out.losses.sum() + 0.0 * policy.sum()}
-        metrics = dict(out.metrics)
+        metrics: dict[str, tuple[Number, Number]] = dict(out.metrics)
         if sft_coefficient:
             chosen = -(policy[better] / length[better].clamp(min=1)).sum()
             terms["pairs"] = terms["pairs"] + sft_coefficient * chosen

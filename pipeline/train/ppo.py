@@ -32,7 +32,7 @@ from pipeline.llama.adapters import LoraSettings
 from pipeline.llama.heads import ActorCritic, PolicyModel
 from pipeline.llama.open import Trainable, open_trainable_classifier
 from pipeline.train.arithmetic import fast_products
-from pipeline.train.loop import LossSums, Trainer, evaluating
+from pipeline.train.loop import LossFunction, LossSums, Trainer, evaluating
 from pipeline.train.randomness import permutation
 
 WANT = ("logprobs", "entropy", "values")
@@ -116,12 +116,12 @@ def make_targets(
     return Targets(whitened, figures, largest)
 
 
-def ppo_loss(objective: Objective) -> Callable[[Callable[..., Any], Forest], LossSums]:
+def ppo_loss(objective: Objective) -> LossFunction:
     """Sums over response tokens of the clipped policy loss, the clipped value loss and minus the entropy."""
 
-    def loss(actor: Callable[..., Any], forest: Forest) -> LossSums:
+    def loss(module: Callable[..., Any], forest: Forest) -> LossSums:
         mask = forest.weights_T > 0
-        now = actor(forest, want=WANT, temperature=objective.temperature)
+        now = module(forest, want=WANT, temperature=objective.temperature)
         policy = clipped_policy_loss(
             now.logprobs_T, forest.tokens["old_logprobs"], forest.tokens["advantages"], mask, clip=objective.clip
         )
@@ -159,6 +159,11 @@ def open_actor_critic(policy: Trainable, reward: RewardModel, adapter: LoraSetti
     return ActorCritic(cast(PolicyModel, policy.module), open_trainable_classifier(reward, adapter, seed).module)
 
 
+def groups_each(minibatch: int, samples: int) -> int:
+    """Prompt groups in a minibatch of that many samples: whole ones, at least one."""
+    return max(1, minibatch // max(1, samples))
+
+
 class Learner:
     """Actor and critic with their reference: targets from a rollout, then a few epochs of updates on them."""
 
@@ -178,8 +183,7 @@ class Learner:
         """Minibatches of whole groups in a shuffled order, cut into micro-batches once, with their targets."""
         trainer = self.trainer
         order = permutation(len(groups), trainer.seed, "minibatches", iteration)
-        answers_each = max(1, sum(1 for s in groups[0] if s.facts.get("answer")))
-        step = max(1, self.minibatch // answers_each)
+        step = groups_each(self.minibatch, sum(1 for s in groups[0] if s.facts.get("answer")))
         cuts = [[groups[i] for i in order[at : at + step]] for at in range(0, len(order), step)]
         with fast_products(trainer.strategy.device, trainer.settings.precision), evaluating(trainer.module):
             minibatches = [trainer.forests(trainer.share(cut)) for cut in cuts]

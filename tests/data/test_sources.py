@@ -22,6 +22,7 @@ from pipeline.data.records import (
 )
 from pipeline.data.sources import (
     KINDS,
+    place,
     read,
     read_comparisons,
     read_conversations,
@@ -421,3 +422,40 @@ def test_every_line_of_the_readme_reads_as_its_kind(tmp_path: Path) -> None:
             assert len(read(path, kind)) == 1
             seen.append(kind)
     assert set(seen) == set(KINDS)
+
+
+def test_parts_of_a_file_share_no_prompt_and_lose_no_record(tmp_path: Path) -> None:
+    pairs = [
+        {"prompt": [UD(f"q{i % 40}")], "completions": [{"text": f"a{i}", "rank": 0}, {"text": "b", "rank": 1}]}
+        for i in range(80)
+    ]
+    path = write(tmp_path / "pairs.jsonl", *pairs)
+
+    def part(low: float, high: float):
+        return read_comparisons(SimpleNamespace(data_files=[path], format=None, path=tmp_path, part=(low, high)))
+
+    whole, low, high = read_comparisons(path), part(0.0, 0.5), part(0.5, 1.0)
+    assert sorted([*low.records, *high.records], key=lambda c: c.source) == sorted(whole, key=lambda c: c.source)
+    asked = [{c.prompt[0].content for c in p} for p in (low, high)]
+    assert asked[0].isdisjoint(asked[1]) and 10 <= len(asked[0]) <= 30
+    assert (low.counts["records"], low.counts["outside the part"]) == (len(low), 80 - len(low))
+    assert part(0.0, 1.0).records == whole.records
+    with pytest.raises(UserError, match="no usable comparisons"):
+        part(0.0, 1e-9)
+
+
+def test_a_record_is_placed_by_the_users_first_turn() -> None:
+    """Whatever stands before or after it, so that all records of one prompt fall into one part."""
+    ask = Message("user", "Where?")
+    rest = (Message("assistant", "Here."), Message("user", "Why?"))
+    system = Message("system", "Be brief.")
+    records = [
+        Prompt("p", (ask,)),
+        Prompt("p", (system, ask, *rest)),
+        Conversation((ask, *rest[:1])),
+        Comparison((ask,), (Completion("a", rank=0), Completion("b", rank=1))),
+        Document(messages=(ask,)),
+        Document("Where?"),
+    ]
+    assert {place(r) for r in records} == {place(records[0])}
+    assert 0 <= place(records[0]) < 1 and place(Document("Who?")) != place(records[0])

@@ -208,7 +208,7 @@ def test_labels_are_noisy_and_their_order_in_the_record_says_nothing(world: Worl
             first_wins += better < worse
             pairs += 1
     assert 0.80 < right / pairs < 0.97
-    assert 0.45 < first_wins / pairs < 0.55
+    assert 0.43 < first_wins / pairs < 0.57
 
 
 def test_the_judge_has_a_key_for_every_prompt(world: World) -> None:

@@ -191,6 +191,43 @@ def test_a_plan_is_rows_in_order_worlds_first(folder: Path) -> None:
         plan.row("pppo")
 
 
+SHARED = PLAN.replace(
+    "rows:", "  half: {kind: comparisons, same: pairs, part: [0.5, 1]}\n  asked: {kind: documents, same: pairs}\nrows:"
+)
+
+
+def test_a_source_reads_the_files_of_another_as_its_own_kind_and_part(folder: Path) -> None:
+    plan = _plan(folder, SHARED)
+    pairs, half, asked = (plan.sources[name] for name in ("pairs", "half", "asked"))
+    assert half.paths == asked.paths == pairs.paths == (folder / "pairs.jsonl",)
+    assert (half.kind, half.part, asked.kind, asked.part) == (Comparisons, (0.5, 1.0), Documents, None)
+    moved = _plan(folder, SHARED, "sources.pairs.path=a.jsonl", "sources.pairs.format=hh", "sources.asked.path=b.txt")
+    half, asked = moved.sources["half"], moved.sources["asked"]
+    assert (half.paths[0].name, half.format) == ("a.jsonl", "hh")
+    assert (asked.paths[0].name, asked.format, asked.same) == ("b.txt", None, None)  # a path of its own goes first
+
+
+def test_what_several_sources_share_is_asked_for_once(folder: Path) -> None:
+    text = SHARED.replace("path: pairs.jsonl", "path: null").replace("documents: world.documents", "documents: asked")
+    with pytest.raises(UserError) as error:
+        check_sources(_plan(folder, text))
+    assert str(error.value) == "sources.pairs.path is not given; add --set sources.pairs.path=FILE"
+
+
+@pytest.mark.parametrize(
+    ("same", "message"),
+    [
+        ("pair", "plan.yaml:5: no source of files is called 'pair'; did you mean 'pairs'?"),
+        ("world", "plan.yaml:5: no source of files is called 'world'"),
+        ("asked", "plan.yaml:5: sources.half.same: 'asked' itself reads the files of 'pairs'; name a source with a path"),
+    ],
+)
+def test_what_cannot_be_shared_is_refused(folder: Path, same: str, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        _plan(folder, SHARED.replace("same: pairs, part", f"same: {same}, part"))
+    assert message in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [

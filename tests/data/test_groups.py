@@ -1,0 +1,117 @@
+"""Records to segments: weights, what is lost and counted, what stays together."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pipeline.data.chat import NothingToTrain
+from pipeline.data.forest import build, size
+from pipeline.data.groups import (
+    answers,
+    as_conversation,
+    comparison_groups,
+    continuations,
+    conversation_groups,
+    document_groups,
+    sum_by_segment,
+)
+from pipeline.data.records import Comparison, Completion, Conversation, Document, Message
+from tests.small import ask, chat, comparison
+
+
+def test_documents_are_cut_into_windows_that_predict_all_but_their_first_token():
+    encoded = document_groups([Document("abcdefgh"), Document("x")], chat(), 4)  # bos, 8 characters, eos; bos, x, eos
+    assert [len(g[0].ids) for g in encoded.groups] == [4, 4, 2, 3]
+    assert [list(g[0].weights) for g in encoded.groups] == [[0, 1, 1, 1], [0, 1, 1, 1], [0, 1], [0, 1, 1]]
+    assert (encoded.kept, encoded.shortened, encoded.dropped) == ([0, 0, 0, 1], 1, 0)
+    joined = [i for g in encoded.groups[:3] for i in g[0].ids]
+    assert joined == chat().document_ids(Document("abcdefgh"))
+
+
+def test_a_window_of_one_token_predicts_nothing_and_is_left_out():
+    encoded = document_groups([Document("abcdefgh")], chat(), 3)
+    assert [len(g[0].ids) for g in encoded.groups] == [3, 3, 3]
+
+
+def turns(*texts: str) -> Conversation:
+    roles = ("user", "assistant")
+    return Conversation(tuple(Message(roles[i % 2], t) for i, t in enumerate(texts)), source="f.jsonl:7")
+
+
+def test_conversations_keep_mask_and_rounds_and_lose_whole_rounds():
+    short, long = turns("ab", "c"), turns("aaaa", "bbbb", "cc", "dd")
+    encoded = conversation_groups([short, long, turns("a" * 50, "b")], chat(), 12, "all_rounds")
+    assert (encoded.kept, encoded.shortened, encoded.dropped) == ([0, 1], 1, 1)
+    (segment,) = encoded.groups[0]  # bos user a b end assistant c end
+    assert list(segment.weights) == [0, 0, 0, 0, 0, 0, 1, 1]
+    assert list(segment.tokens["round"]) == [-1, 0, 0, 0, 0, 0, 0, 0]
+    (segment,) = encoded.groups[1]  # the first round is gone: bos user c c end assistant d d end
+    assert list(segment.weights) == [0] * 6 + [1] * 3
+    assert list(segment.tokens["round"]) == [-1] + [1] * 8
+
+
+def test_which_rounds_train():
+    whole = turns("a", "bb", "c", "dd")
+    counts = {}
+    for train_on in ("all_rounds", "last_round"):
+        (group,) = conversation_groups([whole], chat(), 99, train_on).groups
+        counts[train_on] = sum(group[0].weights)
+    assert counts == {"all_rounds": 6, "last_round": 3}
+    with pytest.raises(NothingToTrain, match=r"f\.jsonl:7"):
+        conversation_groups([turns("only a question")], chat(), 99, "all_rounds")
+
+
+def test_a_comparison_holds_its_prompt_once():
+    encoded = comparison_groups([comparison("hi", "yes", "no", "what")], chat(), 99)
+    ((prompt, *rest),) = encoded.groups
+    assert list(prompt.ids) == chat().prompt_ids(ask("hi")) and prompt.weights is None
+    assert [list(s.ids) for s in rest] == [chat().completion_ids(t) for t in ("yes", "no", "what")]
+    assert [s.parent for s in rest] == [0, 0, 0]
+    assert [list(s.weights) for s in rest] == [[1.0] * len(s.ids) for s in rest]
+    assert [s.facts["worth"] for s in rest] == [2, 1, 0]
+    assert size(encoded.groups[0]) == (2 + 4) + (3 + 1) + (2 + 1) + (4 + 1)
+
+
+def test_scores_too_close_for_float32_stay_apart_and_ties_stay_ties():
+    close = comparison("q", "a", "b", "c", scores=[1.0, 1.0 + 1e-12, 1.0])
+    (group,) = comparison_groups([close], chat(), 99).groups
+    assert build([group]).facts["worth"].tolist() == [0.0, 0.0, 1.0, 0.0]
+
+
+def test_an_answer_is_never_cut():
+    pairs = [comparison("q", "a", "b" * 20), comparison("q", "a", "b")]
+    longest = len(chat().prompt_ids(ask("q"))) + 21
+    assert comparison_groups(pairs, chat(), longest).dropped == 0
+    encoded = comparison_groups(pairs, chat(), longest - 1)
+    assert (encoded.dropped, encoded.kept) == (1, [1])
+
+
+def test_pairs_find_each_other_by_group():
+    """T15: groups in any order hold the same answers with the same worth."""
+    pairs = [comparison(f"question {i}", f"good {i}", f"bad {i}") for i in range(5)]
+    order = [3, 0, 4, 2, 1]
+    forward = comparison_groups(pairs, chat(), 99)
+    permuted = comparison_groups([pairs[i] for i in order], chat(), 99)
+    assert permuted.groups == [forward.groups[i] for i in order]
+    forest = build(permuted.groups)
+    at = answers(forest)
+    assert forest.group_S[at].tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    assert forest.parent_S[at].tolist() == [0, 0, 3, 3, 6, 6, 9, 9, 12, 12]
+
+
+def test_sums_by_segment_also_where_an_answer_is_empty():
+    forest = build([continuations([5, 6], [[7], [], [8, 9]]), continuations([5], [[6]])])
+    assert answers(forest).tolist() == [1, 2, 3, 5]
+    assert sum_by_segment(torch.arange(1.0, 8.0), forest).tolist() == [3, 3, 0, 9, 6, 7]
+
+
+def test_the_answer_ends_the_conversation():
+    made = as_conversation(ask("q"), "a")
+    assert [(m.role, m.content) for m in made.messages] == [("user", "q"), ("assistant", "a")]
+
+
+def test_ranks_count_from_the_best():
+    ranked = Comparison(ask("q"), (Completion("worst", rank=2), Completion("best", rank=0), Completion("tie", rank=2)))
+    (group,) = comparison_groups([ranked], chat(), 99).groups
+    assert [s.facts["worth"] for s in group[1:]] == [0, 1, 0]

@@ -1,0 +1,67 @@
+"""Settings of the stages: what planning refuses, and that every stage says what its settings do."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import pytest
+
+from pipeline.flow.config import parse_settings
+from pipeline.flow.errors import UserError
+from pipeline.flow.stage import load_stage, slots_in, slots_out
+from stages import STAGES
+
+
+def config(name: str, **values: Any) -> Any:
+    return parse_settings(load_stage(STAGES[name]).Config, values, name)
+
+
+@pytest.mark.parametrize("sampling", [{"top_k": 5}, {"top_p": 0.9}, {"temperature": 0}, {"min_new_tokens": 1}], ids=str)
+def test_ppo_refuses_samplers_that_are_not_the_policy(sampling: dict[str, Any]) -> None:
+    """T34."""
+    stage = load_stage(STAGES["ppo"])
+    with pytest.raises(UserError, match=r"ppo\.sampling"):
+        stage.check(config("ppo", sampling=sampling), frozenset())
+    stage.check(config("ppo", sampling={"temperature": 0.7, "samples": 2}), frozenset())
+
+
+@pytest.mark.parametrize(
+    ("stage", "values", "named"),
+    [
+        ("dpo", {"beta": 0}, "beta"),
+        ("dpo", {"label_smoothing": 0.5}, "label_smoothing"),
+        ("reward", {"weight_by": "rank"}, "weight_by"),
+        ("sft", {"train_on": "everything"}, "train_on"),
+        ("sft", {"train": {"epochs": 0}}, "epochs"),
+        ("ppo", {"kl": {"control": "adaptiv"}}, "control"),
+        ("ppo", {"kl": {"target": 0}}, "target"),
+        ("ppo", {"adapter": {"rank": 0}}, "rank"),
+        ("rejection", {"margin": -1}, "margin"),
+        ("evaluate", {"temperature": -1}, "temperature"),
+        ("pretrain", {"vocab_size": 100}, "vocab_size"),
+    ],
+)
+def test_values_out_of_range_are_named(stage: str, values: dict[str, Any], named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        config(stage, **values)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_every_stage_describes_itself(name: str) -> None:
+    stage = load_stage(STAGES[name])
+    assert stage.name == name and import_module(stage.__module__).__doc__
+    assert slots_in(stage) and slots_out(stage)
+    for field, info in stage.Config.model_fields.items():
+        assert (info.description or "").endswith((".", ";")), f"{name}.{field} has no sentence of its own"
+
+
+def test_an_adapter_is_asked_for_by_its_settings_alone() -> None:
+    for name in ("sft", "reward", "ppo", "rejection", "dpo"):
+        assert config(name).adapter is None
+        assert config(name, adapter={"rank": 4}).adapter.rank == 4
+
+
+def test_ids_and_weights_cross_only_between_one_tokenizer() -> None:
+    assert load_stage(STAGES["ppo"]).same_tokenizer == load_stage(STAGES["rejection"]).same_tokenizer
+    assert ("policy", "reward") in load_stage(STAGES["ppo"]).same_tokenizer

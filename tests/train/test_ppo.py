@@ -1,0 +1,356 @@
+"""PPO between two rollouts: targets and loss by hand, exact starts, and signs by what is learned."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline.algo.kl import controller
+from pipeline.data.forest import Forest, build
+from pipeline.data.groups import continuations
+from pipeline.data.records import Prompt
+from pipeline.flow.errors import RowFailed
+from pipeline.llama.adapters import LoraSettings, add_lora
+from pipeline.llama.heads import ActorCritic
+from pipeline.rollout.collect import EncodedPrompts, Rollout, Sampler
+from pipeline.rollout.engine import SamplingSettings
+from pipeline.rollout.noise import NoiseKey
+from pipeline.train.loop import Trainer
+from pipeline.train.ppo import (
+    Learner,
+    Objective,
+    PromptStream,
+    groups_each,
+    make_targets,
+    ppo_loss,
+    require_ratio_one,
+    require_zero_kl,
+)
+from pipeline.train.reference import without_dropout
+from pipeline.train.settings import TrainSettings
+from pipeline.train.strategy import build as build_strategy
+from tests.small import ask, chat, forget_gradients, outputs, policy, same, scorer
+
+PLAIN = Objective(
+    gamma=1.0, lam=1.0, clip=0.2, value_clip=0.2, value_coefficient=1.0, entropy_coefficient=0.0, temperature=1.0
+)
+
+
+class Told(nn.Module):
+    """An actor, or a reference, with given numbers for every token."""
+
+    def __init__(self, logprobs: list[float], values: list[float] | None = None, entropy: float = 0.0) -> None:
+        super().__init__()
+        self.logprobs_T = nn.Parameter(torch.tensor(logprobs))
+        self.values_T = nn.Parameter(torch.tensor(values if values else [0.0] * len(logprobs)))
+        self.entropy = entropy
+        self.temperatures: list[float] = []
+
+    def forward(self, forest: Forest, *, temperature: float, want: Any = None) -> Any:
+        self.temperatures.append(temperature)
+        entropy = torch.full_like(self.logprobs_T, self.entropy)
+        return outputs(logprobs_T=self.logprobs_T, values_T=self.values_T, entropy_T=entropy)
+
+
+def group(*answers: tuple[int, float], prompt: int = 2):
+    """A prompt and answers of (tokens, score)."""
+    facts = [{"answer": 1.0, "score": score} for _, score in answers]
+    return continuations([1] * prompt, [[5] * n for n, _ in answers], facts)
+
+
+def targets_of(forest: Forest, policy_: Told, reference: Told, beta: float, objective: Objective = PLAIN):
+    return make_targets(policy_, reference, [[forest]], beta, objective)
+
+
+POISON = 1e9  # what stands at prompt tokens
+
+
+def test_shaped_rewards_become_returns():
+    """Correctness.md 4.4: beta .1, KL [.2, -.1, .5], score .8 gives rewards [-.02, .01, .75]; with g = l = 1 and no
+    values, returns are sums from each token on. T40: the score stands at the last real token."""
+    forest = build([group((3, 0.8))])
+    actor = Told([POISON, POISON, -1.0, -1.0, -1.0], [POISON, POISON, 0.0, 0.0, 0.0])
+    reference = Told([-POISON, 0.0, -1.2, -0.9, -1.5])
+    targets = targets_of(forest, actor, reference, 0.1)
+    ((found,),) = targets.minibatches
+    same(found.tokens["returns"], [0, 0, 0.74, 0.76, 0.75])
+    assert found.tokens["old_logprobs"] is not None and targets.figures["kl"] == pytest.approx(0.6)
+    assert targets.largest_kl == pytest.approx(0.5)
+    assert targets.figures["return"] == pytest.approx((0.74 + 0.76 + 0.75) / 3)
+    raw = torch.tensor([0.74, 0.76, 0.75], dtype=torch.float64)
+    same(found.tokens["advantages"][2:], (raw - raw.mean()) / (raw.var(correction=0) + 1e-8).sqrt(), atol=1e-4)
+    assert found.tokens["advantages"][:2].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("lengths", [(1,), (4,), (1, 3), (3, 1, 2)])
+def test_the_score_is_one_reward_at_the_end_of_each_answer(lengths: tuple[int, ...]):
+    """T40: TD residuals (lambda 0, no values) are the rewards themselves."""
+    scores = [10.0 + k for k in range(len(lengths))]
+    forest = build([group(*zip(lengths, scores, strict=True))])
+    silent = Told([0.0] * len(forest))
+    one_step = Objective(**{**vars(PLAIN), "lam": 0.0})
+    ((found,),) = targets_of(forest, silent, silent, 0.5, one_step).minibatches
+    expected = [0.0, 0.0]
+    for n, score in zip(lengths, scores, strict=True):
+        expected += [0.0] * (n - 1) + [score]
+    same(found.tokens["returns"], expected)
+
+
+def test_an_empty_answer_takes_no_reward_from_others():
+    forest = build([group((2, 1.0), (0, 50.0), (1, 3.0))])
+    silent = Told([0.0] * 5)
+    ((found,),) = targets_of(forest, silent, silent, 0.0).minibatches
+    same(found.tokens["returns"], [0, 0, 1, 1, 3])
+
+
+def test_advantages_are_whitened_over_all_minibatches_together():
+    """T43: one mean and one variance, whatever the minibatch, and whatever other ranks hold."""
+    forests = [build([group((1, s))]) for s in (1.0, 2.0, 3.0, 4.0)]
+    silent = Told([0.0] * 3)
+    alone = make_targets(silent, silent, [forests[:1], forests[1:]], 0.0, PLAIN)
+    flat = [float(f.tokens["advantages"][2]) for batch in alone.minibatches for f in batch]
+    assert flat == pytest.approx([-1.3416407811, -0.4472135937, 0.4472135937, 1.3416407811], abs=1e-6)
+    # a rank with the first two, told the sums of both ranks
+    moments = torch.tensor([7.0, 25.0, 2.0], dtype=torch.float64)
+    add = lambda x: x + moments if x.numel() == 3 else x
+    here = make_targets(silent, silent, [forests[:2]], 0.0, PLAIN, add)
+    assert [float(f.tokens["advantages"][2]) for f in here.minibatches[0]] == pytest.approx(flat[:2], abs=1e-6)
+
+
+def test_values_are_a_baseline_and_explain_returns():
+    forest = build([group((2, 1.0), (1, 3.0))])
+    actor = Told([0.0] * 5, [9.0, 9.0, 0.5, 0.25, 2.0])
+    targets = targets_of(forest, actor, Told([0.0] * 5), 0.0)
+    ((found,),) = targets.minibatches
+    same(found.tokens["old_values"], [9, 9, 0.5, 0.25, 2])
+    same(found.tokens["returns"], [0, 0, 1, 1, 3])
+    errors, returns = torch.tensor([0.5, 0.75, 1.0]), torch.tensor([1.0, 1.0, 3.0])
+    expected = 1 - float(errors.var(correction=0) / returns.var(correction=0))
+    assert targets.figures["explained_variance"] == pytest.approx(expected)
+
+
+def test_the_samplers_temperature_reaches_every_pass():
+    """T34: policy, reference and loss divide logits by the temperature that answers were drawn at."""
+    forest, warm = build([group((2, 1.0))]), Objective(**{**vars(PLAIN), "temperature": 0.7})
+    actor, reference = Told([0.0] * 4), Told([0.0] * 4)
+    ((found,),) = targets_of(forest, actor, reference, 0.1, warm).minibatches
+    ppo_loss(warm)(actor, found)
+    require_ratio_one(actor, [found], warm, "fp32")
+    assert actor.temperatures == [0.7] * 3 and reference.temperatures == [0.7]
+
+
+def test_the_loss_by_hand():
+    """Correctness.md 4.4: A = 1 at ratio 1.5 gives -1.2, A = -1 at ratio .5 gives .8; the two value examples .045
+    and .5."""
+    forest = build([group((2, 0.0))]).with_tokens(
+        old_logprobs=torch.zeros(4),
+        advantages=torch.tensor([POISON, POISON, 1.0, -1.0]),
+        old_values=torch.tensor([0.0, 0.0, 0.5, 0.5]),
+        returns=torch.tensor([POISON, POISON, 1.0, 1.0]),
+    )
+    actor = Told([POISON, 0.0, math.log(1.5), math.log(0.5)], [0.0, 0.0, 1.0, 0.0], entropy=2.0)
+    out = ppo_loss(PLAIN)(actor, forest)
+    same(out.terms["tokens"].detach(), -1.2 + 0.8 + 0.045 + 0.5)
+    assert [float(x) for x in out.metrics["clip_fraction"]] == [2.0, 2.0]
+    assert [float(x) for x in out.metrics["entropy"]] == [4.0, 2.0]
+    weighted = Objective(**{**vars(PLAIN), "value_coefficient": 0.1, "entropy_coefficient": 0.01})
+    same(ppo_loss(weighted)(actor, forest).terms["tokens"].detach(), -0.4 + 0.0545 - 0.01 * 4.0)
+
+
+def test_gradients_reach_answer_tokens_alone():
+    forest = build([group((2, 0.0))]).with_tokens(
+        **{k: torch.ones(4) for k in ("old_logprobs", "advantages", "old_values", "returns")}
+    )
+    actor = Told([1.0] * 4, [0.5] * 4)
+    ppo_loss(PLAIN)(actor, forest).terms["tokens"].backward()
+    assert (actor.logprobs_T.grad != 0).tolist() == [False, False, True, True]
+    assert (actor.values_T.grad != 0).tolist() == [False, False, True, True]
+
+
+@pytest.mark.parametrize("change", ["weights", "dropout", "temperature"])
+def test_a_ratio_off_one_is_refused(change: str):
+    """T32: exactly 1, so that the least difference shows."""
+    role = policy()
+    if change == "dropout":
+        role.module.lm = add_lora(role.model, LoraSettings(rank=2, dropout=0.5), 0).eval()
+        with torch.no_grad():
+            for name, parameter in role.module.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_()
+    actor = ActorCritic(role.module, scorer(1).module)
+    reference = policy().module
+    forests = [build([continuations([1, 9], [[20, 21], [22]], [{"answer": 1.0, "score": 1.0}] * 2)])]
+    targets = make_targets(actor, reference, [forests], 0.1, PLAIN)
+    require_ratio_one(actor, targets.minibatches[0], PLAIN, "fp32")
+    asked = PLAIN
+    if change == "weights":
+        with torch.no_grad():
+            next(role.module.parameters()).add_(1e-5)
+    elif change == "dropout":
+        actor.train()
+    else:
+        asked = Objective(**{**vars(PLAIN), "temperature": 1.01})
+    with pytest.raises(RowFailed, match="before the first update"):
+        require_ratio_one(actor, targets.minibatches[0], asked, "fp32")
+
+
+def test_kl_at_the_start_is_exactly_zero():
+    """T37: the same weights on the same forests give the same bits; the least difference is refused."""
+    actor = ActorCritic(policy().module, scorer(1).module)
+    forests = [build([continuations([1, 9], [[20, 21], [22]], [{"answer": 1.0, "score": 1.0}] * 2)])]
+    assert make_targets(actor, policy().module, [forests], 0.1, PLAIN).largest_kl == 0.0
+    require_zero_kl(0.0, "fp32")
+    other = make_targets(actor, policy(1).module, [forests], 0.1, PLAIN)
+    for wrong in (other.largest_kl, 1e-9, math.nan):
+        with pytest.raises(RowFailed, match="the reference is not the policy that this row starts from"):
+            require_zero_kl(wrong, "fp32")
+
+
+def test_prompts_come_once_an_epoch_in_an_order_of_their_own():
+    stream = PromptStream(10, 3, seed=0)
+    epochs = [[p for i in range(3 * e, 3 * e + 3) for p in stream.batch(i)] for e in range(2)]
+    assert all(len(set(epoch)) == 9 for epoch in epochs) and epochs[0] != epochs[1]
+    assert stream.batch(4) == PromptStream(10, 3, seed=0).batch(4)  # follows from its number alone
+    assert PromptStream(10, 3, seed=1).batch(4) != stream.batch(4)
+    assert (
+        sorted(PromptStream(4, 99, seed=0).batch(7)) == sorted(PromptStream(4, None, seed=0).batch(0)) == [0, 1, 2, 3]
+    )
+
+
+def test_minibatches_hold_whole_groups():
+    assert [groups_each(8, 4), groups_each(6, 4), groups_each(2, 4), groups_each(5, 1)] == [2, 1, 1, 5]
+
+
+def learner(
+    role: Any, *, reference: Any = None, total: int = 100, minibatch: int = 8, objective: Objective = PLAIN, **more: Any
+) -> Learner:
+    actor = ActorCritic(role.module, scorer(0).module)
+    settings = TrainSettings(
+        **{"learning_rate": 1e-2, "schedule": "constant", "warmup": 0.0, "betas": (0.9, 0.999), **more}
+    )
+    trainer = Trainer(actor, ppo_loss(objective), settings, build_strategy(device="cpu"), total=total, seed=0)
+    frozen = forget_gradients(policy() if reference is None else reference)
+    return Learner(trainer, frozen.module, objective, epochs=2, minibatch=minibatch)
+
+
+def sampled(role: Any, iteration: int, *, samples: int = 4, tokens: int = 2, count: int = 4) -> Rollout:
+    ids = [chat().prompt_ids(ask("abcdefgh"[i])) for i in range(count)]
+    encoded = EncodedPrompts([Prompt(f"p{i}", ask("abcdefgh"[i])) for i in range(count)], ids, 0)
+    settings = SamplingSettings(samples=samples, max_new_tokens=tokens)
+    return Sampler(role.model, chat(), settings, NoiseKey(0, "test")).sample(encoded, iteration=iteration)
+
+
+def test_an_iteration_starts_exactly_where_the_last_one_ended():
+    """T32, T37: ratio 1 in the first minibatch of every iteration, KL 0 in the first iteration alone."""
+    role = policy()
+    made = learner(role, minibatch=6)
+    for iteration in range(2):
+        rollout = sampled(role, iteration)
+        targets = made.targets(rollout.groups([float(len(s.ids)) for s in rollout.samples]), 0.1, iteration)
+        assert len(targets.minibatches) == 4  # one group of four samples each: two would be eight
+        assert {int(f.weights_T.sum()) for m in targets.minibatches for f in m} <= set(range(4, 9))
+        figures = made.optimise(targets, iteration)
+        assert figures["first_ratio"] == 1.0
+        assert (targets.largest_kl == 0.0) is (iteration == 0)
+    assert made.trainer.done == 2 * 2 * 4  # as the stage predicts it
+
+
+def test_dropout_does_not_stop_it():
+    """T33: a policy trained with dropout is updated without, so its first ratio is 1 as well."""
+    start, role = (policy(), policy())
+    for one in (start, role):
+        one.module.lm = add_lora(one.model, LoraSettings(rank=2, dropout=0.5), 0)
+        with torch.no_grad():
+            for name, parameter in one.module.named_parameters():
+                if "lora_B" in name:
+                    parameter.fill_(0.05)
+    start.module.eval()
+    made = learner(role, reference=start)
+    without_dropout(made.trainer.module)
+    rollout = sampled(role, 0)
+    assert made.optimise(made.targets(rollout.groups([1.0] * 16), 0.1, 0), 0)["first_ratio"] == 1.0
+
+
+def wanted_share(rollout: Rollout, token: int) -> float:
+    return sum(s.ids[0] == token for s in rollout.samples) / len(rollout.samples)
+
+
+def test_a_rewarded_token_becomes_likelier():
+    """T36: a bandit whose arms are the first token."""
+    role, token = policy(), 40
+    made = learner(role, minibatch=64)
+    start = float(torch.softmax(first_logits(role), -1)[:, token].mean().detach())
+    for iteration in range(25):
+        rollout = sampled(role, iteration, samples=32, tokens=1, count=2)
+        scores = [float(s.ids[0] >= token) for s in rollout.samples]
+        made.optimise(made.targets(rollout.groups(scores), 0.0, iteration), iteration)
+    after = torch.softmax(first_logits(role), -1)[:, token:].sum(-1)
+    assert start < 0.01 and bool((after > 0.99).all())
+
+
+def first_logits(role: Any) -> torch.Tensor:
+    ids = torch.tensor([chat().prompt_ids(ask(c)) for c in "ab"])
+    return role.model(input_ids=ids, use_cache=False).logits[:, -1].double()
+
+
+def exact_kl_to(role: Any, reference: Any) -> float:
+    p, q = (torch.log_softmax(first_logits(r), -1) for r in (role, reference))
+    return float((p.exp() * (p - q)).sum(-1).mean().detach())
+
+
+def test_without_a_reward_the_policy_returns_to_its_reference():
+    """T36: under a constant score the penalty alone speaks, and the KL shrinks."""
+    start = policy()
+    role = policy()
+    with torch.no_grad():
+        role.model.lm_head.weight[30:60] *= 4.0
+    made = learner(role, reference=start, learning_rate=5e-3, minibatch=64)
+    before = exact_kl_to(role, start)
+    for iteration in range(1, 22):  # not the first: the policy has left its reference
+        rollout = sampled(role, iteration, samples=64, tokens=1, count=2)
+        made.optimise(made.targets(rollout.groups([0.7] * 128), 0.5, iteration), iteration)
+    assert before > 0.1 and exact_kl_to(role, start) < 0.5 * before
+
+
+def test_a_huge_penalty_holds_the_policy():
+    """T36: beta 1000 against a reward that pulls elsewhere."""
+
+    def moved(beta: float) -> float:
+        start, role = policy(), policy()
+        made = learner(role, reference=start, learning_rate=2e-5)
+        for iteration in range(15):
+            rollout = sampled(role, iteration, samples=16, tokens=1, count=2)
+            scores = [float(s.ids[0] >= 40) for s in rollout.samples]
+            made.optimise(made.targets(rollout.groups(scores), beta, iteration), iteration)
+        return exact_kl_to(role, start)
+
+    held, free = moved(1e3), moved(0.0)
+    assert held < 1e-3 and free > 3 * held, (held, free)
+
+
+def test_the_controller_sees_nats_a_response():
+    """The KL figure is summed over an answer's tokens and averaged over answers, as Ziegler's target is."""
+    forest = build([group((3, 0.0), (1, 0.0))])
+    actor, reference = Told([0.0] * 6), Told([0.0, 0.0, -1.0, -1.0, -1.0, -1.0])
+    kl = targets_of(forest, actor, reference, 0.1).figures["kl"]
+    assert kl == 2.0
+    adaptive = controller({"kind": "adaptive", "coefficient": 0.15, "target": 6.0, "horizon": 10_000})
+    assert adaptive.update(kl, 512).coefficient == pytest.approx(0.148464)
+
+
+def test_the_entropy_bonus_keeps_the_policy_open():
+    """T36: with nothing but the bonus the entropy rises; its sign is what PPO wants maximised."""
+    role = policy()
+    with torch.no_grad():
+        role.model.lm_head.weight[50:] *= 4.0
+    objective = Objective(**{**vars(PLAIN), "entropy_coefficient": 1.0, "value_coefficient": 0.0})
+    made = learner(role, objective=objective)
+    entropies = []
+    for iteration in range(1, 6):
+        rollout = sampled(role, iteration)
+        entropies.append(made.optimise(made.targets(rollout.groups([0.0] * 16), 0.0, iteration), iteration)["entropy"])
+    assert entropies[-1] > entropies[0] + 0.05
