@@ -127,7 +127,9 @@ def read(
     if quarantine is not None and result.bad:
         _write_quarantine(quarantine, result.bad)
     if not result.records:
-        raise UserError(f"{_label(source)}: no usable {kind or 'record'}\n{describe(result)}".rstrip())
+        outside = result.counts.get("outside the part", 0)
+        why = f" ({outside} lie outside the part {list(source.part)})" if outside else ""
+        raise UserError(f"{_label(source)}: no usable {kind or 'record'}{why}\n{describe(result)}".rstrip())
     return result
 
 
@@ -331,7 +333,8 @@ def _paths(source: Any) -> list[Path | str]:
 
 
 def _label(source: Any) -> str:
-    return str(getattr(source, "path", source))
+    files = getattr(source, "locations", None)  # of a user, who named them one by one
+    return ", ".join(map(str, files)) if files else str(getattr(source, "path", source))
 
 
 def _hub_rows(name: str) -> Iterator[Row | Problem]:

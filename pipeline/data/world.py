@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pipeline.data import world_text as text
 from pipeline.data.records import Comparison, Completion, Conversation, Document, Message, Prompt
 from pipeline.data.world_crowd import CROWD, PERFECT, STREET, Demonstrators, Labellers, answers_to_compare, write
-from pipeline.data.world_facts import ATTRIBUTES, SINGLE, Facts, Question, sums
+from pipeline.data.world_facts import ATTRIBUTES, Facts, Question, sums
 from pipeline.data.world_truth import Key, judge_text
 from pipeline.flow.errors import UserError
 
@@ -33,7 +33,7 @@ class Sizes:
     documents: int = 60_000
     heldout_documents: int = 600
     conversations: int = 4_000
-    comparisons: int = 5_000
+    comparisons: int = 9_000
     heldout_pairs: int = 1_000
     prompts: int = 2_000
     dev: int = 300
@@ -155,10 +155,6 @@ def dialogue(facts: Facts, rng: random.Random, split: str, more: float = 0.4) ->
 
 
 # Task -> share of the claims in a quiz.
-QUIZ = {
-    "town": 4, "job": 4, "pet": 4, "colour": 4, "river": 2, "goods": 2, "home_river": 1, "home_goods": 1, "sum": 3,
-    "difference": 2, "begins": 1, "ends": 1,
-}  # fmt: skip
 
 
 class _Writer:
@@ -170,8 +166,8 @@ class _Writer:
     def document(self, rng: random.Random) -> Document:
         if rng.random() < 0.55:
             return Document(messages=self._overheard(rng))
-        kinds = (self._person, self._town, self._numbers, self._words, self._listed, self._rumours)
-        return Document(text=" ".join(rng.choices(kinds, (4, 1.5, 3, 1.5, 3, 6))[0](rng)))
+        kinds = (self._person, self._town, self._numbers, self._words, self._listed)
+        return Document(text=" ".join(rng.choices(kinds, (4, 1.5, 3, 1.5, 3))[0](rng)))
 
     def _say(self, rng: random.Random, task: str, *values: str, **slots: str) -> str:
         return rng.choice(text.STATEMENTS[task]).format(*values, **slots)
@@ -223,25 +219,6 @@ class _Writer:
         said = [f"Here are three words: {', '.join(words)}."]
         said += [self._say(rng, "kind", words[i], k=kinds[i]) for i in rng.sample(range(3), 2)]
         said.insert(rng.randint(1, 3), self._say(rng, "first", words[0]))
-        return said
-
-    def _rumours(self, rng: random.Random) -> list[str]:
-        """What people say, true or false, and what is true of it: where a reader learns to tell."""
-        said = []
-        for task in rng.choices(SINGLE + ("sum", "difference", "home_river", "home_goods"), k=4):
-            question = self.facts.any(rng, task)
-            true = rng.random() < 0.5
-            claim = (question.right if true else rng.choice(question.wrongs)).full
-            said.append(f"People say: {rng.choice(claim)} That is {'right' if true else 'wrong'}.")
-        return said
-
-    def _quiz(self, rng: random.Random) -> list[str]:
-        """Claims with their verdicts: what is said of the world can be wrong, and readers can tell."""
-        said = ["True or false?"]
-        for task in rng.choices(tuple(QUIZ), tuple(QUIZ.values()), k=rng.randint(3, 5)):
-            question, false = self.facts.known(rng, task), rng.random() < 0.5
-            claim = rng.choice(question.wrongs) if false else question.right
-            said.append(f"{rng.choice(claim.full)} {'False' if false else 'True'}.")
         return said
 
     def _overheard(self, rng: random.Random) -> Messages:

@@ -14,10 +14,10 @@ import itertools
 import math
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pipeline.data import world_text as text
-from pipeline.data.world_truth import Frame, Key, runs
+from pipeline.data.world_truth import Frame, Key, judge_text, runs
 
 SPLITS = {"pairs": 0.08, "dev": 0.10, "heldout": 0.12}  # share of the items of each task, at least one; train: rest
 ATTRIBUTES = ("town", "job", "pet", "colour")
@@ -60,6 +60,7 @@ MIX = {
 
 
 SINGLE = (*ATTRIBUTES, "river", "goods", "begins", "ends")  # one fact each, asked about in every split
+ASTRAY = (*SINGLE, "home_river", "home_goods", "sum", "difference", "both")  # some wrong answers miss the question
 
 
 class Facts:
@@ -119,14 +120,10 @@ class Facts:
         while True:
             question = self._tasks[task](rng, f"{task}|{wording}")
             if self.split_of(question.item) == wanted and (wanted != "train" or self._parts_train(question)):
-                return question
+                return self._mislead(rng, question)
 
     def any(self, rng: random.Random, task: str) -> Question:
-        """A question of this task about anything in the world, for documents."""
-        return self._tasks[task](rng, f"{task}|train")
-
-    def known(self, rng: random.Random, task: str) -> Question:
-        """A question about any item, whatever its split: what documents may state."""
+        """A question of this task about anything in the world."""
         return self._tasks[task](rng, f"{task}|train")
 
     def _parts_train(self, question: Question) -> bool:
@@ -139,8 +136,20 @@ class Facts:
             if question is None:
                 return None
             if self.split_of(question.item) == split or (split != "train" and first.new_wording):
-                return question
+                return self._mislead(rng, question)
         return None
+
+    def _mislead(self, rng: random.Random, question: Question) -> Question:
+        """Wrong answers of two kinds: false ones, and ones that are true of something else and miss the question."""
+        if question.task not in ASTRAY:
+            return question
+        astray: list[Claim] = []
+        while len(astray) < 4:
+            claim = self.any(rng, question.task).right
+            if not any(judge_text(question.key, words, True).parts["correct"] for words in (*claim.full, claim.terse)):
+                astray.append(claim)
+        false = rng.sample(question.wrongs, min(len(question.wrongs), 2))
+        return replace(question, wrongs=(*false, *astray))
 
     # -- wording -----------------------------------------------------------------------------------------------
 

@@ -218,6 +218,10 @@ class _Loading:
         return replace(source, paths=other.paths, listed=other.listed, format=source.format or other.format)
 
     def _check_kind(self, name: str, value: dict[str, Any]) -> None:
+        if value.get("kind") is None:
+            others = [other for other in self._mapping("sources") if other != name]
+            known = nearest(name, others)
+            raise self._fail(("sources", name), f"sources.{name}: no kind is given: a new source needs one{known}")
         if value.get("kind") not in SOURCE_KINDS:
             kinds = ["world", *SOURCE_KINDS]
             known = nearest(str(value.get("kind")), kinds)

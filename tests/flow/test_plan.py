@@ -207,6 +207,12 @@ def test_a_source_reads_the_files_of_another_as_its_own_kind_and_part(folder: Pa
     assert (asked.paths[0].name, asked.format, asked.same) == ("b.txt", None, None)  # a path of its own goes first
 
 
+def test_a_mistyped_source_is_named(folder: Path) -> None:
+    with pytest.raises(UserError) as error:
+        _plan(folder, PLAN, "sources.pair.path=a.jsonl")
+    assert "sources.pair: no kind is given: a new source needs one; did you mean 'pairs'?" in str(error.value)
+
+
 def test_what_several_sources_share_is_asked_for_once(folder: Path) -> None:
     text = SHARED.replace("path: pairs.jsonl", "path: null").replace("documents: world.documents", "documents: asked")
     with pytest.raises(UserError) as error:
@@ -219,7 +225,10 @@ def test_what_several_sources_share_is_asked_for_once(folder: Path) -> None:
     [
         ("pair", "plan.yaml:5: no source of files is called 'pair'; did you mean 'pairs'?"),
         ("world", "plan.yaml:5: no source of files is called 'world'"),
-        ("asked", "plan.yaml:5: sources.half.same: 'asked' itself reads the files of 'pairs'; name a source with a path"),
+        (
+            "asked",
+            "plan.yaml:5: sources.half.same: 'asked' itself reads the files of 'pairs'; name a source with a path",
+        ),
     ],
 )
 def test_what_cannot_be_shared_is_refused(folder: Path, same: str, message: str) -> None:
