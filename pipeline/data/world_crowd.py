@@ -47,8 +47,8 @@ class Demonstrators:
 
     def draw(self, rng: random.Random) -> Style:
         rates = (self.wrong, self.terse, self.curt, self.rude, self.rambling, self.unfinished)
-        flaws = [rng.random() < rate for rate in rates]
-        return Style(*flaws, seed=rng.getrandbits(32))
+        wrong, terse, curt, rude, rambling, unfinished = (rng.random() < rate for rate in rates)
+        return Style(wrong, terse, curt, rude, rambling, unfinished, seed=rng.getrandbits(32))
 
 
 CROWD = Demonstrators(wrong=0.25, terse=0.25, curt=0.45, rude=0.20, rambling=0.20, unfinished=0.12)

@@ -13,7 +13,7 @@ import functools
 import itertools
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from pipeline.data import world_text as text
@@ -60,7 +60,7 @@ MIX = {
 
 
 SINGLE = (*ATTRIBUTES, "river", "goods", "begins", "ends")  # one fact each, asked about in every split
-ASTRAY = (*SINGLE, "home_river", "home_goods", "sum", "difference", "both")  # some wrong answers miss the question
+ASTRAY = (*SINGLE, "home_river", "home_goods", "sum", "difference")  # some wrong answers miss the question
 
 
 class Facts:
@@ -140,7 +140,10 @@ class Facts:
         return None
 
     def _mislead(self, rng: random.Random, question: Question) -> Question:
-        """Wrong answers of two kinds: false ones, and ones that are true of something else and miss the question."""
+        """Wrong answers of two kinds: false ones, and ones that are true of something else and miss the question.
+
+        The latter are incomplete as well, so only the former differ from the right answer in correctness alone.
+        """
         if question.task not in ASTRAY:
             return question
         astray: list[Claim] = []
@@ -360,10 +363,10 @@ def sums(task: str) -> tuple[tuple[int, int], ...]:
     return tuple((a, b) for a, b in pairs if task == "sum" or (a > b and a != 2 * b))
 
 
-def _key(mentions: dict[str, tuple[tuple[str, ...], ...]], frames: tuple[Frame, ...], budget: int) -> Key:
+def _key(mentions: Mapping[str, tuple[tuple[str, ...], ...]], frames: tuple[Frame, ...], budget: int) -> Key:
     if "refusal" not in mentions:
         mentions = {**mentions, "refusal": ((),)}
-    return Key(mentions, frames, budget)
+    return Key(dict(mentions), frames, budget)
 
 
 def _joined(one: Claim, two: Claim) -> Claim:

@@ -16,7 +16,7 @@ from pipeline.data.records import Comparison, Document, Message
 from pipeline.data.sources import read_comparisons, read_conversations, read_documents, read_prompts, to_json
 from pipeline.data.world import Sizes, World, build_world
 from pipeline.data.world_crowd import CROWD, PERFECT, Labellers, Style, write
-from pipeline.data.world_facts import ATTRIBUTES, MIX, Facts
+from pipeline.data.world_facts import ASTRAY, ATTRIBUTES, MIX, Facts
 from pipeline.data.world_stage import WorldStage
 from pipeline.data.world_truth import judge_text, named
 from pipeline.flow.stage import Request, run_stage
@@ -150,12 +150,20 @@ def test_perfect_answers_score_one_and_flaws_cost_what_they_should() -> None:
         assert judge_text(question.key, write(question, replace(style, rambling=True)), True).total > 0.85
 
 
+def test_wrong_answers_also_miss_the_question() -> None:
+    facts = Facts(0)
+    for i in range(100):
+        question = facts.single(random.Random(i), "train", random.Random(i).choice(ASTRAY))
+        parts = [judge_text(question.key, claim.full[0], True).parts for claim in question.wrongs]
+        assert [p["correct"] for p in parts] == [0.0] * 6
+        assert 0.0 in [p["complete"] for p in parts[2:]]  # true of something else
+
+
 def test_a_wrong_claim_in_the_same_form_differs_in_correctness_alone() -> None:
     facts = Facts(0)
     for i in range(300):
-        question = facts.single(random.Random(i), "train")
-        if question.task in ("bad", "check"):
-            continue
+        rng = random.Random(i)
+        question = facts.any(rng, rng.choice([task for task in MIX if task not in ("bad", "check")]))
         scores = [judge_text(question.key, write(question, Style(wrong=w, seed=i)), True).parts for w in (False, True)]
         assert {p for p in scores[0] if scores[0][p] != scores[1][p]} == {"correct"}
 

@@ -48,7 +48,9 @@ def test_gradients_equal_autograds(temperature: float, entropy: bool, chunk: int
     hidden = torch.randn(9, 6, requires_grad=True)
     ids = torch.randint(0, 20, (9,))
     w, u = torch.randn(9), torch.randn(9)
-    logp, spread, _ = token_logprobs(hidden, head, ids, 20, temperature=temperature, entropy=entropy, chunk_elements=chunk)
+    logp, spread, _ = token_logprobs(
+        hidden, head, ids, 20, temperature=temperature, entropy=entropy, chunk_elements=chunk
+    )
     loss = (logp * w).sum() + ((spread * u).sum() if entropy else 0.0)
     found = torch.autograd.grad(loss, [hidden, head.weight, head.bias])
     full = torch.log_softmax(head(hidden) / temperature, -1)
