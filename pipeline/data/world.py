@@ -33,7 +33,7 @@ class Sizes:
     documents: int = 60_000
     heldout_documents: int = 600
     conversations: int = 4_000
-    comparisons: int = 9_000
+    comparisons: int = 26_000
     heldout_pairs: int = 1_000
     prompts: int = 2_000
     dev: int = 300
@@ -152,9 +152,6 @@ def dialogue(facts: Facts, rng: random.Random, split: str, more: float = 0.4) ->
             break
         rounds.append(follow)
     return rounds
-
-
-# Task -> share of the claims in a quiz.
 
 
 class _Writer:
