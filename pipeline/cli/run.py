@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -155,10 +156,25 @@ def print_result(result: RunResult) -> None:
     if lines:
         print_table(("row", "", "seconds", "tokens", "figures"), lines, right=(2, 3))
         print()
+    evaluations = [row for row in result.rows if "policies" in row.metrics and row.status != "failed"]
+    for row in evaluations:
+        _print_evaluation(row)
     print(f"run           {result.run_dir}  ({clock(result.seconds)})")
+    for row in evaluations:
+        print(f"side by side  {row.artifacts['evaluation']['path']}/samples.html  ({row.row})")
     policy = result.final_policy()
-    if policy is not None:
+    if policy is not None and all(row.status != "failed" for row in result.rows):
         print(f"final policy  {policy}")
+
+
+def _print_evaluation(row: RowResult) -> None:
+    from rich.console import Console
+
+    from pipeline.report.summary import policies_grid
+
+    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+    console.print(policies_grid(row.metrics, row.row).render_rich())
+    print()
 
 
 def headline(row: RowResult) -> str:
