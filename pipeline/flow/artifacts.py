@@ -52,9 +52,9 @@ class Artifact:
     lineage: Mapping[str, Any] = field(default_factory=dict)
     meta: Mapping[str, Any] = field(default_factory=dict)
     format: str | None = None
-    part: tuple[float, float] | None = None
     bases: Mapping[str, Path] = field(default_factory=dict)
     locations: tuple[Path, ...] = ()  # where files lie when that is not path / name
+    part: tuple[float, float] | None = None
 
     kind: ClassVar[str] = ""
     is_model: ClassVar[bool] = False
