@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.xdist_group("chain")  # one worker runs the chain once for all of them
-
 ROWS = ["world", "pretrain", "sft", "reward", "ppo", "rejection", "dpo", "evaluate"]
 POLICY_KEYS = {
     "proxy", "heldout", "gold", "gold_parts", "win_rate", "kl", "length", "stop_rate", "text_perplexity",
