@@ -9,6 +9,9 @@ work on the flat run of T tokens and only here are segments brought together.
 The grouping is worked out once a forest and kept in `forest.cache`. `backend="dense"` is the reference: one block
 mask over all tokens.
 
+Sizes are rounded up to few different ones (`ROWS` rows of a run, grids of members and lengths of a bucket): oneDNN
+writes machine code for every new shape of a product, which takes ten times as long as the product itself.
+
 `use_forest(model)` switches a model over; `forest_inputs(forest)` are the arguments for its forward. Without
 `forest=` the same function is transformers' SDPA, so generation and padded batches go on working.
 
@@ -36,6 +39,9 @@ NAME = "forest"
 TRIED = ("llama", "qwen2", "qwen3", "mistral")
 # From this many keys on, one fused call beats a batched product (fp32 and bf16 on a CPU with 2 threads).
 LONG = 384
+# A run of tokens is filled up to a multiple of this before it goes through a model.
+ROWS = 64
+BUCKET_COST = 290.0  # microseconds, see _cost
 _ASIDE = ("softcap", "s_aux", "position_bias", "sinks")
 
 
@@ -43,7 +49,7 @@ _ASIDE = ("softcap", "s_aux", "position_bias", "sinks")
 class Bucket:
     """Segments computed together. Offsets count token slots, to be multiplied by heads."""
 
-    members: int  # B
+    members: int  # B, the last of which may be empty
     queries: int  # Q
     keys: int  # N
     query_slots: np.ndarray  # [B, Q] token of each slot, -1 for padding
@@ -79,7 +85,7 @@ class Indices:
     add_to: Tensor | None  # ... and the rows that their gradients are added to
     pads: Tensor | None  # output rows that are padding
     gather_out: Tensor  # [outputs] row of the [T*H] output that each bucket output row belongs to
-    outside: Tensor | None  # rows of the flat tensor that are in no bucket (long segments)
+    outside: Tensor | None  # rows of the flat tensor that are in no bucket (long segments, filling)
 
 
 def plan(forest: Forest, window: int | None = None) -> Plan:
@@ -125,7 +131,18 @@ def _long_mask(n: int, before: int, window: int | None, device: torch.device) ->
 
 def _cost(members: int, prefix: int, own: int) -> float:
     """Microseconds of a bucket, forward and backward of one layer with 4 heads of 32, measured on 2 cores."""
-    return 60.0 + members * (0.012 * own * (prefix + own) + 0.25 * (3 * own + 2 * prefix))
+    members, prefix, own = _rounded(members), _multiple(prefix, 16), _multiple(own, 8)
+    return BUCKET_COST + members * (0.012 * own * (prefix + own) + 0.25 * (3 * own + 2 * prefix))
+
+
+def _rounded(members: int) -> int:
+    """The next of 1, 2, 3, 4, 6, 8, 12, 16, 24 ...: at most a third of a bucket is empty."""
+    power = 1 << max(members - 1, 0).bit_length()
+    return 3 * power // 4 if members <= 3 * power // 4 else power
+
+
+def _multiple(n: int, of: int) -> int:
+    return -(-n // of) * of
 
 
 def _group(shapes: list[tuple[int, int, int]]) -> list[list[int]]:
@@ -162,8 +179,9 @@ def _bucket(
     device: torch.device,
 ) -> Bucket:
     """Keys are [ancestors | own tokens], each padded on the right."""
-    prefix, own = max(before[s] for s in group), max(length[s] for s in group)
-    key_slots = np.full((len(group), prefix + own), -1, dtype=np.int64)
+    prefix, own = _multiple(max(before[s] for s in group), 16), _multiple(max(length[s] for s in group), 8)
+    members = _rounded(len(group))
+    key_slots = np.full((members, prefix + own), -1, dtype=np.int64)
     for row, s in enumerate(group):
         at = 0
         for a in chains[s]:
@@ -171,7 +189,7 @@ def _bucket(
             at += length[a]
         key_slots[row, prefix : prefix + length[s]] = np.arange(start[s], start[s] + length[s])
     own_at = np.arange(own)
-    positions = np.array([before[s] for s in group])[:, None]
+    positions = np.array([before[s] for s in group] + [0] * (members - len(group)))[:, None]
     q_at = positions + own_at  # [B, Q] position of each query
     k_at = np.concatenate(
         [np.where(np.arange(prefix) < positions, np.arange(prefix), 1 << 60), positions + own_at], axis=1
@@ -181,7 +199,7 @@ def _bucket(
     q, k = torch.from_numpy(q_at), torch.from_numpy(k_at)
     seen = _visible(q[:, :, None], k[:, None, :], window)
     mask = torch.zeros(seen.shape).masked_fill_(~seen, float("-inf"))
-    return Bucket(len(group), own, prefix + own, key_slots[:, prefix:], key_slots, mask.to(device))
+    return Bucket(members, own, prefix + own, key_slots[:, prefix:], key_slots, mask.to(device))
 
 
 def _indices(p: Plan, tokens: int, heads: int, kv_heads: int, head_major: bool, device: torch.device) -> Indices:
@@ -241,7 +259,10 @@ def _indices(p: Plan, tokens: int, heads: int, kv_heads: int, head_major: bool, 
         return torch.from_numpy(result).to(device)
 
     add, pad = tensor(add_from), tensor(pads)
-    outside = np.setdiff1d(np.arange(tokens * width), np.concatenate(own_to)) if p.longs and own_to else None
+    inside = np.zeros(tokens * width, dtype=bool)
+    if own_to:
+        inside[np.concatenate(own_to)] = True
+    outside = np.flatnonzero(~inside)
     p.indices[key] = Indices(
         gather_R=tensor(gather),
         out=inverse(tokens * heads, out_to, out_from),
@@ -250,7 +271,7 @@ def _indices(p: Plan, tokens: int, heads: int, kv_heads: int, head_major: bool, 
         add_to=tensor(add_to) if add.numel() else None,
         pads=pad if pad.numel() else None,
         gather_out=tensor(gather_out),
-        outside=torch.from_numpy(outside).to(device) if outside is not None else None,
+        outside=torch.from_numpy(outside).to(device) if outside.size else None,
     )
     return p.indices[key]
 
@@ -333,7 +354,8 @@ def attend(
     """Attention of a forest.
 
     rows [T, H+2K, D] (contiguous), or [H+2K, T, D] for backend names ending in ":heads"; heads are ordered queries,
-    keys, values, rotary positions already applied. Returns [T, H, D].
+    keys, values, rotary positions already applied. Returns [T, H, D]. Rows beyond the forest's tokens are filling:
+    what comes out there means nothing, and no gradient goes in.
     """
     name, _, layout = backend.partition(":")
     head_major = layout == "heads"
@@ -351,8 +373,9 @@ def attend(
 
 def _with_longs(rows: Tensor, short: Tensor | None, p: Plan, heads: int, kv: int, scale: float) -> Tensor:
     """Replace the outputs of long segments in `short` [T, H, D] by one fused call for each."""
-    pieces = rows.split(p.lengths)  # one node of the graph: slices would each cost a gradient of full size
-    parts = list(short.split(p.lengths)) if short is not None else [piece[:, :heads] for piece in pieces]
+    lengths = [*p.lengths, len(rows) - sum(p.lengths)]  # the last is filling
+    pieces = rows.split(lengths)  # one node of the graph: slices would each cost a gradient of full size
+    parts = list(short.split(lengths)) if short is not None else [piece[:, :heads] for piece in pieces]
     for item in p.longs:
         own = pieces[item.segment]
         keys = torch.cat([pieces[a][:, heads:] for a in item.chain] + [own[:, heads:]]) if item.chain else None
@@ -385,11 +408,12 @@ def dense_mask(forest: Forest, window: int | None = None) -> Tensor:
 
 
 def _dense(rows: Tensor, forest: Forest, heads: int, kv: int, scale: float, window: int | None) -> Tensor:
-    q, k, v = (part.transpose(0, 1) for part in rows.split([heads, kv, kv], dim=1))
+    filling = len(rows) - len(forest)
+    q, k, v = (part.transpose(0, 1) for part in rows[: len(forest)].split([heads, kv, kv], dim=1))
     k, v = (x.repeat_interleave(heads // kv, dim=0) for x in (k, v))
     scores = (q @ k.transpose(1, 2)).float() * scale
     scores = scores.masked_fill(~dense_mask(forest, window), float("-inf"))
-    return (scores.softmax(-1).to(v.dtype) @ v).transpose(0, 1)
+    return F.pad((scores.softmax(-1).to(v.dtype) @ v).transpose(0, 1), (0, 0, 0, 0, 0, filling))
 
 
 def forest_attention(
@@ -442,11 +466,19 @@ def use_forest(model: nn.Module) -> bool:
     return True
 
 
+def filled(x: Tensor) -> Tensor:
+    """x [N, ...] with zeros up to the next multiple of `ROWS`."""
+    return F.pad(x, (0, 0) * (x.ndim - 1) + (0, -len(x) % ROWS))
+
+
 def forest_inputs(forest: Forest) -> dict[str, Any]:
-    """Arguments of a model's forward. The 4-D mask is a stand-in that keeps transformers from building [T, T]."""
+    """Arguments of a model's forward, which returns filling (`ROWS`) behind the forest's tokens.
+
+    The 4-D mask is a stand-in that keeps transformers from building [T, T].
+    """
     return {
-        "input_ids": forest.ids_T[None],
-        "position_ids": forest.positions_T[None],
+        "input_ids": filled(forest.ids_T)[None],
+        "position_ids": filled(forest.positions_T)[None],
         "attention_mask": torch.zeros(1, 1, 1, 1, device=forest.ids_T.device),
         "use_cache": False,
         "forest": forest,

@@ -45,6 +45,11 @@ def unwrapped(model: Any) -> Any:
 
 def hidden_states(model: nn.Module, forest: Forest, *, padded: bool | None = None) -> Tensor:
     """Last hidden states [T, D] of a causal LM or classifier. `padded` forces the choice of computation."""
+    return _filled_states(model, forest, padded)[: len(forest)]
+
+
+def _filled_states(model: nn.Module, forest: Forest, padded: bool | None = None) -> Tensor:
+    """The same with filling behind: a head applied before it is cut off meets few different shapes."""
     inner = unwrapped(model)
     trunk = inner.base_model  # without the head
     if padded is None:
@@ -129,7 +134,7 @@ class PolicyModel(nn.Module):
         chosen = forest.weights_T != 0 if select_T is None else select_T
         at = (chosen & (forest.predictor_T >= 0)).nonzero().squeeze(1)
         inner = unwrapped(self.lm)
-        states = hidden_states(self.lm, forest).index_select(0, forest.predictor_T[at])
+        states = _filled_states(self.lm, forest).index_select(0, forest.predictor_T[at])
         found = token_logprobs(
             states,
             inner.get_output_embeddings(),
@@ -151,7 +156,8 @@ class ScalarModel(nn.Module):
 
     def forward(self, forest: Forest) -> Tensor:
         """float32 [T]: the head's output at each token's own position, the state after reading that token."""
-        return unwrapped(self.classifier).score(hidden_states(self.classifier, forest)).squeeze(-1).float()
+        scores = unwrapped(self.classifier).score(_filled_states(self.classifier, forest)).squeeze(-1).float()
+        return scores[: len(forest)]
 
 
 def at_predictor(values_T: Tensor, forest: Forest) -> Tensor:

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from pipeline.llama.attention import filled
+
 # Logits held at once, in elements: 64 MiB in float32. Up to this size computing them twice would only cost time.
 CHUNK_ELEMENTS = 1 << 24
 
@@ -83,11 +85,16 @@ def token_logprobs(
         return *chosen_logprobs(logits, ids, temperature=temperature, entropy=entropy), correct
 
     rows = max(1, chunk_elements // vocabulary)
-    if len(ids_N) <= rows:
-        return compute(hidden_ND, ids_N)
-    parts = [
-        checkpoint(compute, h, i, use_reentrant=False, preserve_rng_state=False)
-        for h, i in zip(hidden_ND.split(rows), ids_N.split(rows), strict=True)
-    ]
-    logp, spread, correct = zip(*parts, strict=True)
-    return torch.cat(logp), torch.cat(spread) if entropy else None, torch.cat(correct) if accuracy else None
+    hidden, ids = filled(hidden_ND), filled(ids_N)
+    if len(ids) <= rows:
+        logp, spread, correct = compute(hidden, ids)
+    else:
+        parts = [
+            checkpoint(compute, h, i, use_reentrant=False, preserve_rng_state=False)
+            for h, i in zip(hidden.split(rows), ids.split(rows), strict=True)
+        ]
+        logps, spreads, corrects = zip(*parts, strict=True)
+        logp = torch.cat(logps)
+        spread, correct = torch.cat(spreads) if entropy else None, torch.cat(corrects) if accuracy else None
+    n = len(ids_N)
+    return logp[:n], None if spread is None else spread[:n], None if correct is None else correct[:n]

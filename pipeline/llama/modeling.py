@@ -211,7 +211,7 @@ class LlamaAttention(nn.Module):
             scale=self.scaling,
             backend=forest.cache.get("backend", "grouped"),
         )
-        return self.o_proj(out.reshape(1, len(forest), -1))
+        return self.o_proj(out.reshape(1, len(rows), -1))
 
     def _paired_rows(self, x: Tensor) -> Tensor:
         """[T, D] -> [T, H+2K, 2h], the pair (i, i + h) of every query and key head moved to (2i, 2i + 1).
@@ -311,7 +311,9 @@ class LlamaModel(LlamaPreTrainedModel):
             raise ValueError("exactly one of input_ids and inputs_embeds")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if forest is not None and self.config._attn_implementation == attention.NAME:
-            layer_inputs = {"forest": forest, "forest_factors": self._factors(forest)}
+            if position_ids is None:
+                raise ValueError("a forest needs the positions that forest_inputs gives")
+            layer_inputs = {"forest": forest, "forest_factors": self._factors(forest, position_ids[0])}
             past_key_values = None
         else:
             use_cache = self.config.use_cache if use_cache is None else use_cache
@@ -361,12 +363,12 @@ class LlamaModel(LlamaPreTrainedModel):
             angles = self._angles(positions).repeat(1, 1, 2)
             return angles.cos().to(dtype), angles.sin().to(dtype)
 
-    def _factors(self, forest: Forest) -> Tensor:
+    def _factors(self, forest: Forest, positions: Tensor) -> Tensor:
         """e^{i m theta_j} as complex64 [T, 1, h], once for all models of this rotary setting."""
         rope = self.config.rope_parameters
         key = ("rotary", self.config.head_dim, *sorted((k, str(v)) for k, v in rope.items()))
         if key not in forest.cache:
-            angles = self._angles(forest.positions_T)[:, None]
+            angles = self._angles(positions)[:, None]
             forest.cache[key] = torch.polar(torch.ones_like(angles), angles)
         return forest.cache[key]
 
