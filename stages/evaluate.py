@@ -55,16 +55,18 @@ class Evaluate(Stage):
         from pipeline.evaluate.policies import answer, exhibits, kl_to, text_perplexity
         from pipeline.llama.open import open_frozen
         from pipeline.report.samples import write_samples
+        from pipeline.rollout.collect import fitting
         from pipeline.rollout.engine import SamplingSettings
         from pipeline.rollout.noise import NoiseKey
 
         config: Evaluate.Config = self.config
         reader = Reader(workspace)
-        prompts = reader.read("prompts", inputs.prompts, "prompts")[: config.prompts]
-        documents = reader.read("documents", inputs.documents, "documents") if inputs.documents else None
-        judges = _Judges(inputs, config)
         named = _named(inputs)
         reference_name, reference_artifact = _reference(inputs, named)
+        asked = reader.read("prompts", inputs.prompts, "prompts")[: config.prompts]
+        prompts = fitting(asked, _chats(named), config.max_tokens, config.max_new_tokens)
+        documents = reader.read("documents", inputs.documents, "documents") if inputs.documents else None
+        judges = _Judges(inputs, config)
         reference = open_frozen(reference_artifact)
         key = NoiseKey(workspace.seed, "evaluate")
         sampling = SamplingSettings(
@@ -99,6 +101,7 @@ class Evaluate(Stage):
             "reference": reference_name,
             "decided_by": judges.decisive,
             "prompts": len(prompts),
+            "dropped_too_long": len(asked) - len(prompts),
             "best_of_n": best,
             "seed": workspace.seed,
             "reward_model": judges.scorecard("proxy", reader, inputs),
@@ -187,6 +190,15 @@ def _named(inputs: Any) -> dict[str, Policy]:
         name = artifact.meta.get("row") or artifact.path.name
         named[name if name not in named else f"{name}-{artifact.digest[:8]}"] = artifact
     return named
+
+
+def _chats(named: dict[str, Policy]) -> list[Any]:
+    """The chat format of every tokenizer among the policies, once."""
+    from pipeline.data.chat import ChatFormat
+    from pipeline.llama.open import open_tokenizer
+
+    distinct = {(a.lineage.get("tokenizer"), a.lineage.get("template")): a for a in named.values()}
+    return [ChatFormat(open_tokenizer(artifact)) for artifact in distinct.values()]
 
 
 def _reference(inputs: Any, named: dict[str, Policy]) -> tuple[str, Policy]:

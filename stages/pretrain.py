@@ -77,7 +77,9 @@ class Pretrain(Stage):
         ranks = strategy.for_row(workspace, precision=config.train.precision, clip=config.train.clip)
         plan = Plan(encoded.groups, config.train, seed=workspace.seed, strategy=ranks)
         trainer = Trainer(module, next_token, config.train, ranks, total=len(plan), seed=workspace.seed)
-        held = trainer.share(document_groups(heldout, chat, config.max_tokens).groups) if heldout else None
+        held = None
+        if heldout:
+            held = trainer.share(document_groups(heldout, chat, config.max_tokens).groups, "heldout")
         evaluate = (lambda: trainer.evaluate(held)) if held is not None else None
         outcome = fit(trainer, plan, workspace, evaluate=evaluate, best_by="nll", figures=("loss", "learning_rate"))
         save_model(model, tokenizer, workspace.slot("policy"))

@@ -90,7 +90,7 @@ class Reward(Stage):
             heldout = [c for c in reader.read("heldout", inputs.heldout, "comparisons") if c.pairs()]
             held = comparison_groups(heldout, scorer.chat, config.max_tokens)
             pairs = sum(len(heldout[i].pairs()) for i in held.kept)
-            mine = trainer.share(held.groups)
+            mine = trainer.share(held.groups, "heldout")
             evaluate = lambda: trainer.evaluate(mine)
         outcome = fit(trainer, plan, workspace, evaluate=evaluate, figures=("loss", "accuracy", "margin"))
         sampling = SamplingSettings(samples=1, max_new_tokens=config.max_new_tokens)

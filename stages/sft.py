@@ -67,7 +67,8 @@ class Sft(Stage):
         evaluate = None
         if inputs.heldout:
             heldout = reader.read("heldout", inputs.heldout, "conversations")
-            held = trainer.share(conversation_groups(heldout, policy.chat, config.max_tokens, config.train_on).groups)
+            found = conversation_groups(heldout, policy.chat, config.max_tokens, config.train_on)
+            held = trainer.share(found.groups, "heldout")
             evaluate = lambda: trainer.evaluate(held)
         outcome = fit(trainer, plan, workspace, evaluate=evaluate, best_by="nll", figures=("loss", "accuracy"))
         save_policy(policy, workspace)

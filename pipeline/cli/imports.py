@@ -42,6 +42,7 @@ def llama2c(
             raise UserError(f"there is no file {path}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is not an empty directory; remove it or name another")
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # transformers imports deepspeed, which looks for a GPU aloud
     from pipeline.llama.llama2c import import_llama2c
 
     out.parent.mkdir(parents=True, exist_ok=True)

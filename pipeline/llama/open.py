@@ -103,6 +103,8 @@ def _open(artifact: ModelArtifact, *, classifier: bool, dtype: torch.dtype, trai
         record = {**record, "form": "adapter"}
     else:
         model, record = _open_full(artifact.path, classifier=classifier, dtype=dtype)
+    if trainable:
+        _refuse_attention_dropout(artifact, model)
     return Opened(model.eval(), open_tokenizer(artifact), record)
 
 
@@ -285,6 +287,15 @@ def _adapted(
     if adapter is None:
         return model, None
     return adapters.add_lora(model, adapter, seed), artifact.digest
+
+
+def _refuse_attention_dropout(artifact: ModelArtifact, model: Any) -> None:
+    """Forest attention has none, and training without a dropout that the model asks for would not be said."""
+    if rate := getattr(model.config, "attention_dropout", 0.0):
+        raise UserError(
+            f"{artifact.path / 'config.json'}: attention_dropout is {rate}, but models are trained without it here: "
+            "set it to 0.0"
+        )
 
 
 def _trainable(module: nn.Module, model: Any, opened: Opened, below: str | None) -> Trainable:

@@ -40,12 +40,31 @@ def encode_prompts(prompts: Sequence[Prompt], chat: ChatFormat, max_tokens: int,
     everything = chat.prompts_ids([p.messages for p in prompts])
     room = max_tokens - max_new_tokens
     kept = [i for i, ids in enumerate(everything) if len(ids) <= room]
+    _require_some(kept, max_tokens, max_new_tokens)
+    return EncodedPrompts([prompts[i] for i in kept], [everything[i] for i in kept], len(prompts) - len(kept))
+
+
+def fitting(
+    prompts: Sequence[Prompt], chats: Sequence[ChatFormat], max_tokens: int, max_new_tokens: int
+) -> list[Prompt]:
+    """The prompts that `encode_prompts` keeps under every one of these formats, so that all policies answer the same.
+
+    UserError where there is none.
+    """
+    left = list(prompts)
+    for chat in chats:
+        sizes = map(len, chat.prompts_ids([p.messages for p in left]))
+        left = [p for p, n in zip(left, sizes, strict=True) if n <= max_tokens - max_new_tokens]
+        _require_some(left, max_tokens, max_new_tokens)
+    return left
+
+
+def _require_some(kept: Sequence[object], max_tokens: int, max_new_tokens: int) -> None:
     if not kept:
         raise UserError(
-            f"no prompt has at most {room} tokens (max_tokens {max_tokens} less sampling.max_new_tokens "
-            f"{max_new_tokens}): raise max_tokens"
+            f"no prompt has at most {max_tokens - max_new_tokens} tokens (max_tokens {max_tokens} less "
+            f"sampling.max_new_tokens {max_new_tokens}): raise max_tokens"
         )
-    return EncodedPrompts([prompts[i] for i in kept], [everything[i] for i in kept], len(prompts) - len(kept))
 
 
 @dataclass(frozen=True)

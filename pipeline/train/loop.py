@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.data.forest import Forest, Group, build, cut, size
-from pipeline.flow.errors import NonFinite
+from pipeline.flow.errors import NonFinite, UserError
 from pipeline.train import optim
 from pipeline.train.arithmetic import fast_products
 from pipeline.train.batches import Plan, check_sizes
@@ -161,8 +161,10 @@ class Trainer:
         with self.engine.autocast(), fast_products(self.strategy.device, self.settings.precision):
             yield
 
-    def share(self, groups: Sequence[Group]) -> list[Group]:
-        """This rank's part of groups that all ranks hold."""
+    def share(self, groups: Sequence[Group], what: str) -> list[Group]:
+        """This rank's part of groups that all ranks hold; UserError where there are none of `what`."""
+        if not groups:
+            raise UserError(f"{what}: no record is left after reading and truncation; raise max_tokens, or give others")
         return [groups[i] for i in self.strategy.share([size(g) for g in groups])]
 
     def forests(self, groups: Sequence[Group]) -> list[Forest]:

@@ -143,6 +143,13 @@ def test_configs_that_run_code_are_refused(key: str, stored: Path, tmp_path: Pat
             open_policy(at(path))
 
 
+def test_dropout_in_attention_is_refused_for_training_alone(stored: Path, tmp_path: Path) -> None:
+    path = edited(stored, tmp_path / "dropout", {"attention_dropout": 0.1})
+    open_policy(at(path))
+    with pytest.raises(UserError, match=r"dropout/config.json: attention_dropout is 0.1.* set it to 0.0"):
+        open_trainable(at(path), None, 0)
+
+
 def test_pickles_are_refused(stored: Path, tmp_path: Path) -> None:
     path = edited(stored, tmp_path / "pickled")
     (path / "model.safetensors").rename(path / "pytorch_model.bin")

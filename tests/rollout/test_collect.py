@@ -10,7 +10,7 @@ from pipeline.data.forest import build
 from pipeline.data.groups import answers
 from pipeline.data.records import Prompt, Sample
 from pipeline.flow.errors import UserError
-from pipeline.rollout.collect import EncodedPrompts, Sampler, encode_prompts, figures, finished_scores
+from pipeline.rollout.collect import EncodedPrompts, Sampler, encode_prompts, figures, finished_scores, fitting
 from pipeline.rollout.engine import SamplingSettings
 from pipeline.rollout.noise import NoiseKey
 from pipeline.rollout.reward import Reward
@@ -30,6 +30,19 @@ def test_prompts_without_room_for_an_answer_are_counted():
     assert [p.id for p in taken.prompts] == ["p2", "p0"] and taken.ids == encoded.ids[::-1] and taken.dropped == 1
     with pytest.raises(UserError, match=r"no prompt has at most 7 tokens \(max_tokens 15 less"):
         encode_prompts(prompts("a" * 20), chat(), 15, 8)
+
+
+def test_all_policies_answer_the_prompts_that_fit_under_every_tokenizer():
+    class Twice:
+        def prompts_ids(self, conversations: list[Any]) -> list[list[int]]:
+            return [ids * 2 for ids in chat().prompts_ids(conversations)]
+
+    twice: Any = Twice()
+    asked = prompts("a", "abcd", "a" * 20)  # 5, 8 and 24 tokens, where 14 fit, and twice as many
+    assert [p.id for p in fitting(asked, [chat()], 15, 1)] == ["p0", "p1"]
+    assert [p.id for p in fitting(asked, [twice, chat()], 15, 1)] == ["p0"]
+    with pytest.raises(UserError, match="no prompt has at most 9 tokens"):
+        fitting(asked, [chat(), twice], 15, 6)
 
 
 def encoded(*texts: str) -> EncodedPrompts:

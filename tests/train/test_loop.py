@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from pipeline.data.forest import Forest, Segment, build
-from pipeline.flow.errors import NonFinite
+from pipeline.flow.errors import NonFinite, UserError
 from pipeline.train.batches import Plan, weigh_tokens
 from pipeline.train.loop import LossSums, Trainer, evaluation_steps, fit
 from pipeline.train.optim import learning_rate
@@ -280,3 +280,8 @@ def test_evaluations_are_spread_evenly_and_end_with_the_run() -> None:
     assert sorted(evaluation_steps(10, 4)) == [2, 5, 8, 10]
     assert sorted(evaluation_steps(2, 4)) == [1, 2]
     assert evaluation_steps(10, 0) == set()
+
+
+def test_nothing_to_evaluate_on_is_said(one: Strategy) -> None:
+    with pytest.raises(UserError, match="heldout: no record is left"):
+        trainer(one).share([], "heldout")
