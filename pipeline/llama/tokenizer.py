@@ -1,4 +1,4 @@
-"""Tokenizers: byte-level BPE trained on the documents, its chat template stored with it, and its digests.
+"""Tokenizers: byte-level BPE trained on the documents, its chat template stored with it.
 
     tokenizer = train_tokenizer(texts, vocab_size=2048)
     encode_texts(tokenizer, ["Hi <|user|>"])      # control tokens spelled in text stay text
@@ -8,7 +8,6 @@ Ids 0 to 7 are the control tokens, 8 to 263 the bytes, the rest merges.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -27,8 +26,6 @@ __all__ = [
     "from_sentencepiece",
     "require_vocabulary",
     "stop_tokens",
-    "template_digest",
-    "tokenizer_digest",
     "train_tokenizer",
 ]
 
@@ -157,46 +154,3 @@ def stop_tokens(tokenizer: Any) -> tuple[int, ...]:
     ids = (tokenizer.convert_tokens_to_ids(END), tokenizer.eos_token_id)
     known = tokenizer.get_vocab()
     return tuple(i for i, token in zip(ids, (END, tokenizer.eos_token), strict=True) if token in known)
-
-
-def tokenizer_digest(directory: Path) -> str:
-    """sha256 of what decides the ids of a text: vocabulary, merges, and the roles of special tokens.
-
-    Truncation and padding, which transformers leaves in tokenizer.json after use, and key order do not count.
-    Raises UserError where the directory holds no tokenizer.
-    """
-    facts: dict[str, Any] = {}
-    if (directory / "tokenizer.json").is_file():
-        table = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
-        facts["tokenizer"] = {k: v for k, v in table.items() if k not in ("truncation", "padding", "version")}
-    else:
-        names = ("tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
-        present = [directory / n for n in names if (directory / n).is_file()]
-        if not present:
-            raise UserError(f"{directory}: holds no tokenizer (no tokenizer.json, tokenizer.model or vocab.json)")
-        facts["files"] = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in present}
-    settings = _config(directory)
-    roles = ("bos_token", "eos_token", "pad_token", "unk_token", "add_bos_token", "add_eos_token")
-    facts["roles"] = {k: _token(settings[k]) for k in roles if settings.get(k) is not None}
-    return _digest(facts)
-
-
-def template_digest(directory: Path) -> str | None:
-    """sha256 of the chat template stored with the tokenizer, None where there is none."""
-    own = directory / "chat_template.jinja"
-    template = own.read_text(encoding="utf-8") if own.is_file() else _config(directory).get("chat_template")
-    return None if template is None else _digest(template)
-
-
-def _config(directory: Path) -> dict[str, Any]:
-    path = directory / "tokenizer_config.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def _token(value: Any) -> Any:
-    return value.get("content") if isinstance(value, dict) else value
-
-
-def _digest(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()

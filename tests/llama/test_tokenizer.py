@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -18,8 +17,6 @@ from pipeline.llama.tokenizer import (
     from_sentencepiece,
     require_vocabulary,
     stop_tokens,
-    template_digest,
-    tokenizer_digest,
     train_tokenizer,
 )
 
@@ -85,33 +82,6 @@ def test_saved_and_opened_it_is_the_same(tokenizer, tmp_path: Path) -> None:
     assert encode_texts(opened, texts) == encode_texts(tokenizer, texts)
     assert opened.chat_template == CHAT_TEMPLATE
     assert (opened.pad_token_id, opened.bos_token_id, opened.eos_token_id) == (0, 1, 2)
-
-
-def test_digests_name_content(tokenizer, tmp_path: Path) -> None:
-    one, two, three = tmp_path / "one", tmp_path / "two", tmp_path / "three"
-    tokenizer.save_pretrained(one)
-    again = train_tokenizer(TEXTS, 400)
-    again(["a b"], padding="max_length", truncation=True, max_length=3)  # leaves both in tokenizer.json
-    again.save_pretrained(two)
-    train_tokenizer(TEXTS, 300, chat_template="{{ messages }}").save_pretrained(three)
-    assert tokenizer_digest(one) == tokenizer_digest(two) != tokenizer_digest(three)
-    assert template_digest(one) == template_digest(two) != template_digest(three)
-
-
-def test_digest_sees_a_changed_role(tokenizer, tmp_path: Path) -> None:
-    tokenizer.save_pretrained(tmp_path)
-    before = tokenizer_digest(tmp_path)
-    path = tmp_path / "tokenizer_config.json"
-    settings = json.loads(path.read_text())
-    settings["eos_token"] = "<|end|>"
-    path.write_text(json.dumps(settings))
-    assert tokenizer_digest(tmp_path) != before
-
-
-def test_no_tokenizer_there(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no tokenizer"):
-        tokenizer_digest(tmp_path)
-    assert template_digest(tmp_path) is None
 
 
 def test_a_vocabulary_too_small_is_refused() -> None:
