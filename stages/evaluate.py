@@ -111,7 +111,11 @@ class Evaluate(Stage):
         }
         directory = workspace.slot("evaluation")
         (directory / "evaluation.json").write_text(json.dumps(metrics, indent=1) + "\n")
-        facts = {"temperature": f"{config.temperature:g}", "reference": reference_name}
+        facts = {
+            "of": f"{len(prompts)} in this row",
+            "temperature": f"{config.temperature:g}",
+            "reference": reference_name,
+        }
         write_samples(directory, exhibits(everyone, config.shown), title=workspace.stage, facts=facts)
         return metrics
 

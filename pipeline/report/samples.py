@@ -163,8 +163,8 @@ def _spell(c: str) -> str:
 
 
 def _facts(facts: Mapping[str, str], prompts: int) -> str:
-    shown = [f"{prompts} prompt{'' if prompts == 1 else 's'}", *(f"{k} {v}" for k, v in facts.items())]
-    return visible(" · ".join(shown))
+    count = f"{prompts} prompt{'' if prompts == 1 else 's'} and means over them"
+    return visible(" · ".join([count, *(f"{k} {v}" for k, v in facts.items())]))
 
 
 def _content(message: Message) -> str:

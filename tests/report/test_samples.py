@@ -58,7 +58,7 @@ def test_the_page_holds_every_answer_beside_its_policy():
         "✗ correct",
         "did not stop by itself",
         "(empty)",
-        "2 prompts · temperature 0.7",
+        "2 prompts and means over them · temperature 0.7",
     ):
         assert text in page.text
     assert page.text.count("dpo best") == page.text.count(" best") == 1  # not where only one answer was judged
