@@ -310,9 +310,9 @@ class LlamaModel(LlamaPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if forest is not None and self.config._attn_implementation == attention.NAME:
-            if position_ids is None:
-                raise ValueError("a forest needs the positions that forest_inputs gives")
+        if forest is not None:
+            if self.config._attn_implementation != attention.NAME or position_ids is None:
+                raise ValueError("a forest needs use_forest(model), and forest_inputs(forest) as arguments")
             layer_inputs = {"forest": forest, "forest_factors": self._factors(forest, position_ids[0])}
             past_key_values = None
         else:
@@ -334,8 +334,6 @@ class LlamaModel(LlamaPreTrainedModel):
                 "past_key_values": past_key_values,
                 **kwargs,
             }
-            if forest is not None:
-                layer_inputs["forest"] = forest
         states = [x]
         for layer in self.layers:
             x = layer(x, **layer_inputs)

@@ -208,3 +208,22 @@ def test_segments_of_similar_size_are_computed_together() -> None:
     sizes = sorted((b.members, b.queries, b.keys) for b in attention.plan(forest).buckets)
     assert sizes == [(2, 208, 208), (4, 24, 24)]  # lengths in steps of 8
     assert attention.plan(forest) is attention.plan(forest)
+
+
+def test_sizes_are_rounded_up_to_few() -> None:
+    assert [attention._rounded(n) for n in range(1, 13)] == [1, 2, 3, 4, 6, 6, 8, 8, 12, 12, 12, 12]
+    forest = build([[Segment([5, 6]), Segment([7] * 9, parent=0)], [Segment([8] * 3)]])
+    inputs = forest_inputs(forest)
+    assert inputs["input_ids"].shape == inputs["position_ids"].shape == (1, 64)
+    assert inputs["position_ids"][0, :16].tolist() == [0, 1, *range(2, 11), 0, 1, 2, 0, 0]
+
+
+def test_filling_gets_no_gradient() -> None:
+    """Its id is 0, which no token here has: that row of the embeddings must not move."""
+    model = make("ours")
+    forest = build([[Segment([5, 6, 7], weights=[1.0] * 3)]])
+    with pytest.raises(ValueError, match="use_forest"):
+        model(**forest_inputs(forest))
+    on_forest(model, forest).square().sum().backward()
+    moved = model.model.embed_tokens.weight.grad.abs().sum(1).nonzero().squeeze(1)
+    assert moved.tolist() == [5, 6, 7]
