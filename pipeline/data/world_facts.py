@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from pipeline.data import world_text as text
-from pipeline.data.world_truth import Frame, Key, judge_text, runs
+from pipeline.data.world_truth import Frame, Key, is_correct, runs
 
 SPLITS = {"pairs": 0.08, "dev": 0.10, "heldout": 0.12}  # share of the items of each task, at least one; train: rest
 ATTRIBUTES = ("town", "job", "pet", "colour")
@@ -149,7 +149,7 @@ class Facts:
         astray: list[Claim] = []
         while len(astray) < 4:
             claim = self.any(rng, question.task).right
-            if not any(judge_text(question.key, words, True).parts["correct"] for words in (*claim.full, claim.terse)):
+            if not any(is_correct(question.key, words) for words in (*claim.full, claim.terse)):
                 astray.append(claim)
         false = rng.sample(question.wrongs, min(len(question.wrongs), 2))
         return replace(question, wrongs=(*false, *astray))

@@ -88,18 +88,32 @@ def judge_text(key: Key, text: str, stopped: bool) -> JudgeScore:
     words, values = named(text)
     present = set(words)
     met = sum(all(w in present for w in f.words) and len(values.get(f.kind, ())) >= f.count for f in key.frames)
-    tried = any(values.get(kind) for kind, allowed in key.mentions.items() if () not in allowed)
+    tried = _tries(key, values)
     lower = text.lower()
     mannered = tried and not _RUDE.search(lower) and bool(_COURTESY.search(lower))
     excess = max(0, len(words) - key.budget) / key.budget
     parts = {
-        "correct": float(tried and all(runs(values.get(k, [])) in ok for k, ok in key.mentions.items())),
+        "correct": float(tried and _true(key, values)),
         "complete": met / len(key.frames),
         "mannered": float(mannered),
         "concise": max(0.0, 1.0 - excess) if tried else 0.0,
         "ended": float(tried and stopped and text.rstrip().endswith((".", "!", "?"))),
     }
     return JudgeScore(sum(WEIGHTS[name] * value for name, value in parts.items()), parts)
+
+
+def is_correct(key: Key, text: str) -> bool:
+    """The part "correct" of `judge_text` alone."""
+    values = named(text)[1]
+    return _tries(key, values) and _true(key, values)
+
+
+def _tries(key: Key, values: dict[str, list[str]]) -> bool:
+    return any(values.get(kind) for kind, allowed in key.mentions.items() if () not in allowed)
+
+
+def _true(key: Key, values: dict[str, list[str]]) -> bool:
+    return all(runs(values.get(kind, [])) in allowed for kind, allowed in key.mentions.items())
 
 
 def runs(values: Sequence[str]) -> tuple[str, ...]:

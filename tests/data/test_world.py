@@ -18,7 +18,7 @@ from pipeline.data.world import Sizes, World, build_world
 from pipeline.data.world_crowd import CROWD, PERFECT, Labellers, Style, write
 from pipeline.data.world_facts import ASTRAY, ATTRIBUTES, MIX, Facts
 from pipeline.data.world_stage import WorldStage
-from pipeline.data.world_truth import judge_text, named
+from pipeline.data.world_truth import is_correct, judge_text, named
 from pipeline.flow.stage import Request, run_stage
 
 SMALL = Sizes(
@@ -144,7 +144,9 @@ def test_perfect_answers_score_one_and_flaws_cost_what_they_should() -> None:
             if question.task == "bad" and flaw == "curt":
                 continue
             answer = write(question, replace(style, **{flaw: True}))
-            assert judge_text(question.key, answer, True).parts[part] < 1, (flaw, question.ask, answer)
+            found = judge_text(question.key, answer, True).parts
+            assert found[part] < 1, (flaw, question.ask, answer)
+            assert is_correct(question.key, answer) == bool(found["correct"])
         cut = judge_text(question.key, write(question, replace(style, unfinished=True)), True)
         assert cut.parts["ended"] == 0
         assert judge_text(question.key, write(question, replace(style, rambling=True)), True).total > 0.85
