@@ -51,8 +51,8 @@ class Demonstrators:
         return Style(wrong, terse, curt, rude, rambling, unfinished, seed=rng.getrandbits(32))
 
 
-CROWD = Demonstrators(wrong=0.16, terse=0.25, curt=0.45, rude=0.20, rambling=0.20, unfinished=0.12)
-STREET = Demonstrators(wrong=0.20, terse=0.40, curt=0.75, rude=0.35, rambling=0.10, unfinished=0.10)
+CROWD = Demonstrators(wrong=0.25, terse=0.25, curt=0.45, rude=0.20, rambling=0.20, unfinished=0.12)
+STREET = Demonstrators(wrong=0.20, terse=0.50, curt=0.85, rude=0.40, rambling=0.10, unfinished=0.18)
 PERFECT = Demonstrators(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
 
