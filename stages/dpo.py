@@ -68,8 +68,10 @@ class Dpo(Stage):
         policy = open_trainable(inputs.policy, config.adapter, workspace.seed)
         if without_dropout(policy.module):
             workspace.say("dropout is off: the ratio to the reference would measure it")
-        comparisons = [c for c in reader.read("comparisons", inputs.comparisons, "comparisons") if c.pairs()]
-        encoded = comparison_groups(comparisons, policy.chat, config.max_tokens)
+        encode = lambda slot, artifact: comparison_groups(
+            reader.read(slot, artifact, "comparisons"), policy.chat, config.max_tokens
+        ).required(slot, config.max_tokens)
+        encoded = encode("comparisons", inputs.comparisons)
         ranks = strategy.for_row(workspace, precision=config.train.precision, clip=config.train.clip)
         loss = preference(
             make_loss("sigmoid", beta=config.beta, label_smoothing=config.label_smoothing), config.sft_coefficient
@@ -81,9 +83,7 @@ class Dpo(Stage):
         require_start(trainer, plan.batch(0).groups, math.log(2), config.train.precision)
         evaluate = None
         if inputs.heldout:
-            heldout = [c for c in reader.read("heldout", inputs.heldout, "comparisons") if c.pairs()]
-            held = comparison_groups(heldout, policy.chat, config.max_tokens).groups
-            held = held_with_reference(trainer, held, workspace)
+            held = held_with_reference(trainer, encode("heldout", inputs.heldout).groups, workspace)
             evaluate = lambda: trainer.evaluate(held)
         outcome = fit(trainer, plan, workspace, evaluate=evaluate, figures=("loss", "accuracy", "margin"))
         save_policy(policy, workspace)

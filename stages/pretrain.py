@@ -71,7 +71,7 @@ class Pretrain(Stage):
             plain = (d.text for d in documents if d.text)
             tokenizer = train_tokenizer([*plain, *filter(None, texts)], config.vocab_size)
         chat = ChatFormat(tokenizer)
-        encoded = document_groups(documents, chat, config.max_tokens)
+        encoded = document_groups(documents, chat, config.max_tokens).required("documents", config.max_tokens)
         model = new_policy(config.model, tokenizer, chat.stop_ids, workspace.seed)
         module = PolicyModel(model)
         ranks = strategy.for_row(workspace, precision=config.train.precision, clip=config.train.clip)
@@ -79,7 +79,8 @@ class Pretrain(Stage):
         trainer = Trainer(module, next_token, config.train, ranks, total=len(plan), seed=workspace.seed)
         held = None
         if heldout:
-            held = trainer.share(document_groups(heldout, chat, config.max_tokens).groups, "heldout")
+            encoded_heldout = document_groups(heldout, chat, config.max_tokens)
+            held = trainer.share(encoded_heldout.required("heldout", config.max_tokens).groups)
         evaluate = (lambda: trainer.evaluate(held)) if held is not None else None
         outcome = fit(trainer, plan, workspace, evaluate=evaluate, best_by="nll", figures=("loss", "learning_rate"))
         save_model(model, tokenizer, workspace.slot("policy"))

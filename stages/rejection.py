@@ -102,7 +102,12 @@ class Rejection(Stage):
                 f"did not stop within {config.sampling.max_new_tokens} tokens; raise sampling.max_new_tokens, or train "
                 "the policy for longer before this row"
             )
+        if not pairs.records:
+            workspace.say(
+                f"no two answers to a prompt differ enough to compare ({dict(pairs.skipped)}): no comparisons"
+            )
         encoded = conversation_groups(chosen.records, policy.chat, config.max_tokens, "marked")
+        encoded.required("the chosen answers", config.max_tokens)
         plan = Plan(encoded.groups, config.train, seed=workspace.seed, strategy=ranks)
         trainer = Trainer(policy.module, next_token, config.train, ranks, total=len(plan), seed=workspace.seed)
         outcome = fit(trainer, plan, workspace, figures=("loss", "nll"))

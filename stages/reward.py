@@ -77,9 +77,11 @@ class Reward(Stage):
         config: Reward.Config = self.config
         scorer = open_trainable_classifier(inputs.policy, config.adapter, workspace.seed)
         reader = Reader(workspace)
-        everything = reader.read("comparisons", inputs.comparisons, "comparisons")
-        comparisons = [c for c in everything if c.pairs()]
-        encoded = comparison_groups(comparisons, scorer.chat, config.max_tokens)
+        encode = lambda records, slot: comparison_groups(records, scorer.chat, config.max_tokens).required(
+            slot, config.max_tokens
+        )
+        comparisons = reader.read("comparisons", inputs.comparisons, "comparisons")
+        encoded = encode(comparisons, "comparisons")
         ranks = strategy.for_row(workspace, precision=config.train.precision, clip=config.train.clip)
         weigh = weigh_pairs(config.weight_by)
         plan = Plan(encoded.groups, config.train, seed=workspace.seed, strategy=ranks, weigh=weigh)
@@ -87,10 +89,10 @@ class Reward(Stage):
         trainer = Trainer(scorer.module, loss, config.train, ranks, total=len(plan), seed=workspace.seed)
         pairs, evaluate = 0, None
         if inputs.heldout:
-            heldout = [c for c in reader.read("heldout", inputs.heldout, "comparisons") if c.pairs()]
-            held = comparison_groups(heldout, scorer.chat, config.max_tokens)
+            heldout = reader.read("heldout", inputs.heldout, "comparisons")
+            held = encode(heldout, "heldout")
             pairs = sum(len(heldout[i].pairs()) for i in held.kept)
-            mine = trainer.share(held.groups, "heldout")
+            mine = trainer.share(held.groups)
             evaluate = lambda: trainer.evaluate(mine)
         outcome = fit(trainer, plan, workspace, evaluate=evaluate, figures=("loss", "accuracy", "margin"))
         sampling = SamplingSettings(samples=1, max_new_tokens=config.max_new_tokens)
@@ -123,7 +125,7 @@ class Reward(Stage):
             "heldout_pairs": pairs,
             "kept_step": outcome.kept_step,
             "comparisons": len(encoded.groups),
-            "ties_skipped": sum(c.ties() for c in everything),
+            "ties_skipped": sum(c.ties() for c in comparisons),
             "dropped_too_long": encoded.dropped,
             "score_mean_before": scale.mean,
             "score_std_before": scale.std,

@@ -60,15 +60,16 @@ class Sft(Stage):
         reader = Reader(workspace)
         policy = open_trainable(inputs.policy, config.adapter, workspace.seed)
         conversations = reader.read("conversations", inputs.conversations, "conversations")
-        encoded = conversation_groups(conversations, policy.chat, config.max_tokens, config.train_on)
+        encode = lambda records, slot: conversation_groups(
+            records, policy.chat, config.max_tokens, config.train_on
+        ).required(slot, config.max_tokens)
+        encoded = encode(conversations, "conversations")
         ranks = strategy.for_row(workspace, precision=config.train.precision, clip=config.train.clip)
         plan = Plan(encoded.groups, config.train, seed=workspace.seed, strategy=ranks)
         trainer = Trainer(policy.module, per_round, config.train, ranks, total=len(plan), seed=workspace.seed)
         evaluate = None
         if inputs.heldout:
-            heldout = reader.read("heldout", inputs.heldout, "conversations")
-            found = conversation_groups(heldout, policy.chat, config.max_tokens, config.train_on)
-            held = trainer.share(found.groups, "heldout")
+            held = trainer.share(encode(reader.read("heldout", inputs.heldout, "conversations"), "heldout").groups)
             evaluate = lambda: trainer.evaluate(held)
         outcome = fit(trainer, plan, workspace, evaluate=evaluate, best_by="nll", figures=("loss", "accuracy"))
         save_policy(policy, workspace)

@@ -15,6 +15,7 @@ from torch import Tensor
 from pipeline.data.chat import ChatFormat, require_trained
 from pipeline.data.forest import Forest, Group, Segment
 from pipeline.data.records import Comparison, Conversation, Document, Message
+from pipeline.flow.errors import UserError
 
 
 @dataclass
@@ -24,11 +25,20 @@ class Encoded:
     groups: list[Group] = field(default_factory=list)
     kept: list[int] = field(default_factory=list)
     dropped: int = 0  # records that did not fit into max_tokens at all
+    ties: int = 0  # comparisons without any preference
     shortened: int = 0  # records that lost whole rounds
 
     def add(self, record: int, group: Group) -> None:
         self.groups.append(group)
         self.kept.append(record)
+
+    def required(self, slot: str, max_tokens: int) -> Encoded:
+        """Itself. UserError where no record is left of what the slot gave."""
+        if self.groups:
+            return self
+        reasons = [f"{self.dropped} longer than max_tokens={max_tokens}"] if self.dropped else []
+        reasons += [f"{self.ties} ties without a preference"] if self.ties else []
+        raise UserError(f"{slot}: no record is left to use ({', '.join(reasons) or 'none has a token to predict'})")
 
 
 def document_groups(documents: Sequence[Document], chat: ChatFormat, max_tokens: int) -> Encoded:
@@ -68,13 +78,16 @@ def comparison_groups(comparisons: Sequence[Comparison], chat: ChatFormat, max_t
 
     Facts: `answer` 1 marks completions, `worth` is their place from the worst, 0, up, ties sharing one (not the score:
     facts are float32, in which close scores become ties). A comparison whose prompt and longest completion exceed
-    `max_tokens` is dropped and counted: cutting an answer would change what was judged.
+    `max_tokens` is dropped and counted: cutting an answer would change what was judged. So is one of ties alone.
     """
     encoded = Encoded()
     prompts = chat.prompts_ids([c.prompt for c in comparisons])
     texts = iter(chat.completions_ids([y.text for c in comparisons for y in c.completions]))
     for number, (comparison, prompt) in enumerate(zip(comparisons, prompts, strict=True)):
         answers = [next(texts) for _ in comparison.completions]
+        if not comparison.pairs():
+            encoded.ties += 1
+            continue
         if len(prompt) + max(map(len, answers)) > max_tokens:
             encoded.dropped += 1
             continue

@@ -22,6 +22,12 @@ COLUMNS = {
     "stop_rate": ("stopped", 3),
     "text_perplexity": ("perplexity", 2),
 }
+DECIDED_BY = {
+    "gold": "the judge",
+    "heldout": "the held-out reward model",
+    "proxy": "the reward model that was trained against",
+}
+FEW = 20  # prompts below which resampling them says nothing about others
 CARD = {
     "labels": "against the labels",
     "length": "length alone, against the labels",
@@ -47,13 +53,24 @@ def policies_grid(evaluation: Mapping[str, Any], title: str = "policies") -> Gri
     columns = [k for k in COLUMNS if any(p.get(k) is not None for p in policies.values())]
     versus = sorted({p["win_rate"]["vs"] for p in policies.values() if p.get("win_rate")})
     head = ["policy", *(f"wins over {v}" for v in versus), *(COLUMNS[k][0] for k in columns)]
+    prompts = evaluation.get("prompts")
+    few = prompts is not None and prompts < FEW
     rows = []
     for name, p in policies.items():
         rate = p.get("win_rate")
-        won = [interval(rate) if rate and rate["vs"] == v else NONE for v in versus]
+        won = [(number(rate) if few else interval(rate)) if rate and rate["vs"] == v else NONE for v in versus]
         rows.append([name, *won, *(number(p.get(k), COLUMNS[k][1]) for k in columns)])
-    temperature = evaluation.get("temperature")
-    return Grid(title if temperature is None else f"{title}, temperature {temperature:g}", head, rows)
+    note = f"{prompts} prompts are too few to say how others would go." if few else ""
+    return Grid(_title(evaluation, title, bool(versus)), head, rows, note)
+
+
+def _title(evaluation: Mapping[str, Any], title: str, compared: bool) -> str:
+    """The row, how it sampled, and who decided the wins."""
+    temperature, prompts = evaluation.get("temperature"), evaluation.get("prompts")
+    facts = [title, *([f"temperature {temperature:g}"] if temperature is not None else [])]
+    facts += [f"{prompts} prompts"] if prompts is not None else []
+    decided = DECIDED_BY.get(evaluation.get("decided_by") or "")
+    return ", ".join(facts) + (f"; wins by {decided}" if compared and decided else "")
 
 
 def parts_grid(evaluation: Mapping[str, Any]) -> Grid | None:

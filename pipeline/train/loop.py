@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.data.forest import Forest, Group, build, cut, size
-from pipeline.flow.errors import NonFinite, UserError
+from pipeline.flow.errors import NonFinite
 from pipeline.train import optim
 from pipeline.train.arithmetic import fast_products
 from pipeline.train.batches import Plan, check_sizes
@@ -59,6 +59,7 @@ class LossFunction(Protocol):
         """
 
 
+FEW_STEPS = 10  # below this hardly anything is learnt
 Work = Sequence[Group] | Sequence[Forest]
 LOSS, TOKENS = "loss/", "tokens"
 
@@ -161,10 +162,8 @@ class Trainer:
         with self.engine.autocast(), fast_products(self.strategy.device, self.settings.precision):
             yield
 
-    def share(self, groups: Sequence[Group], what: str) -> list[Group]:
-        """This rank's part of groups that all ranks hold; UserError where there are none of `what`."""
-        if not groups:
-            raise UserError(f"{what}: no record is left after reading and truncation; raise max_tokens, or give others")
+    def share(self, groups: Sequence[Group]) -> list[Group]:
+        """This rank's part of groups that all ranks hold."""
         return [groups[i] for i in self.strategy.share([size(g) for g in groups])]
 
     def forests(self, groups: Sequence[Group]) -> list[Forest]:
@@ -283,6 +282,11 @@ def fit(
     evaluate   figures of the current weights, the same on every rank; logged as heldout/<name>
     best_by    which of them decides under `keep: best`
     """
+    if len(plan) < FEW_STEPS and trainer.strategy.main:
+        workspace.say(
+            f"only {len(plan)} optimiser steps from {len(plan.groups)} records: hardly anything can be learnt; "
+            "give more data, more train.epochs, or a smaller train.batch"
+        )
     due = evaluation_steps(len(plan), trainer.settings.evaluations) if evaluate else set()
     best = Best(best_by, higher_is_better) if evaluate and trainer.settings.keep == "best" else None
     evaluations: list[dict[str, float]] = []

@@ -186,7 +186,7 @@ class Learner:
         step = groups_each(self.minibatch, sum(1 for s in groups[0] if s.facts.get("answer")))
         cuts = [[groups[i] for i in order[at : at + step]] for at in range(0, len(order), step)]
         with fast_products(trainer.strategy.device, trainer.settings.precision), evaluating(trainer.module):
-            minibatches = [trainer.forests(trainer.share(cut, "minibatch")) for cut in cuts]
+            minibatches = [trainer.forests(trainer.share(cut)) for cut in cuts]
             targets = make_targets(trainer.engine, self._reference, minibatches, beta, self.objective, self._reduce)
             if iteration == 0:
                 require_zero_kl(targets.largest_kl, trainer.settings.precision)

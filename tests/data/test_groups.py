@@ -17,6 +17,7 @@ from pipeline.data.groups import (
     sum_by_segment,
 )
 from pipeline.data.records import Comparison, Completion, Conversation, Document, Message
+from pipeline.flow.errors import UserError
 from tests.small import ask, chat, comparison
 
 
@@ -115,3 +116,13 @@ def test_ranks_count_from_the_best():
     ranked = Comparison(ask("q"), (Completion("worst", rank=2), Completion("best", rank=0), Completion("tie", rank=2)))
     (group,) = comparison_groups([ranked], chat(), 99).groups
     assert [s.facts["worth"] for s in group[1:]] == [0, 1, 0]
+
+
+def test_what_is_left_over_is_counted_and_nothing_left_is_said():
+    tie, clear = comparison("a", "b", "c", scores=[1.0, 1.0]), comparison("a", "b", "c")
+    encoded = comparison_groups([tie, clear], chat(), 99)
+    assert (encoded.ties, encoded.dropped, encoded.kept) == (1, 0, [1])
+    assert encoded.required("comparisons", 99) is encoded
+    none = comparison_groups([tie, comparison("a" * 99, "b", "c")], chat(), 99)
+    with pytest.raises(UserError, match=r"heldout: no record is left to use \(1 longer than max_tokens=99, 1 ties"):
+        none.required("heldout", 99)

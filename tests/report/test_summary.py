@@ -86,3 +86,16 @@ def test_without_judge_or_reward_model_only_the_policies_are_shown():
     bare = {"temperature": 1.0, "policies": {"sft": {"length": 3.0}}}
     assert [g.head for g in summarise(bare)] == [["policy", "tokens"]]
     assert len(summarise(EVALUATION)) == 4
+
+
+def test_the_title_says_on_what_and_by_whom_wins_were_decided():
+    known = {**EVALUATION, "prompts": 600, "decided_by": "gold"}
+    assert policies_grid(known, "evaluate").title == "evaluate, temperature 0.7, 600 prompts; wins by the judge"
+    proxy = policies_grid({**known, "decided_by": "proxy"}, "evaluate").title
+    assert proxy.endswith("wins by the reward model that was trained against")
+    assert policies_grid(known).rows[1][1] == "0.700 [0.650, 0.750]"
+
+
+def test_few_prompts_have_no_interval():
+    few = policies_grid({**EVALUATION, "prompts": 19, "decided_by": "proxy"})
+    assert few.rows[1][1] == "0.700" and few.note == "19 prompts are too few to say how others would go."

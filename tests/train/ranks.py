@@ -30,7 +30,7 @@ def train(strategy: Strategy) -> dict[str, object]:
     settings = TrainSettings(batch=4, token_budget=14, learning_rate=1e-2, evaluations=2, keep="last")
     plan = Plan(records(9), settings, seed=1, strategy=strategy)
     trainer = Trainer(Tiny(), next_token, settings, strategy, total=len(plan), seed=3)
-    heldout = trainer.share(records(5, longest=9), "heldout")
+    heldout = trainer.share(records(5, longest=9))
     heard = Listener()
     outcome = fit(
         trainer, plan, heard, evaluate=lambda: trainer.evaluate(heldout, weigh_tokens(heldout)), best_by="nll"

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from pipeline.data.forest import Forest, Segment, build
-from pipeline.flow.errors import NonFinite, UserError
+from pipeline.flow.errors import NonFinite
 from pipeline.train.batches import Plan, weigh_tokens
 from pipeline.train.loop import LossSums, Trainer, evaluation_steps, fit
 from pipeline.train.optim import learning_rate
@@ -257,6 +257,7 @@ def test_the_best_evaluation_is_kept_and_named(one: Strategy) -> None:
     assert [line["heldout/loss"] for line in heard.lines] == [3.0, 1.0, 2.0, 5.0]
     done, total, unit, figures = heard.reports[-1]
     assert done == total == plan.tokens and unit == "tokens" and figures["loss"] == heard.lines[-1]["loss"]
+    assert heard.said[0].startswith("only 4 optimiser steps from 8 records")
 
 
 def test_the_last_weights_stay_where_asked(one: Strategy) -> None:
@@ -280,8 +281,3 @@ def test_evaluations_are_spread_evenly_and_end_with_the_run() -> None:
     assert sorted(evaluation_steps(10, 4)) == [2, 5, 8, 10]
     assert sorted(evaluation_steps(2, 4)) == [1, 2]
     assert evaluation_steps(10, 0) == set()
-
-
-def test_nothing_to_evaluate_on_is_said(one: Strategy) -> None:
-    with pytest.raises(UserError, match="heldout: no record is left"):
-        trainer(one).share([], "heldout")

@@ -64,9 +64,13 @@ class Listener:
     def __init__(self) -> None:
         self.lines: list[dict[str, Any]] = []
         self.reports: list[tuple[float, float, str, dict[str, Any]]] = []
+        self.said: list[str] = []
 
     def log(self, *, step: int, **metrics: Any) -> None:
         self.lines.append({"step": step, **metrics})
 
     def progress(self, done: float, total: float, unit: str = "tokens", **figures: Any) -> None:
         self.reports.append((done, total, unit, figures))
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
