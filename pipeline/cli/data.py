@@ -146,9 +146,9 @@ def _chat(directory: Path | None, result: Read[Any]) -> ChatFormat:
         return ChatFormat(train_tokenizer((t for r in result for t in _texts(r)), 2048))
     if not directory.is_dir():
         raise UserError(f"--tokenizer {directory}: no such directory")
-    from transformers import AutoTokenizer
+    from pipeline.llama.open import open_tokenizer
 
-    return ChatFormat(AutoTokenizer.from_pretrained(str(directory), local_files_only=True))
+    return ChatFormat(open_tokenizer(directory))
 
 
 def _texts(record: Any) -> list[str]:
@@ -243,7 +243,7 @@ def check(
     json: Json = False,
 ) -> None:
     """Check every row and list every problem with file and line. Exit code 2 where there is one."""
-    from pipeline.data.sources import survey
+    from pipeline.data.sources import nothing, survey, tell
 
     result = survey(file, kind, format=format, quarantine=quarantine)
     tokens = None
@@ -251,6 +251,8 @@ def check(
     if tokenizer is not None and result.records:
         tokens, untrained = _measure(_chat(tokenizer, result), result, train_on, max_tokens)
         problems += [{"file": str(file), "line": None, "reason": "nothing to train", "message": m} for m in untrained]
+    if why := nothing(result):
+        problems.append({"file": str(file), "line": None, "reason": "no record", "message": f"{file}: {why}"})
     if json:
         reasons: dict[str, int] = {}
         for p in problems:
@@ -259,8 +261,8 @@ def check(
         print_json({**document, "problems": problems, "tokens": tokens})
     else:
         print(_headline(file, result))
-        for p in problems:
-            print(p["message"] if p["line"] is None else f"{p['file']}:{p['line']}: {p['message']}")
+        for line in [*tell(result.bad), *(p["message"] for p in problems[len(result.bad) :])]:
+            print(line)
         if result.reasons:
             print("bad rows: " + ", ".join(f"{n} {reason}" for reason, n in result.reasons.items()))
         if tokens:

@@ -39,8 +39,7 @@ class ForeignTemplate:
         template = tokenizer.chat_template
         if not isinstance(template, str) or not template:
             raise UserError(
-                "the tokenizer has no chat template: give it one (llama.tokenizer.add_chat_tokens gives it "
-                "ours; the model's embedding must grow with it)"
+                "the tokenizer has no chat template: `rlhf import chat MODEL OUT` makes a copy of the model with one"
             )
         clock = _CLOCKS.search(template)
         if clock:

@@ -6,8 +6,8 @@ of our own records. `docs` of a format is what `rlhf data check` prints.
 
 from __future__ import annotations
 
-import math
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -120,13 +120,15 @@ def _comparison(row: Row, source: str) -> list[Record]:
 def _rank(value: Any, i: int) -> int | None:
     if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
         raise Bad("rank is not a whole number", f"completion {i}: {value!r}")
+    if value is not None and abs(value) > 2**53:  # ranks are compared as floats, which are exact up to here
+        raise Bad("rank is too large", f"completion {i}: expected at most 2**53")
     return value
 
 
 def _score(value: Any, i: int | str) -> float | None:
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
         raise Bad("score is not a number", f"completion {i}: {json_type(value)} {str(value)[:40]!r}")
     return float(value)
 
@@ -302,7 +304,10 @@ def _walk(node: Row, before: tuple[Message, ...], source: str, out: list[Record]
     if role is None:
         raise Bad("unknown role", f"{node['role']!r}, expected prompter or assistant")
     here = (*before, Message(role, need(node, "text")))
-    replies = node.get("replies") or []
+    replies = need(node, "replies", list) if node.get("replies") else []
+    for reply in replies:
+        if not isinstance(reply, dict):
+            raise Bad("reply is not an object", f"it is {json_type(reply)}")
     ranked = [r for r in replies if role == "user" and r.get("rank") is not None]
     if len(ranked) > 1:
         out.append(_checked(here, _ranked([r.get("text") for r in ranked], [r["rank"] for r in ranked]), source))

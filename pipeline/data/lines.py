@@ -21,6 +21,7 @@ MAX_DEPTH = 64
 _UTF8_BOM = b"\xef\xbb\xbf"
 _UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*"')
+_BETWEEN = re.compile(r"[ \t\n\r]*(,?)[ \t\n\r]*(\]?)[ \t\n\r]*")
 _ESCAPE_TO_CHECK = re.compile(rb"\\u(?:[dD][89a-fA-F]|0000)")
 
 
@@ -117,8 +118,7 @@ def parse_object(raw: bytes) -> dict[str, Any]:
         raise Bad("byte-order mark", "save as UTF-8 without BOM")
     if b"\0" in raw:
         raise Bad("NUL byte", "is the file UTF-16?" if raw.count(b"\0") * 3 > len(raw) else "")
-    if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH and _depth(raw) > MAX_DEPTH:
-        raise Bad("nested too deeply", f"more than {MAX_DEPTH} levels")
+    check_depth(raw)
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -133,7 +133,7 @@ def parse_object(raw: bytes) -> dict[str, Any]:
 
 def _loads(text: str) -> Any:
     try:
-        return _DECODER.decode(text)
+        return DECODER.decode(text)
     except json.JSONDecodeError as error:
         raise _json_problem(text, error) from None
     except RecursionError:
@@ -171,7 +171,13 @@ def _no_constant(name: str) -> Any:
     raise Bad("not a number", f"{name} is not JSON")
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
+DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
+"""Raises Bad for duplicate keys, NaN and Infinity; ValueError and RecursionError as any decoder does."""
+
+
+def check_depth(raw: bytes) -> None:
+    if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH and _depth(raw) > MAX_DEPTH:
+        raise Bad("nested too deeply", f"more than {MAX_DEPTH} levels")
 
 
 def _depth(raw: bytes) -> int:
@@ -184,7 +190,7 @@ def _depth(raw: bytes) -> int:
 
 def check_characters(value: Any) -> None:
     """Raises Bad for what JSON escapes can spell and a tokenizer cannot take: lone surrogates and NUL."""
-    text = json.dumps(value, ensure_ascii=False)
+    text = json.dumps(value, ensure_ascii=False, default=str)  # tables hold dates, decimals and bytes as well
     if "\\u0000" in text and re.search(r"(?<!\\)(?:\\\\)*\\u0000", text):
         raise Bad("NUL byte", "\\u0000 in a text")
     try:
@@ -206,36 +212,47 @@ def _array_rows(path: Path) -> Iterator[Row | Problem]:
         return
     if raw.startswith(_UTF8_BOM):
         yield Problem(str(path), 1, "byte-order mark", "byte-order mark: save as UTF-8 without BOM")
-    at, line, counted = text.index("[") + 1, 1, 0
-    blank = re.compile(r"[\s,]*")
-    while True:
-        at = blank.match(text, at).end()  # type: ignore[union-attr]
+    at, line, counted, first = text.index("[") + 1, 1, 0, True
+    while between := _BETWEEN.match(text, at):
+        at = between.end()
         line += text.count("\n", counted, at)
         counted = at
-        if text[at : at + 1] in ("]", ""):
-            if at >= len(text):
-                yield Problem(str(path), line, "truncated JSON", "truncated JSON: the array is not closed")
+        if between.groups() == ("", "]") and at == len(text):
             return
         try:
-            value, end = _DECODER.raw_decode(text, at)
-        except (json.JSONDecodeError, RecursionError, Bad) as error:
-            reason = error.reason if isinstance(error, Bad) else "invalid JSON"
-            message = f"{error} (the rest of this array cannot be read)"
-            yield Problem(str(path), line, reason, message, text[at : at + 2000])
+            value, end = _decode_element(text, between, first)
+        except Bad as bad:
+            message = f"{bad} (the rest of the file cannot be read)"
+            yield Problem(str(path), line, bad.reason, message, text[at : at + 2000])
             return
         yield _element(path, line, value, text[at:end])
-        at = end
+        at, first = end, False
+
+
+def _decode_element(text: str, between: re.Match[str], first: bool) -> tuple[Any, int]:
+    """The element that follows, and where it ends. Raises Bad for a wrong comma and for what follows the array."""
+    comma, closed = between.groups()
+    if closed:
+        raise Bad("trailing comma") if comma else Bad("text after the array", "a .json file holds one array")
+    if between.end() == len(text):
+        raise Bad("truncated JSON", "the array is not closed")
+    if bool(comma) == first:
+        raise Bad("invalid JSON", "expected one comma between two elements and none before the first")
+    try:
+        return DECODER.raw_decode(text, between.end())
+    except RecursionError:
+        raise Bad("nested too deeply", f"more than {MAX_DEPTH} levels") from None
+    except ValueError as error:
+        raise Bad("invalid JSON", str(error)) from None
 
 
 def _element(path: Path, line: int, value: Any, text: str) -> Row | Problem:
     try:
         if not isinstance(value, dict):
             raise Bad("not an object", f"the element is {json_type(value)}, expected an object in braces")
+        check_depth(text.encode("utf-8"))
         if "\\u" in text:
             check_characters(value)
-        raw = text.encode("utf-8")
-        if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH and _depth(raw) > MAX_DEPTH:
-            raise Bad("nested too deeply", f"more than {MAX_DEPTH} levels")
         return Row(line, value, text)
     except Bad as bad:
         return problem(path, line, bad, text)
@@ -245,26 +262,26 @@ def _parquet_rows(path: Path) -> Iterator[Row | Problem]:
     import pyarrow
     import pyarrow.parquet as parquet
 
+    number, reason = 0, "not Parquet"
     try:
         table = parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        yield Problem(str(path), 1, "not Parquet", f"not Parquet: {error}")
-        return
-    number = 0
-    for batch in table.iter_batches():
-        for value in batch.to_pylist():
-            number += 1
-            row = without_nulls(value)
-            try:
-                check_characters(row)
-                yield Row(number, row, "")
-            except Bad as bad:
-                yield problem(path, number, bad)
+        reason = "damaged Parquet"
+        for batch in table.iter_batches():
+            for value in batch.to_pylist():
+                number += 1
+                yield table_row(path, number, value)
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        yield Problem(str(path), number + 1, reason, f"{reason}: {' '.join(str(error).split())}")
 
 
-def without_nulls(value: dict[str, Any]) -> dict[str, Any]:
+def table_row(table: Path | str, number: int, value: dict[str, Any]) -> Row | Problem:
     """A table's row as an object: absent fields of nested structs are null there and are left out here."""
-    return {k: _without_nulls(v) for k, v in value.items() if v is not None}
+    row = _without_nulls(value)
+    try:
+        check_characters(row)
+        return Row(number, row, "")
+    except Bad as bad:
+        return problem(table, number, bad)
 
 
 def _without_nulls(value: Any) -> Any:
@@ -341,4 +358,6 @@ def problem(path: Path | str, line: int, bad: Bad, row: str | bytes = "") -> Pro
 
 def json_type(value: Any) -> str:
     names = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
-    return names.get(type(value), "a number")
+    return names.get(type(value)) or (
+        "a number" if isinstance(value, (int, float)) else f"of type {type(value).__name__}"
+    )

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from pipeline.data.lines import Bad, json_type
+from pipeline.data.lines import DECODER, Bad, check_characters, check_depth, json_type
 from pipeline.data.records import ROLES, Message
 from pipeline.data.template import message_text
 
@@ -116,14 +116,27 @@ def _tool_call(call: Any, i: int) -> dict[str, Any]:
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):
         arguments = parse_json(arguments, f"turn {i}: arguments of {function['name']}")
+    _need_json(arguments, f"turn {i}: arguments of {function['name']}")
     return {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
 
 
 def parse_json(text: str, what: str) -> Any:
+    """JSON that a row holds as a string, under the rules for the row itself."""
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        check_depth(text.encode())
+        value = DECODER.decode(text)
+        check_characters(value)
+        return value
+    except (Bad, ValueError, RecursionError) as error:
         raise Bad("invalid JSON in a string", f"{what}: {error}") from None
+
+
+def _need_json(value: Any, what: str) -> None:
+    """Rows of a table can hold what JSON cannot: dates, bytes, NaN."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise Bad("not a JSON value", f"{what}: {error}") from None
 
 
 def _weight(turn: Mapping[str, Any], i: int) -> float | None:
@@ -172,6 +185,7 @@ def tools_of(value: Any) -> tuple[dict[str, Any], ...]:
     tools = parse_json(value, "tools") if isinstance(value, str) else value
     if not isinstance(tools, list) or not all(isinstance(t, dict) for t in tools):
         raise Bad("tools is not a list of objects", f"it is {json_type(tools)}")
+    _need_json(tools, "tools")
     return tuple(tools)
 
 

@@ -26,11 +26,10 @@ from pipeline.data.lines import (
     Bad,
     Problem,
     Row,
-    check_characters,
     problem,
     read_rows,
     read_texts,
-    without_nulls,
+    table_row,
 )
 from pipeline.data.records import (
     Comparison,
@@ -128,9 +127,18 @@ def read(
         _write_quarantine(quarantine, result.bad)
     if not result.records:
         outside = result.counts.get("outside the part", 0)
-        why = f" ({outside} lie outside the part {list(source.part)})" if outside else ""
-        raise UserError(f"{_label(source)}: no usable {kind or 'record'}{why}\n{describe(result)}".rstrip())
+        why = f"{outside} lie outside the part {list(source.part)}" if outside else nothing(result)
+        what = f"no usable {kind or 'record'}" + (f" ({why})" if why else "")
+        raise UserError(f"{_label(source)}: {what}\n{describe(result, mend=not skip_bad)}".rstrip())
     return result
+
+
+def nothing(result: Read[Any]) -> str:
+    """Why there is no record; "" where there is one, or bad rows say it."""
+    if result.records or result.bad:
+        return ""
+    rows = result.counts["rows"]
+    return f"none of its {rows} rows gives a record" if rows else "empty: it holds no row"
 
 
 def survey(source: Any, kind: str | None, *, format: str | None = None, quarantine: Path | None = None) -> Read[Any]:
@@ -166,19 +174,30 @@ def place(record: Any) -> float:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest(), "big") / 2**48
 
 
-def describe(result: Read[Any], shown: int = SHOWN_PROBLEMS) -> str:
+def describe(result: Read[Any], shown: int = SHOWN_PROBLEMS, mend: bool = True) -> str:
     """The problems as text: one `file:line: reason` a line, counts by reason, what mends it."""
     if not result.bad:
         return ""
-    lines = [str(p) for p in result.bad[:shown]]
-    if len(result.bad) > shown:
-        lines.append(f"... and {len(result.bad) - shown} more")
+    told = tell(result.bad)
+    lines = told[:shown]
+    if len(told) > shown:
+        lines.append(f"... and {len(told) - shown} more")
     lines.append(
         f"{len(result.bad)} of {result.counts['rows']} rows cannot be used ("
         + ", ".join(f"{n} {reason}" for reason, n in result.reasons.items())
-        + "); mend them, or use --skip-bad to leave them out and keep them in a quarantine file"
+        + ")"
+        + ("; mend them, or use --skip-bad to leave them out and keep them in a quarantine file" if mend else "")
     )
     return "\n".join(lines)
+
+
+def tell(bad: Iterable[Problem]) -> list[str]:
+    """One `file:line: reason` for every problem, but one in all for the rows of a file that are alike in format."""
+    told: dict[Any, list[Problem]] = {}
+    for i, p in enumerate(bad):
+        told.setdefault((p.file, p.message) if p.reason in ("unknown format", "another kind") else i, []).append(p)
+    below = " (rows below alike: {})"
+    return [str(alike[0]) + (below.format(len(alike) - 1) if alike[1:] else "") for alike in told.values()]
 
 
 # One file
@@ -217,7 +236,8 @@ def _read_one(
             records = convert(row.value, f"{name}:{row.line}")
             _count(records, f"{path}:{row.line}", counts, identities)
         except Bad as bad:
-            result.bad.append(problem(path, row.line, bad, row.text or json.dumps(row.value, ensure_ascii=False)))
+            text = row.text or json.dumps(row.value, ensure_ascii=False, default=str)
+            result.bad.append(problem(path, row.line, bad, text))
             continue
         result.records.extend(records)
         counts["rows"] += 1
@@ -276,7 +296,7 @@ def _named(name: str, kind: str | None) -> Format:
 
 def _converter(chosen: Format | None, kind: str | None) -> Callable[[dict[str, Any], str], Iterable[Record]]:
     if chosen is None:
-        return _unknown
+        return _unknown(kind)
     if kind is None or chosen.kind == kind:
         return chosen.convert
     change = _CONVERSIONS[(chosen.kind, kind)]
@@ -284,8 +304,14 @@ def _converter(chosen: Format | None, kind: str | None) -> Callable[[dict[str, A
     return lambda row, source: [change(record) for record in first(row, source)]
 
 
-def _unknown(row: dict[str, Any], source: str) -> list[Record]:
-    raise Bad("unknown format", f"no known format has the keys {', '.join(sorted(row)[:12]) or '(none)'}")
+def _unknown(kind: str | None) -> Callable[[dict[str, Any], str], Iterable[Record]]:
+    def refuse(row: dict[str, Any], source: str) -> Iterable[Record]:
+        other = detect(row) if kind else None
+        if other is not None:
+            raise Bad("another kind", f"this is {other.name}, which holds {other.kind}, but {kind} are wanted")
+        raise Bad("unknown format", f"no known format has the keys {', '.join(sorted(row)[:12]) or '(none)'}")
+
+    return refuse
 
 
 def _best(comparison: Any) -> Conversation:
@@ -348,12 +374,7 @@ def _hub_rows(name: str) -> Iterator[Row | Problem]:
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise UserError(f"{name}: cannot be fetched or opened: {error}") from error
     for number, value in enumerate(table, 1):
-        row = without_nulls(dict(value))
-        try:
-            check_characters(row)
-            yield Row(number, row, "")
-        except Bad as bad:
-            yield problem(name, number, bad)
+        yield table_row(name, number, dict(value))
 
 
 # Writing

@@ -26,7 +26,7 @@ from transformers import LlamaConfig
 
 from pipeline.flow.errors import UserError
 from pipeline.llama.modeling import LlamaForCausalLM
-from pipeline.llama.open import grow_vocabulary, save_model
+from pipeline.llama.open import give_chat, save_model
 
 MAGIC = b"24ka"  # 0x616b3432, little-endian
 Named = tuple[str, tuple[int, ...]]
@@ -243,13 +243,7 @@ def load_llama2c(weights: Path, tokenizer: Path) -> tuple[LlamaForCausalLM, Any]
 
 def import_llama2c(weights: Path, tokenizer: Path, directory: Path, *, chat: bool = False, seed: int = 0) -> None:
     """Write an ordinary model directory. `chat` adds this project's chat template and turn tokens, with new rows."""
-    from pipeline.llama.tokenizer import add_chat_tokens, stop_tokens
-
     model, pieces = load_llama2c(weights, tokenizer)
     if chat:
-        add_chat_tokens(pieces)
-        grow_vocabulary(model, len(pieces), seed)
-        model.config.pad_token_id = pieces.pad_token_id
-        model.generation_config.pad_token_id = pieces.pad_token_id
-        model.generation_config.eos_token_id = list(stop_tokens(pieces))
+        give_chat(model, pieces, seed)
     save_model(model, pieces, directory)

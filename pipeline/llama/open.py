@@ -92,8 +92,9 @@ def open_tokenizer(artifact: ModelArtifact | Path) -> Any:
         refuse_code(read_json(settings), str(settings))
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as problem:
-        raise UserError(f"{path}: holds no tokenizer that can be opened: {problem}") from problem
+    except Exception as problem:  # tokenizers raises Exception itself, transformers whatever a damaged file leads to
+        why = f"{type(problem).__name__}: {' '.join(str(problem).split())}"
+        raise UserError(f"{path}: holds no tokenizer that can be opened: {why}") from problem
 
 
 def _open(artifact: ModelArtifact, *, classifier: bool, dtype: torch.dtype, trainable: bool = False) -> Opened:
@@ -402,6 +403,31 @@ def grow_vocabulary(model: Any, size: int, seed: int) -> None:
         for table in tables:
             noise = torch.randn(size - old, table.shape[1], generator=generator)
             table[old:] = table[:old].mean(0) + 0.1 * table[:old].std(0) * noise.to(table)
+
+
+def give_chat(model: Any, tokenizer: Any, seed: int) -> None:
+    """Our chat template and turn tokens for a model that has none, in place: rows for them, end of turn as a stop.
+
+    UserError where the tokenizer has a template of its own.
+    """
+    from pipeline.llama.tokenizer import add_chat_tokens, stop_tokens
+
+    add_chat_tokens(tokenizer)
+    rows = model.get_input_embeddings().weight.shape[0]
+    grow_vocabulary(model, max(rows, len(tokenizer)), seed)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.generation_config.eos_token_id = list(stop_tokens(tokenizer))
+
+
+def import_with_chat(source: Path, directory: Path, seed: int) -> None:
+    """A copy of a model directory, in its stored precision, that has been given our chat template."""
+    config = read_json(source / "config.json")
+    stored = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32"), torch.float32)
+    model, _ = _open_full(source, classifier=False, dtype=stored)
+    tokenizer = open_tokenizer(source)
+    give_chat(model, tokenizer, seed)
+    save_model(model, tokenizer, directory)
 
 
 # -------------------------------------------------------------------------------------------------------------- saving

@@ -121,3 +121,34 @@ def test_every_sample_shows_masks_and_checks(path: Path, tokenizer: Path) -> Non
 def test_a_missing_file_is_a_user_error(tmp_path: Path) -> None:
     assert isinstance(call("check", tmp_path / "none.jsonl").exception, UserError)
     assert isinstance(call("mask", SAMPLES / "prompts.jsonl", "--tokenizer", tmp_path / "x").exception, UserError)
+
+
+def test_a_directory_without_a_tokenizer_is_a_user_error(tmp_path: Path) -> None:
+    problem = call("mask", SAMPLES / "prompts.jsonl", "--tokenizer", tmp_path).exception
+    assert isinstance(problem, UserError)
+    assert str(problem).startswith(f"{tmp_path}: holds no tokenizer that can be opened: ValueError: ")
+    assert "\n" not in str(problem)
+
+
+@pytest.mark.parametrize(("name", "text"), [("e.jsonl", ""), ("e.json", "[]"), ("e.txt", "\n\n")])
+def test_check_says_of_an_empty_file_that_it_is_empty(tmp_path: Path, name: str, text: str) -> None:
+    path = tmp_path / name
+    path.write_text(text)
+    result = call("check", path)
+    assert result.exit_code == 2
+    assert result.stdout.splitlines()[1:] == [f"{path}: empty: it holds no row"]
+    found = json.loads(call("check", path, "--json").stdout)
+    assert (found["reasons"], found["problems"][0]["line"]) == ({"no record": 1}, None)
+
+
+def test_check_tells_a_wrong_file_once_and_quarantines_every_row(tmp_path: Path) -> None:
+    path, quarantine = tmp_path / "wrong.jsonl", tmp_path / "q.jsonl"
+    path.write_text('{"b": 1, "a": 2}\n' * 1000)
+    result = call("check", path, "--skip-bad", "--quarantine", quarantine)
+    assert result.exit_code == 2
+    assert result.stdout.splitlines()[1:] == [
+        f"{path}:1: unknown format: no known format has the keys a, b (rows below alike: 999)",
+        "bad rows: 1000 unknown format",
+    ]
+    assert [json.loads(line)["line"] for line in quarantine.read_text().splitlines()] == list(range(1, 1001))
+    assert len(json.loads(call("check", path, "--json").stdout)["problems"]) == 1000

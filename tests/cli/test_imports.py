@@ -71,3 +71,26 @@ def test_refusals_leave_nothing_behind(weights: Path, tokenizer: Path, tmp_path:
         with pytest.raises(UserError, match=message):
             raise call(*arguments).exception
     assert {path.name for path in tmp_path.iterdir()} == {"weights.bin", "tok.bin"}
+
+
+def test_a_model_without_a_chat_template_is_given_one(weights: Path, tokenizer: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    plain, out = tmp_path / "plain", tmp_path / "chat"
+    call(weights, tokenizer, plain)
+    result = CliRunner().invoke(app, ["chat", str(plain), str(out)])
+    assert result.exit_code == 0, result.output
+    before, after = (AutoModelForCausalLM.from_pretrained(path) for path in (plain, out))
+    pieces, old = AutoTokenizer.from_pretrained(out), before.config.vocab_size
+    assert pieces.chat_template and after.config.vocab_size == len(pieces) > old
+    assert after.get_input_embeddings().weight[:old].equal(before.get_input_embeddings().weight)
+    assert after.generation_config.eos_token_id[0] == pieces.convert_tokens_to_ids("<|end|>")
+    for arguments, message in (
+        (["chat", out, plain], "not an empty"),
+        (["chat", tmp_path, out / "x"], "no config.json"),
+    ):
+        with pytest.raises(UserError, match=message):
+            raise CliRunner().invoke(app, list(map(str, arguments))).exception
+    with pytest.raises(UserError, match="chat template of its own"):
+        raise CliRunner().invoke(app, ["chat", str(out), str(tmp_path / "twice")]).exception
+    assert not (tmp_path / "twice").exists()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gzip
 import json
+from datetime import datetime
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
 
 from pipeline.data.lines import MAX_ROW_BYTES, Problem, Row, read_rows, read_texts
-from pipeline.data.sources import read_conversations
+from pipeline.data.sources import read_conversations, survey
 from pipeline.flow.errors import UserError
 
 GOOD = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'
@@ -150,6 +152,41 @@ def test_arrays_name_the_line_of_each_element(tmp_path: Path) -> None:
     assert [getattr(r, "reason", "") for r in read_rows(path)] == ["", "", "truncated JSON"]
 
 
+ONE = b'{"prompt": "a"}'
+
+
+@pytest.mark.parametrize(
+    ("raw", "line", "reason"),
+    [
+        (b"[" + ONE + b"]\n[" + ONE + b"," + ONE + b"]", 2, "text after the array"),
+        (b"[" + ONE + b"] garbage", 1, "text after the array"),
+        (b"[" + ONE + b"\n" + ONE + b"]", 2, "invalid JSON"),
+        (b"[" + ONE + b",\n, " + ONE + b"]", 2, "invalid JSON"),
+        (b"[" + ONE + b",\n]", 2, "trailing comma"),
+        (b"[" + ONE + b',\n{"x": ' + b"1" * 5000 + b"}]", 2, "invalid JSON"),
+        (b"[" + ONE + b",\n" + b"[" * 100_000 + b"]", 2, "nested too deeply"),
+        (b"[" + ONE + b',\n{"x": NaN}]', 2, "not a number"),
+    ],
+)
+def test_what_breaks_an_array_is_one_problem(tmp_path: Path, raw: bytes, line: int, reason: str) -> None:
+    path = tmp_path / "rows.json"
+    path.write_bytes(raw)
+    row, problem = read_rows(path)
+    assert isinstance(row, Row) and row.value == {"prompt": "a"}
+    assert isinstance(problem, Problem) and (problem.line, problem.reason) == (line, reason)
+    assert problem.message.startswith(reason) and "(the rest of the file cannot be read)" in problem.message
+
+
+def test_arrays_may_be_empty_and_spaced_but_begin_with_no_comma(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_bytes(b"[ ]\r\n")
+    assert list(read_rows(path)) == []
+    path.write_bytes(b" [\n" + ONE + b"\t,\n\n" + ONE + b" ] \n\n")
+    assert [(type(r), r.line) for r in read_rows(path)] == [(Row, 2), (Row, 4)]
+    path.write_bytes(b"[, " + ONE + b"]")
+    assert [getattr(r, "reason", "") for r in read_rows(path)] == ["invalid JSON"]
+
+
 def test_compressed_files_and_damaged_ones(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl.gz"
     path.write_bytes(gzip.compress((GOOD + b"\n") * 500))
@@ -169,6 +206,38 @@ def test_tables(tmp_path: Path) -> None:
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 not really")
     with pytest.raises(UserError, match="not Parquet"):
         read_conversations(tmp_path / "bad.parquet")
+
+
+def test_tables_may_hold_what_json_does_not(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    path = tmp_path / "rows.parquet"
+    unused = {"when": datetime(2024, 5, 1), "raw": b"\xff", "price": Decimal("1.5")}
+    parquet.write_table(pyarrow.Table.from_pylist([{"prompt": "a", **unused}, {"prompt": "b\0", **unused}]), path)
+    row, bad = read_rows(path)
+    assert isinstance(row, Row) and row.value == {"prompt": "a", **unused}
+    assert isinstance(bad, Problem) and (bad.line, bad.reason) == (2, "NUL byte")
+    parquet.write_table(pyarrow.table({"prompt": [b"a"]}), path)
+    left = survey(path, None, quarantine=tmp_path / "bad.jsonl")
+    assert [str(p) for p in left.bad] == [
+        f"{path}:1: prompt has the wrong type: prompt is of type bytes, expected a string or a list"
+    ]
+    assert json.loads((tmp_path / "bad.jsonl").read_text())["row"] == """{"prompt": "b'a'"}"""
+
+
+def test_a_damaged_page_of_a_table_names_the_file(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    path = tmp_path / "rows.parquet"
+    parquet.write_table(pyarrow.table({"prompt": ["a"] * 5000}), path)
+    raw = bytearray(path.read_bytes())
+    raw[4:40] = b"\xff" * 36  # the first page's header, after the four bytes that mark the format
+    path.write_bytes(raw)
+    (problem,) = read_rows(path)
+    assert isinstance(problem, Problem) and str(problem).startswith(f"{path}:1: damaged Parquet: ")
+    assert "\n" not in str(problem)
 
 
 def test_plain_text_by_marker_or_by_paragraphs(tmp_path: Path) -> None:

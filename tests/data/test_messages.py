@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import date
+
 import pytest
 
 from pipeline.data.lines import Bad
@@ -41,6 +43,10 @@ def test_parts_weights_and_developer() -> None:
     assert message_text(messages[1]) == '<think>hm</think><tool_call>{"name": "f", "arguments": {}}</tool_call>'
 
 
+def call(arguments: object) -> dict[str, object]:
+    return {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}
+
+
 @pytest.mark.parametrize(
     ("turn", "reason"),
     [
@@ -49,6 +55,13 @@ def test_parts_weights_and_developer() -> None:
         ({"role": "assistant", "tool_calls": ["{"]}, "invalid JSON in a string"),
         ({"role": "assistant", "tool_calls": 3}, "tool_calls is not a list"),
         ({"role": "user", "content": ["x"]}, "unsupported part"),
+        (call('{"a": "\\ud800"}'), "invalid JSON in a string: turn 0: arguments of f: lone surrogate"),
+        (call('{"a": NaN}'), "invalid JSON in a string: turn 0: arguments of f: not a number"),
+        (call('{"a": 1, "a": 2}'), "invalid JSON in a string: turn 0: arguments of f: duplicate key"),
+        (call("[" * 65 + "]" * 65), "invalid JSON in a string: turn 0: arguments of f: nested too deeply"),
+        (call("1" * 5000), "invalid JSON in a string: turn 0: arguments of f: Exceeds the limit"),
+        (call({"a": date(2024, 5, 1)}), "not a JSON value: turn 0: arguments of f: Object of type date"),
+        (call({"a": float("nan")}), "not a JSON value: turn 0: arguments of f: Out of range"),
     ],
 )
 def test_bad_turns(turn: dict[str, object], reason: str) -> None:
@@ -61,6 +74,10 @@ def test_tools_as_text_or_objects() -> None:
     assert tools_of("[]") == () == tools_of(None)
     with pytest.raises(Bad, match="tools is not a list"):
         tools_of('{"name": "f"}')
+    with pytest.raises(Bad, match="invalid JSON in a string: tools: not a number: Infinity is not JSON"):
+        tools_of('[{"least": Infinity}]')
+    with pytest.raises(Bad, match="not a JSON value: tools: Object of type date"):
+        tools_of([{"since": date(2024, 5, 1)}])
 
 
 def test_a_prompt_may_end_with_a_tools_result_but_not_an_answer() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,7 @@ from pipeline.data.records import (
 )
 from pipeline.data.sources import (
     KINDS,
+    describe,
     place,
     read,
     read_comparisons,
@@ -30,6 +32,7 @@ from pipeline.data.sources import (
     read_prompts,
     read_rated,
     survey,
+    tell,
     to_json,
     write_jsonl,
 )
@@ -132,6 +135,13 @@ BAD_PAIRS = [
     ("score is not a number",
      {"prompt": "q", "chosen": "a", "rejected": "b", "score_chosen": "8", "score_rejected": 1}),
     ("score is not a number", {"prompt": "q", "responses": ["a", "b"], "scores": [True, 1]}),
+    ("score is not a number", {"prompt": "q", "responses": ["a", "b"], "scores": [10**400, 1]}),
+    ("rank is too large", {"prompt": "q", "responses": ["a", "b"], "ranks": [0, 10**400]}),
+    ("rank is too large", {"prompt": "q", "responses": ["a", "b"], "ranks": [2**53 + 1, 0]}),
+    ("reply is not an object",
+     {"message_tree_id": "t", "prompt": {"role": "prompter", "text": "q", "replies": [None]}}),
+    ("replies has the wrong type",
+     {"message_tree_id": "t", "prompt": {"role": "prompter", "text": "q", "replies": 5}}),
     ("scores contradict the choice",
      {"prompt": "q", "chosen": "a", "rejected": "b", "score_chosen": 1, "score_rejected": 2}),
     ("score is missing", {"prompt": "q", "chosen": "a", "rejected": "b", "score_chosen": 1}),
@@ -257,8 +267,29 @@ def test_sources_of_all_shapes(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="a plain text file holds documents"):
         read_comparisons(tmp_path / "t.txt")
     (tmp_path / "empty.jsonl").write_text("")
-    with pytest.raises(UserError, match="no usable conversations"):
+    with pytest.raises(UserError, match=r"empty.jsonl: no usable conversations \(empty: it holds no row\)$"):
         read_conversations(tmp_path / "empty.jsonl")
+    tree = {"message_tree_id": "t", "prompt": {"role": "prompter", "text": "q"}}
+    with pytest.raises(UserError, match=r"no usable comparisons \(none of its 2 rows gives a record\)$"):
+        read_comparisons(write(tmp_path / "unranked.jsonl", tree, tree))
+
+
+def test_rows_with_the_same_unknown_keys_are_told_once(tmp_path: Path) -> None:
+    path, other = tmp_path / "rows.jsonl", tmp_path / "other.jsonl"
+    write(path, *[{"a": 1, "b": 2}] * 3, {"c": 1}, {"b": 1, "a": 2})
+    write(other, {"c": 1})
+    found = survey([path, other], None)
+    assert [(Path(p.file).name, p.line) for p in found.bad] == [
+        *(("rows.jsonl", i) for i in range(1, 6)),
+        ("other.jsonl", 1),
+    ]
+    assert tell(found.bad) == [
+        f"{path}:1: unknown format: no known format has the keys a, b (rows below alike: 3)",
+        f"{path}:4: unknown format: no known format has the keys c",
+        f"{other}:1: unknown format: no known format has the keys c",
+    ]
+    assert describe(found).splitlines()[:3] == tell(found.bad)
+    assert describe(found).splitlines()[3].startswith("6 of 6 rows cannot be used (6 unknown format)")
 
 
 def test_hub_ids_go_through_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,7 +299,7 @@ def test_hub_ids_go_through_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def load(*args: Any, **options: Any) -> Any:
         asked.append((args, options))
-        return datasets.Dataset.from_list([{"prompt": "q", "chosen": "a", "rejected": "b"}])
+        return datasets.Dataset.from_list([{"prompt": "q", "chosen": "a", "rejected": "b", "at": date(2024, 5, 1)}])
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     found = read_comparisons("hub:trl-lib/pairs:small@test")
@@ -459,3 +490,20 @@ def test_a_record_is_placed_by_the_users_first_turn() -> None:
     ]
     assert {place(r) for r in records} == {place(records[0])}
     assert 0 <= place(records[0]) < 1 and place(Document("Who?")) != place(records[0])
+
+
+def test_a_file_of_another_kind_is_named_for_what_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "chats.jsonl"
+    turn = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
+    write(path, turn, turn)
+    with pytest.raises(UserError) as caught:
+        read_comparisons(path)
+    said = str(caught.value).splitlines()
+    assert said[0] == (
+        f"{path}:1: another kind: this is sharegpt, which holds conversations, but comparisons are wanted "
+        "(rows below alike: 1)"
+    )
+    assert "--skip-bad" in said[1]
+    with pytest.raises(UserError) as caught:
+        read_comparisons(path, skip_bad=True)
+    assert "--skip-bad" not in str(caught.value)
