@@ -308,7 +308,8 @@ def _unknown(kind: str | None) -> Callable[[dict[str, Any], str], Iterable[Recor
     def refuse(row: dict[str, Any], source: str) -> Iterable[Record]:
         other = detect(row) if kind else None
         if other is not None:
-            raise Bad("another kind", f"this is {other.name}, which holds {other.kind}, but {kind} are wanted")
+            held = other.kind if other.name == other.kind else f"{other.kind} ({other.name})"
+            raise Bad("another kind", f"this file holds {held}, but {kind} are wanted")
         raise Bad("unknown format", f"no known format has the keys {', '.join(sorted(row)[:12]) or '(none)'}")
 
     return refuse

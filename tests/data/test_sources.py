@@ -204,7 +204,7 @@ def test_rated_prompts_and_documents(file: Any) -> None:
 
 
 def test_unpaired_answers_are_never_taken_for_demonstrations(file: Any) -> None:
-    with pytest.raises(UserError, match="unknown format"):
+    with pytest.raises(UserError, match="this file holds rated, but conversations are wanted"):
         read_conversations(file({"messages": TURNS, "label": False}))
 
 
@@ -500,7 +500,7 @@ def test_a_file_of_another_kind_is_named_for_what_it_is(tmp_path: Path) -> None:
         read_comparisons(path)
     said = str(caught.value).splitlines()
     assert said[0] == (
-        f"{path}:1: another kind: this is sharegpt, which holds conversations, but comparisons are wanted "
+        f"{path}:1: another kind: this file holds conversations (sharegpt), but comparisons are wanted "
         "(rows below alike: 1)"
     )
     assert "--skip-bad" in said[1]
