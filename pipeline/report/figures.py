@@ -284,7 +284,9 @@ class Figures:
 
     def verdict(self) -> str:
         counts = {s: sum(r["status"] == s for r in self.rows) for s in (MET, MISSED, UNMEASURED)}
-        return f"{counts[MET]} met, {counts[MISSED]} missed, {counts[UNMEASURED]} not measured."
+        said = f"{counts[MET]} met, {counts[MISSED]} missed, {counts[UNMEASURED]} not measured."
+        where = " These are the promises of the embedded world: configs/figures.yaml has a row for each of them."
+        return said + (where if counts[UNMEASURED] else "")
 
     def render_markdown(self) -> str:
         return "\n".join([markdown(self.grids()), self.verdict(), "", markdown(self.details)]).rstrip() + "\n"
