@@ -5,10 +5,13 @@ A problem that a person can mend is one message on standard error and the exit c
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
+import os
 import signal
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -61,14 +64,28 @@ app.command("verify")(store.verify)
 def main(args: list[str] | None = None) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
+    _usable_streams()
     try:
         app(args, prog_name="rlhf")
     except UserError as error:
-        print(f"rlhf: {error}", file=sys.stderr)
-        raise SystemExit(error.exit_code) from None
+        _end(str(error), error.exit_code)
     except OSError as error:  # a full disk, a folder without permission: the message names the file
-        print(f"rlhf: {error}", file=sys.stderr)
-        raise SystemExit(UserError.exit_code) from None
+        _end(str(error), UserError.exit_code)
+
+
+def _usable_streams() -> None:
+    """A stream that was closed before the start leads nowhere; what an encoding cannot show becomes "?"."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (open to the end)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
+def _end(message: str, code: int) -> NoReturn:
+    with contextlib.suppress(OSError):  # nobody reads it any more
+        print(f"rlhf: {message}", file=sys.stderr)
+    raise SystemExit(code) from None
 
 
 def _stop(number: int, _frame: object) -> None:

@@ -5,11 +5,12 @@ Everything here goes to standard error; standard output is for the run's result.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections import deque
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from pipeline.flow.runner import Listener, RowResult
 
@@ -92,11 +93,30 @@ def describe(done: float, total: float | None, unit: str, pace: Pace, figures: M
     return "  ".join(parts)
 
 
+class Quiet:
+    """A stream that may lose its reader (a closed pipe or terminal) without ending the run that writes to it."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+
 class PlainProgress(Listener):
     """One line an event, at most one line of progress every five seconds; for logs and pipes."""
 
     def __init__(self, stream: TextIO | None = None, every: float = PLAIN_SECONDS) -> None:
-        self._stream, self._every = stream or sys.stderr, every
+        self._stream, self._every = Quiet(stream or sys.stderr), every
         self._pace, self._last = Pace(), 0.0
 
     def _line(self, row: str, text: str) -> None:
@@ -132,7 +152,7 @@ class LiveProgress(Listener):
     def __init__(self) -> None:
         from rich.console import Console
 
-        self._console = Console(stderr=True, highlight=False)
+        self._console = Console(file=cast(TextIO, Quiet(sys.stderr)), highlight=False)
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._pace = Pace()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as jsonlib
 from pathlib import Path
 from typing import Annotated
 
@@ -24,12 +23,13 @@ def report(
     from pipeline.cli.show import run_directory
     from pipeline.flow.errors import UserError
     from pipeline.flow.runner import read_summary
+    from pipeline.flow.store import read_record
     from pipeline.report.figures import figures
 
     documents = []
     for name in run_names:
         directory = run_directory(Path(name), runs)
-        plan = jsonlib.loads((directory / "plan.json").read_text(encoding="utf-8"))
+        plan = read_record(directory / "plan.json")
         summary = read_summary(directory)
         if not summary:
             raise UserError(f"{directory}: this run has not ended yet, so there is nothing to report")

@@ -102,7 +102,8 @@ def _runner(
 
         return load_plan(plan, plan_sets(sets, skip_bad), stage_table())
 
-    run_dir = runs / run_name(name or load_document(plan).values.get("name") or plan.stem)
+    given = load_document(plan).values.get("name") if name is None else name
+    run_dir = runs / run_name(plan.stem if given is None else given)
     return Runner(load, Store(store), run_dir, listener(), accept_code=accept_code)
 
 
@@ -112,9 +113,10 @@ def plan_sets(sets: list[str] | None, skip_bad: bool) -> list[str]:
 
 def run_name(name: Any) -> str:
     """A run's name is one folder below the runs directory."""
-    if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\0" in name:
-        raise typer.BadParameter(f"{name!r} is not a plain name", param_hint="--name")
-    return name
+    plain = isinstance(name, str) and name not in ("", ".", "..") and "/" not in name and "\0" not in name
+    if not plain or any("\ud800" <= letter <= "\udfff" for letter in name):  # bytes that are no UTF-8
+        raise typer.BadParameter(f"{name!r} is not a plain name; give one such as mine-2", param_hint="--name")
+    return str(name)
 
 
 # ---------------------------------------------------------------------------------------------------- what

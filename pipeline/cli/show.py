@@ -199,7 +199,7 @@ def run_directory(run: Path, runs: Path) -> Path:
 
 def fingerprint_of(run_dir: Path, row: str) -> str:
     from pipeline.flow.errors import UserError
-    from pipeline.flow.runner import read_rows
+    from pipeline.flow.store import read_rows
 
     rows = read_rows(run_dir)
     if row not in rows:

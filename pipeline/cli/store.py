@@ -57,10 +57,12 @@ def megabytes(count: int) -> str:
 
 def verify(store: StoreDir = STORE, json: Json = False) -> None:
     """Hash every file of every sealed row again, trusting nothing that is remembered."""
-    from pipeline.flow.errors import Damaged
+    from pipeline.flow.errors import Damaged, UserError
     from pipeline.flow.store import Store
 
     opened = Store(store)
+    if not opened.root.is_dir():
+        raise UserError(f"{store}: there is no store here; --store names another place")
     problems: dict[str, str | None] = {}
     for path in sorted((opened.root / "rows").glob("*")):
         if path.name.startswith("."):

@@ -30,6 +30,7 @@ SCHEMA = 1
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".jsonl.gz", ".json.gz")
 TEXT_SUFFIXES = (".txt", ".txt.gz", ".md")  # records only where documents are expected
 TOKENIZER_STATE = ("truncation", "padding", "version")  # of tokenizer.json: set by use, not what it is
+CHANGED = "{} changed while the row ran; run the same command again"  # a file of the user
 
 
 @dataclass(frozen=True)
@@ -260,7 +261,8 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def from_entry(entry: Mapping[str, Any]) -> Artifact:
-    """The artifact of a request's entry; Damaged where a file is missing or has another size."""
+    """The artifact of a request's entry. Where a file is missing or has another size: UserError for a file of the
+    user, Damaged for a sealed one."""
     cls = KINDS[entry["kind"]]
     artifact = cls(
         path=Path(entry["path"]),
@@ -278,11 +280,15 @@ def from_entry(entry: Mapping[str, Any]) -> Artifact:
 
 
 def check_sizes(artifact: Artifact) -> None:
-    """Damaged where a file is missing or has another size than its manifest says."""
+    """UserError (a file of the user) or Damaged (a sealed one) where a file is missing or has another size."""
     recorded = artifact.meta.get("files", {})
     for name, path in zip(artifact.files, artifact.paths, strict=True):
-        if not path.is_file():
+        size = path.stat().st_size if path.is_file() else None
+        expected = recorded.get(name, {}).get("bytes", size)
+        if size is not None and size == expected:
+            continue
+        if "source" in artifact.meta:
+            raise UserError(CHANGED.format(path))
+        if size is None:
             raise Damaged(f"{path}: missing, though its manifest lists it (artifact {artifact.digest})")
-        size, expected = path.stat().st_size, recorded.get(name, {}).get("bytes")
-        if expected is not None and size != expected:
-            raise Damaged(f"{path}: has {size} bytes, its manifest says {expected} (artifact {artifact.digest})")
+        raise Damaged(f"{path}: has {size} bytes, its manifest says {expected} (artifact {artifact.digest})")

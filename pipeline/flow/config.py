@@ -18,10 +18,10 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_origin
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import pydantic
 import yaml
@@ -32,10 +32,11 @@ from .errors import UserError
 Keys = tuple[str, ...]
 S = TypeVar("S", bound="Settings")
 UNKNOWN = "unknown_key"
+NO_NUMBER = object()
 
 
 class Settings(pydantic.BaseModel):
-    """Frozen values; unknown keys and numbers that are not finite are refused."""
+    """Frozen values; refused are unknown keys, numbers that are not finite, and booleans for numbers."""
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
@@ -48,7 +49,7 @@ class Settings(pydantic.BaseModel):
             if unknown:
                 words = "; ".join(f"unknown key {key!r}{nearest(key, valid)}" for key in unknown)
                 raise PydanticCustomError(UNKNOWN, "{words}", {"words": words, "keys": unknown})
-            return cls._over_defaults(values)
+            return cls._without_booleans(cls._over_defaults(values))
         return values
 
     @classmethod
@@ -64,9 +65,33 @@ class Settings(pydantic.BaseModel):
                 out[name] = merge(default.model_dump(exclude_unset=True), given)
         return out
 
+    @classmethod
+    def _without_booleans(cls, values: dict[Any, Any]) -> dict[Any, Any]:
+        """pydantic takes true for 1: where a number belongs, NO_NUMBER stands in for it and is refused in its place."""
+        numbers = {name for name, info in cls.model_fields.items() if _takes_numbers(info.annotation)}
+        return {name: _no_number(value) if name in numbers else value for name, value in values.items()}
+
     def identity(self) -> dict[str, Any]:
         """What decides the result, as JSON: every field but those made by `not_identity`, at every depth."""
         return dict(_identity(self, self.model_dump(mode="json")))
+
+
+def _kinds(hint: Any) -> Iterator[Any]:
+    """The types that an annotation is made of, and the values of a Literal by their types."""
+    yield hint if isinstance(hint, type) or hint is Any else type(hint)
+    for part in get_args(hint):
+        yield from _kinds(part)
+
+
+def _takes_numbers(hint: Any) -> bool:
+    kinds = set(_kinds(hint))
+    return bool(kinds & {int, float}) and not kinds & {bool, Any}
+
+
+def _no_number(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_no_number(item) for item in value]
+    return NO_NUMBER if isinstance(value, bool) else value
 
 
 def _another_tag(default: Settings, given: Mapping[str, Any]) -> bool:
@@ -340,7 +365,7 @@ def absolute_path_value(key: str, value: Any, folder: Path) -> Any:
         return [absolute_path_value(key, item, folder) for item in value]
     if not isinstance(value, str):
         return value
-    return os.path.abspath(folder / Path(value).expanduser())
+    return os.path.abspath(folder / os.path.expanduser(value))
 
 
 def parse_set(text: str) -> tuple[Keys, Any]:

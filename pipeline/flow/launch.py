@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.flow.config import Settings, parse_settings
+from pipeline.flow.config import Places, Settings, parse_settings
 from pipeline.flow.forkserver import PRELOAD, ForkServer, Lines, ServerGone
 
 CPU_TOPOLOGY = Path("/sys/devices/system/cpu")
@@ -152,9 +152,9 @@ def preload_modules(launch: LaunchSettings) -> tuple[str, ...]:
     return PRELOAD if launch.preload else ()
 
 
-def launch_settings(document: Mapping[str, Any]) -> LaunchSettings:
-    """The `launch:` mapping of a plan or request, checked; UserError names the key."""
-    return parse_settings(LaunchSettings, document, "launch")
+def launch_settings(document: Mapping[str, Any], where: Places | None = None) -> LaunchSettings:
+    """The `launch:` mapping of a plan or request, checked; UserError names the key, with `where` also its place."""
+    return parse_settings(LaunchSettings, document, "launch", where)
 
 
 @dataclass(frozen=True)

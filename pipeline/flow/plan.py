@@ -175,8 +175,6 @@ def state_of(
                 words = "; ".join(differences(manifest["identity"], identity))
                 return RowState(row.name, "fresh", fp, f"{words}: accepted as unchanged")
     why = _why([m["identity"] for m in earlier.values() if m["row"] == row.name], identity)
-    if (store.partial_dir(fingerprint) / "LATEST").exists():
-        why += "; unfinished work is continued"
     return RowState(row.name, "stale", fingerprint, why)
 
 

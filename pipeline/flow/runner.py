@@ -28,15 +28,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.flow.errors import Damaged, Locked, NonFinite, RowFailed, UserError
+from pipeline.flow.store import Store, read_record, read_rows, run_lock
 
 if TYPE_CHECKING:
     from pipeline.flow.launch import Outcome, Workers
     from pipeline.flow.plan import Plan, Row, RowState
-    from pipeline.flow.store import Store
+    from pipeline.flow.stage import Request
 
 ERRORS: dict[int, type[UserError]] = {
     error.exit_code: error for error in (RowFailed, UserError, Damaged, NonFinite, Locked)
 }
+SUMMARY = {"run", "rows", "exit_code", "error"}  # what `rlhf show` and `rlhf report` rely on
+SUMMARY_ROW = {"row", "stage", "status", "seconds", "metrics", "fingerprint", "headline"}
 
 
 class Interrupted(UserError):
@@ -44,7 +47,7 @@ class Interrupted(UserError):
 
     def __init__(self, number: int) -> None:
         name = signal.Signals(number).name
-        super().__init__(f"interrupted by {name}; the same command goes on from what is sealed or saved")
+        super().__init__(f"interrupted by {name}; the same command reuses the sealed rows and starts this one again")
         self.exit_code = 128 + number
 
 
@@ -175,7 +178,7 @@ class Runner:
 
     def again(self, name: str) -> Again:
         """Compute a sealed row once more beside it and compare; the sealed row stays as it is."""
-        from pipeline.flow.plan import state_of
+        from pipeline.flow.plan import request, state_of
 
         with self._guarded():
             plan = self._open_plan()
@@ -187,7 +190,7 @@ class Runner:
             shutil.rmtree(scratch, ignore_errors=True)
             began = time.monotonic()
             self.listener.row_started(row.name, row.stage, state.fingerprint, "computed again to compare")
-            manifest = self._work(plan, row, scratch, None)
+            manifest = self._work(row, replace(request(plan, row, self.store), partial=str(scratch)))
             slots = _compare(self.store.manifest(state.fingerprint)["outputs"], manifest["outputs"])
             seconds = time.monotonic() - began
             if all(slot["same"] for slot in slots.values()):
@@ -199,6 +202,8 @@ class Runner:
 
     def _open_plan(self) -> Plan:
         plan = self._load() if callable(self._load) else self._load
+        for read in (read_rows, read_summary):
+            read(self.run_dir)  # a damaged file is told before hours of work, not after
         (self.run_dir / "logs").mkdir(parents=True, exist_ok=True)
         (self.run_dir / "metrics").mkdir(exist_ok=True)
         _write_json(self.run_dir / "plan.json", plan.document)
@@ -208,8 +213,6 @@ class Runner:
     @contextlib.contextmanager
     def _guarded(self) -> Iterator[None]:
         """The run's lock held and signals passed on to the worker."""
-        from pipeline.flow.store import run_lock
-
         with run_lock(self.run_dir) as lock, self._signals():
             if lock.recovered:
                 self.listener.said(self.run_dir.name, f"took over the lock of process {lock.recovered['pid']}, gone")
@@ -250,7 +253,7 @@ class Runner:
             sealed[name] = state.fingerprint
 
     def _left_behind(self, row: str, previous: str | None, fingerprint: str) -> None:
-        """Say which unfinished work this row no longer continues, since its settings or inputs changed."""
+        """Say where unfinished work lies that this row would not replace, since its settings or inputs changed."""
         if previous and previous != fingerprint and not self.store.is_sealed(previous):
             work = self.store.partial_dir(previous)
             if work.exists():
@@ -270,6 +273,8 @@ class Runner:
             self.listener.said(row.name, f"was computed with {difference}")
 
     def _execute(self, plan: Plan, row: Row, state: RowState, sealed: Mapping[str, str]) -> None:
+        from pipeline.flow.plan import request
+
         fingerprint = state.fingerprint
         assert fingerprint is not None
         began = time.monotonic()
@@ -281,7 +286,10 @@ class Runner:
             self._link_metrics(row.name, partial)
             self.listener.row_started(row.name, row.stage, fingerprint, state.why)
             try:
-                manifest = self._work(plan, row, partial, sealed)
+                asked = request(plan, row, self.store, sealed)
+                if asked.fingerprint != fingerprint:
+                    raise UserError(f"row {row.name}: an input changed as it started; run the same command again")
+                manifest = self._work(row, asked)
                 self.store.seal(fingerprint, manifest)
             except Exception as error:
                 failed = RowResult(row.name, row.stage, "failed", time.monotonic() - began, fingerprint)
@@ -293,20 +301,17 @@ class Runner:
         self.result.rows.append(result)
         self.listener.row_done(result)
 
-    def _work(self, plan: Plan, row: Row, partial: Path, sealed: Mapping[str, str] | None) -> dict[str, Any]:
-        """Start the row's workers on a request in `partial`, wait for them, return the manifest they made."""
+    def _work(self, row: Row, asked: Request) -> dict[str, Any]:
+        """Start the row's workers on a request, wait for them, return the manifest they made."""
         from pipeline.flow.launch import Workers, launch_settings, processes_of
-        from pipeline.flow.plan import request
         from pipeline.flow.worker import RESULT
 
-        launch = launch_settings(plan.launch)
+        launch = launch_settings(asked.launch)
         if self._workers is None:
             self._workers = Workers(launch, log=self.run_dir / "logs" / "server.log")
-        result = partial / RESULT
-        result.unlink(missing_ok=True)
-        self.store.prepare(replace(request(plan, row, self.store, sealed), partial=str(partial)))
+        partial = self.store.prepare(asked)
         log = self.run_dir / "logs" / f"{row.name}.log"
-        with open(log, "a", encoding="utf-8") as file:
+        with open(log, "a", encoding="utf-8", errors="backslashreplace") as file:
             print(f"=== {row.name} {time.strftime('%Y-%m-%d %H:%M:%S')} in {partial}", file=file)
         outcome = self._workers.run(
             partial / "request.json",
@@ -318,7 +323,8 @@ class Runner:
             raise Interrupted(self._interrupted)
         if outcome.message is not None:
             raise _failure(row.name, outcome, log)
-        document: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+        self.store.check_sources(asked)
+        document: dict[str, Any] = json.loads((partial / RESULT).read_text(encoding="utf-8"))
         return document
 
     def _hear(self, row: str, event: dict[str, Any]) -> None:
@@ -466,26 +472,21 @@ def environment_differences(manifest: Mapping[str, Any], processes: int) -> list
     return differences
 
 
-def read_rows(run_dir: Path) -> dict[str, str]:
-    """rows.json of a run directory, in the plan's order; empty before its first run."""
-    return _read_json(run_dir / "rows.json")
-
-
 def read_summary(run_dir: Path) -> dict[str, Any]:
     """summary.json of a run directory; empty before its first run."""
-    return _read_json(run_dir / "summary.json")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
+    path = run_dir / "summary.json"
     if not path.exists():
         return {}
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise Damaged(f"{path}: is not JSON ({error}); remove it and run the plan again") from error
+    summary = read_record(path)
+    rows = summary["rows"] if summary.keys() >= SUMMARY else None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and row.keys() >= SUMMARY_ROW for row in rows):
+        raise Damaged(f"{path}: is no summary of a run; remove it and run the plan again")
+    return summary
 
 
 def _write_json(path: Path, document: Any) -> None:
+    """As JSON in UTF-8; a file name that is no UTF-8 keeps its bytes as JSON escapes."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
     os.replace(temporary, path)

@@ -2,7 +2,7 @@
 
 Store(root)
   .row_dir(fp) .partial_dir(fp) .is_sealed(fp)
-  .prepare(request) -> Path                       partial directory with request.json and an empty out/
+  .prepare(request) -> Path                       partial directory with request.json and an empty out/, no more
   .seal(fp, manifest) -> Path                     partial/<fp>/out -> rows/<fp>, manifest last
   .manifest(fp) -> dict                           Damaged where it is not what was sealed
   .open_output(fp, slot) -> Artifact              sizes verified on every open, hashes once (remembered)
@@ -10,13 +10,14 @@ Store(root)
   .verify(fp=None) -> list[str]                   in full; Damaged at the first bad file
   .find_output(digest) -> (fp, slot) | None       .bases_of(digest, extra) -> {digest: Path}
   .open_source(kind, paths, ...) -> Artifact      a user's files, hashed where they lie
-  .manifests() -> {fp: manifest}                  .unfinished(row) -> {fp: request as dict}
+  .check_sources(request)                         UserError where a user's file changed since the request
+  .manifests() -> {fp: manifest}
   .lock(fp), run_lock(run_dir)                    context managers; Locked names pid, host and start
   .record_run(run_dir, rows)                      rows.json of a run: row -> fingerprint, known to gc
   .gc(keep=None, dry_run=False) -> list[Garbage(path, bytes, what)]
 
 rows/<fp>/manifest.json, <slot>/..., metrics.jsonl, quarantine/<slot>.jsonl      sealed, read-only
-partial/<fp>/request.json, out/<slot>/..., metrics.jsonl, LATEST, checkpoints    in progress
+partial/<fp>/request.json, out/<slot>/..., metrics.jsonl, result.json            in progress
 locks/<fp>.lock    runs/<id>.json (where the runs are)    hashes.json (verified hashes by inode, size, times)
 """
 
@@ -33,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from .artifacts import (
+    CHANGED,
     DATA_SUFFIXES,
     KINDS,
     SCHEMA,
@@ -85,10 +87,9 @@ class Store:
     # ------------------------------------------------------------------------------------- from work to row
 
     def prepare(self, request: Request) -> Path:
-        """The partial directory of a row about to run: request.json written, outputs of an earlier try
-        removed, checkpoints kept."""
+        """The partial directory of a row about to run: request.json written, all of an earlier try removed."""
         partial = Path(request.partial)
-        shutil.rmtree(partial / "out", ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
         (partial / "out").mkdir(parents=True)
         request.write(partial / "request.json")
         return partial
@@ -228,19 +229,13 @@ class Store:
         return {digest: self.row_dir(found[0]) / found[1], **deeper}
 
     def _compare_source(self, digest: str, path: Path) -> None:
-        named = _named_files(Policy, [path], False, "base model")
-        found = artifact_digest(Policy.kind, {name: self._hashes.of(file) for name, file in named.items()})
+        found = self._base_digest(path)
         if found != digest:
             raise Damaged(f"{path}: the base model of an adapter changed: its digest is {found}, recorded {digest}")
 
-    def unfinished(self, row: str) -> dict[str, dict[str, Any]]:
-        """Requests of work in progress under this row name, by fingerprint."""
-        found = {}
-        for path in sorted((self.root / "partial").glob("*/request.json")):
-            request = _read_json(path)
-            if request.get("row") == row:
-                found[path.parent.name] = request
-        return found
+    def _base_digest(self, path: Path, fresh: bool = False) -> str:
+        named = _named_files(Policy, [path], False, "base model")
+        return artifact_digest(Policy.kind, {name: self._hashes.of(file, fresh) for name, file in named.items()})
 
     # ----------------------------------------------------------------------------------- a user's own files
 
@@ -275,6 +270,28 @@ class Store:
             locations=tuple(named.values()) if not paths[0].is_dir() else (),
         )
 
+    def check_sources(self, request: Request) -> None:
+        """UserError where a file of the user is not what the request says of it. Every one is hashed again: a row
+        must not be sealed under the digest of data that it did not read."""
+        for entry in _flat(request.inputs.values()):
+            changed = self._changed_file(entry) if "source" in entry["meta"] else None
+            for digest, path in entry["bases"].items():
+                own = not Path(path).is_relative_to(self.root)
+                if own and changed is None and self._base_digest(Path(path), fresh=True) != digest:
+                    changed = Path(path)
+            if changed is not None:
+                raise UserError(f"row {request.row}: {CHANGED.format(changed)}")
+
+    def _changed_file(self, entry: Mapping[str, Any]) -> Path | None:
+        folder, before = Path(entry["path"]), entry["meta"]["files"]
+        now = dict(zip(entry["files"], map(Path, entry["locations"]), strict=False))
+        now = now or _named_files(KINDS[entry["kind"]], [folder], False, entry["meta"]["source"])
+        for name in {**before, **now}:
+            path = now.get(name, folder / name)
+            if name not in before or not path.is_file() or self._hashes.of(path, fresh=True) != before[name]["sha256"]:
+                return path
+        return None
+
     # ------------------------------------------------------------------------------------------ locks, runs
 
     @contextmanager
@@ -288,7 +305,7 @@ class Store:
         run_dir = Path(run_dir).absolute()
         run_dir.mkdir(parents=True, exist_ok=True)
         _write_json(run_dir / "rows.json", dict(rows))
-        known = self.root / "runs" / f"{sha256_bytes(str(run_dir).encode())[:16]}.json"
+        known = self.root / "runs" / f"{sha256_bytes(os.fsencode(run_dir))[:16]}.json"
         known.parent.mkdir(parents=True, exist_ok=True)
         if not known.exists():
             _write_json(known, {"path": str(run_dir)})
@@ -319,7 +336,7 @@ class Store:
         return garbage
 
     def _reached(self, runs: Iterable[Path], held: Iterable[str]) -> set[str]:
-        todo = [fp for run in runs for fp in _read_json(run / "rows.json").values()] + list(held)
+        todo = [fp for run in runs for fp in read_rows(run).values()] + list(held)
         outputs = {o["digest"]: fp for fp, m in self.manifests().items() for o in m["outputs"].values()}
         reached: set[str] = set()
         while todo:
@@ -362,7 +379,7 @@ class _Hashes:
 
     def of(self, path: Path, fresh: bool = False) -> str:
         if self.known is None:
-            self.known = _read_json(self.path) if self.path.is_file() else {}
+            self.known = self._remembered()
         state, key = path.stat(), str(path)
         mark = [state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns]
         if not fresh and self.known.get(key, [])[:4] == mark:
@@ -375,11 +392,18 @@ class _Hashes:
 
     def save(self) -> None:
         if self.changed:
-            current = _read_json(self.path) if self.path.is_file() else {}
-            current.update(self.changed)
+            current = {**self._remembered(), **self.changed}
             self.path.parent.mkdir(parents=True, exist_ok=True)
             _write_json(self.path, {key: mark for key, mark in current.items() if Path(key).exists()})
             self.changed = {}
+
+    def _remembered(self) -> dict[str, list[Any]]:
+        """What earlier processes left; nothing where the file is damaged, since all of it can be hashed again."""
+        try:
+            marks = _read_json(self.path) if self.path.is_file() else {}
+        except Damaged:
+            return {}
+        return {key: mark for key, mark in marks.items() if isinstance(mark, list) and len(mark) == 5}
 
 
 def _named_files(kind: type[Artifact], paths: Sequence[Path], listed: bool, label: str) -> dict[str, Path]:
@@ -421,11 +445,31 @@ def _read_sealed(path: Path) -> dict[str, Any]:
     return dict(manifest)
 
 
+def read_rows(run_dir: Path) -> dict[str, str]:
+    """rows.json of a run directory, in the plan's order; empty before its first run."""
+    path = run_dir / "rows.json"
+    rows = read_record(path) if path.exists() else {}
+    if not all(isinstance(fp, str) for fp in rows.values()):
+        raise Damaged(f"{path}: expected the fingerprint of every row; remove it and run the plan again")
+    return rows
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """A JSON object among the files of a run directory."""
+    try:
+        return _read_json(path)
+    except Damaged as error:
+        raise Damaged(f"{error}; remove it and run the plan again") from error
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise Damaged(f"{path}: cannot be read ({error})") from error
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"{path}: is not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise Damaged(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
 
 
 def _write_json(path: Path, value: Any) -> None:

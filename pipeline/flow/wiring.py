@@ -33,13 +33,14 @@ from .config import (
     unknown_keys,
 )
 from .errors import UserError
+from .launch import launch_settings
 from .plan import Plan, Ref, Row, Source
 from .stage import Slot, Stage, load_stage, slots_in, slots_out
 
 PACKAGE = Path(__file__).resolve().parents[1]
 WORLD = "pipeline.data.world_stage:WorldStage"
 TOP = ("name", "description", "seed", "skip_bad", "launch", "sources", "rows", "stages", "settings")
-SETTABLE = ("name", "seed", "skip_bad", "launch", "sources", "stages", "settings")
+SETTABLE = ("seed", "skip_bad", "launch", "sources", "stages", "settings")
 SOURCE_KINDS = (
     "documents",
     "conversations",
@@ -51,6 +52,7 @@ SOURCE_KINDS = (
     "reward_model",
 )
 ROW_NAME = re.compile(r"[a-z][a-z0-9_-]*(@[a-z0-9-]+)?")
+SEEDS = 2**63  # signed 64-bit numbers, without the negative ones that numpy refuses
 
 
 def load(path: Path, sets: Sequence[str], stages: Mapping[str, str]) -> Plan:
@@ -91,7 +93,8 @@ class _Loading:
         self._check_top()
         names = self._row_names()
         self._apply_sets(sets, names)
-        seed = self._typed("seed", int, 0)
+        seed = self._seed(("seed",), self._typed("seed", int, 0))
+        launch_settings(self._typed("launch", dict, {}), self.places)
         sources = self._file_sources()
         rows = [self._world_row(name) for name in self._worlds()]
         self._check_settings_names(names)
@@ -120,10 +123,16 @@ class _Loading:
             raise self._fail((key,), f"{key}: expected {kind.__name__}, found {value!r}")
         return value
 
+    def _seed(self, keys: Keys, seed: int) -> int:
+        if not 0 <= seed < SEEDS:
+            raise self._fail(keys, f"{'.'.join(keys)}: expected a number from 0 to {SEEDS - 1}, found {seed}")
+        return seed
+
     def _mapping(self, *keys: str) -> dict[str, Any]:
         value: Any = self.values
         for key in keys:
-            value = value.get(key) or {}
+            value = value.get(key)
+            value = {} if value is None else value
             if not isinstance(value, dict):
                 raise self._fail(keys, f"{'.'.join(keys)}: expected a mapping, found {value!r}")
         return dict(value)
@@ -166,10 +175,14 @@ class _Loading:
     def _targets(self, text: str, keys: Keys, names: list[str]) -> list[Keys]:
         """Where in the document a `--set` goes. A stage-wide one also overrides the rows in the file."""
         first, worlds = keys[0], self._worlds()
-        if first in names and len(keys) > 1:
+        if first in (*names, *worlds) and len(keys) == 1:
+            raise UserError(f"--set {text}: {first!r} holds settings; name one of them: --set {first}.KEY=VALUE")
+        if first in names:
             return [("settings", *keys)]
-        if first in worlds and len(keys) > 1:
+        if first in worlds:
             return [("sources", *keys)]
+        if first == "name":
+            raise UserError(f"--set {text}: a run is named by --name, or by `name:` in the plan file")
         if first not in SETTABLE:
             valid = [*SETTABLE, *names, *worlds]
             raise UserError(f"--set {text}: {first!r} is no row and no part of a plan{nearest(first, valid)}")
@@ -198,10 +211,20 @@ class _Loading:
             self.kinds[name] = (sources[name].kind,)
         sources = {name: self._shared(source, sources) for name, source in sources.items()}
         for source in sources.values():
-            if source.base is not None and source.base not in sources:
-                known = nearest(source.base, sources)
-                raise self._fail(("sources", source.name, "base"), f"no source is called {source.base!r}{known}")
+            self._check_bases(source, sources)
         return sources
+
+    def _check_bases(self, source: Source, sources: Mapping[str, Source]) -> None:
+        """Every `base:` on the way down is a source, and none comes back to one above it."""
+        chain = [source.name]
+        while (base := sources[chain[-1]].base) is not None:
+            keys = ("sources", chain[-1], "base")
+            if base not in sources:
+                raise self._fail(keys, f"no source is called {base!r}{nearest(base, sources)}")
+            if base in chain:
+                words = " -> ".join([*chain, base])
+                raise self._fail(keys, f"sources.{chain[-1]}.base: a model cannot be its own base ({words})")
+            chain.append(base)
 
     def _shared(self, source: Source, sources: Mapping[str, Source]) -> Source:
         """The source itself, or with the files of the one that it names by `same`; a path of its own wins."""
@@ -236,7 +259,8 @@ class _Loading:
             values.pop("seed", None)
         config = parse_settings(cls.Config, values, f"sources.{name}", self.places)
         self._stands(name, cls)
-        return Row(name, "world", target, cls, config, {}, int(getattr(config, "seed", seed)), code_of(cls))
+        seed = self._seed(("sources", name, "seed"), int(getattr(config, "seed", seed)))
+        return Row(name, "world", target, cls, config, {}, seed, code_of(cls))
 
     # ------------------------------------------------------------------------------------------------- rows
 

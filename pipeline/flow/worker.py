@@ -4,7 +4,7 @@ Events are JSON lines on the pipe that the runner reads:
 
     {"event": "progress", "done": 4096, "total": 65536, "unit": "tokens", "figures": {"loss": 2.31}}
     {"event": "metrics", "step": 12, "metrics": {"loss": 2.31}}
-    {"event": "said", "text": "starts at step 0: no checkpoint was ever completed"}
+    {"event": "said", "text": "training a tokenizer of 4096 tokens on 60000 documents"}
     {"event": "error", "rank": 0, "code": 2, "message": "...", "user": true}
 
 Rank 0 alone reports progress; an error may come from any rank. The result is the row's manifest,

@@ -15,7 +15,7 @@ class TrainSettings(Settings):
     learning_rate: float = Field(default=1e-3, gt=0, description="Peak learning rate of AdamW.")
     epochs: float = Field(default=1.0, gt=0, description="Passes over the training records; a fraction is allowed.")
     steps: int | None = Field(
-        default=None, ge=1, description="Optimiser steps; where set, it decides instead of `epochs`."
+        default=None, ge=1, le=10**9, description="Optimiser steps; where set, it decides instead of `epochs`."
     )
     batch: int = Field(default=32, ge=1, description="Records an optimiser step, over all ranks together.")
     batch_tokens: int | None = Field(

@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from pipeline.flow.store import run_lock
 
 
@@ -58,7 +60,9 @@ def test_bad_settings_are_one_message_and_code_2(cli: Any) -> None:
     assert (code, out) == (2, "")
     assert err.startswith("rlhf: ") and "did you mean 'word'" in err and "Traceback" not in err
     assert cli("plan", "nowhere.yaml")[0] == 2
-    assert cli("run", "toy.yaml", "--name", "../up")[0] == 2
+    for name in ("../up", "", "odd\udcff"):
+        code, _, err = cli("run", "toy.yaml", "--name", name)
+        assert code == 2 and f"{name!r} is not a plain name" in err
     assert cli("run", "toy.yaml", "--no-such-option")[0] == 2
 
 
@@ -112,3 +116,27 @@ main(["run", "toy.yaml", "--set", "first.seconds=30", "--json"])
     assert process.returncode == 130, err
     assert json.loads(out)["rows"][0]["status"] == "failed"
     assert "interrupted by SIGINT" in err and "Traceback" not in err
+
+
+RUN = """
+import stages
+from toy_stages import TABLE
+stages.STAGES = TABLE
+from pipeline.cli import main
+main(["run", "toy.yaml", "--until", "first"])
+"""
+
+
+@pytest.mark.parametrize("end", ["2>&1 | head -n 1", "2>&-", ">&-", ">&- 2>&-"])
+def test_a_run_that_nobody_listens_to_ends_well(cli: Any, end: str) -> None:
+    (cli.root / "main.py").write_text(RUN)
+    subprocess.run(f"{sys.executable} main.py {end}", shell=True, env=_environment(), capture_output=True, timeout=60)
+    summary = json.loads((cli.root / "runs/toy/summary.json").read_text())
+    assert (summary["exit_code"], summary["error"]) == (0, None)
+
+
+def test_what_the_encoding_of_a_terminal_lacks_is_replaced(cli: Any) -> None:
+    environment = {**_environment(), "PYTHONIOENCODING": "latin-1"}
+    (cli.root / "main.py").write_text(RUN.replace('"--until", "first"', '"--name", "π", "--until", "first"'))
+    ended = subprocess.run([sys.executable, "main.py"], env=environment, capture_output=True, timeout=60)
+    assert ended.returncode == 0 and b"runs/?" in ended.stdout, ended.stderr

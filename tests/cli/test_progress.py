@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.cli import progress
 from pipeline.cli.progress import LiveProgress, Pace, PlainProgress, clock, describe, figure
-from pipeline.flow.runner import RowResult
+from pipeline.flow.runner import Listener, RowResult
 
 
 def test_rate_and_time_left() -> None:
@@ -64,6 +64,32 @@ def test_plain_lines_come_at_most_every_five_seconds(monkeypatch: pytest.MonkeyP
     assert lines[0] == "sft: started (never run)" and lines[-1] == "sft: done in 0:25"
     assert len(lines) == 2 + 5
     assert lines[1].startswith("sft: 50/1,000 tokens  10/s  1:35 left")
+
+
+class Gone(io.StringIO):
+    """A pipe without a reader."""
+
+    def write(self, text: str) -> int:
+        raise BrokenPipeError
+
+    def flush(self) -> None:
+        raise OSError
+
+
+def every_event(listener: Listener) -> None:
+    listener.row_started("sft", "sft", "f" * 64, "never run")
+    listener.progress("sft", 1, 10, "tokens", {"loss": 1.0})
+    listener.said("sft", "words")
+    listener.row_done(RowResult("sft", "sft", "executed"))
+    listener.row_reused(RowResult("sft", "sft", "reused"))
+    listener.row_failed(RowResult("sft", "sft", "failed"), "no")
+    listener.close()
+
+
+def test_progress_falls_silent_where_nobody_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    every_event(PlainProgress(Gone(), every=0.0))
+    monkeypatch.setattr("sys.stderr", Gone())
+    every_event(LiveProgress())
 
 
 def test_the_live_line_survives_any_order_of_events() -> None:

@@ -26,8 +26,10 @@ def write_run(root: Path, name: str, seed: int, ended: bool = True) -> None:
         "dpo": {"gold": 0.8, "win_rate": {"vs": "sft", **between(0.75)}, "stop_rate": 0.98},
     }
     metrics = {"temperature": 1.0, "policies": policies}
-    rows = [{"row": "evaluate", "stage": "evaluate", "status": "executed", "metrics": metrics}]
-    (directory / "summary.json").write_text(json.dumps({"run": name, "rows": rows, "exit_code": 0}))
+    row = {"row": "evaluate", "stage": "evaluate", "status": "executed", "metrics": metrics}
+    row |= {"seconds": 1.0, "fingerprint": "0" * 64, "headline": []}
+    summary = {"run": name, "rows": [row], "exit_code": 0, "error": None}
+    (directory / "summary.json").write_text(json.dumps(summary))
 
 
 @pytest.fixture
@@ -64,3 +66,10 @@ def test_runs_that_cannot_be_reported_are_named(two: Any) -> None:
     write_run(two.root, "third", 1, ended=False)
     code, _, err = two("report", "first", "third")
     assert code == 2 and "third: this run has not ended yet" in err
+
+
+@pytest.mark.parametrize("name", ["plan.json", "summary.json"])
+def test_damaged_files_of_a_run_are_named(two: Any, name: str) -> None:
+    (two.root / "runs" / "first" / name).write_text("null")
+    code, out, err = two("report", "first")
+    assert (code, out) == (3, "") and f"first/{name}: expected a JSON object, found NoneType; remove it" in err

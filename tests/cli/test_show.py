@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 
 def test_show_and_lineage_json(cli: Any, golden: Any) -> None:
     cli.json("run", "toy.yaml")
@@ -43,3 +45,17 @@ def test_a_row_that_never_sealed_points_to_its_log(cli: Any) -> None:
     assert code == 2 and "is not sealed" in err and "logs/first.log" in err
     _, out, _ = cli("show", "toy")
     assert "ended with exit code 1" in out
+
+
+@pytest.mark.parametrize("text", ["null", "[1]", '{"rows": 5}', '{"run": 1, "rows": [{}], "exit_code": 0, "error": 0}'])
+def test_damaged_files_of_a_run_are_named(cli: Any, text: str) -> None:
+    folder = cli.root / "runs" / "toy"
+    folder.mkdir(parents=True)
+    (folder / "rows.json").write_text("{}")
+    (folder / "summary.json").write_text(text)
+    code, out, err = cli("show", "toy")
+    assert (code, out) == (3, "") and "toy/summary.json: " in err and "; remove it and run the plan again" in err
+    (folder / "rows.json").write_text(text)
+    for command in ("show", "lineage"):
+        code, out, err = cli(command, "toy", "first")
+        assert (code, out) == (3, "") and "toy/rows.json: " in err and "; remove it and run the plan again" in err

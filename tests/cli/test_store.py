@@ -34,3 +34,8 @@ def test_verify_json(cli: Any, golden: Any) -> None:
     cli.json("run", "toy.yaml", "--until", "first")
     golden("verify", cli.json("verify"), cli.root)
     assert "1 of 1 sealed rows are intact" in cli("verify")[1]
+
+
+def test_a_store_that_is_not_there_is_not_intact(cli: Any) -> None:
+    code, out, err = cli("verify", "--store", "nowhere")
+    assert (code, out) == (2, "") and "nowhere: there is no store here" in err

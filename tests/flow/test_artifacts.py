@@ -119,6 +119,20 @@ def test_an_entry_comes_back_as_it_was_and_sizes_are_checked(tmp_path: Path) -> 
         from_entry(artifact.entry())
 
 
+def test_a_file_of_the_user_that_changed_is_no_damage(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text("x\n")
+    slot = {**describe(tmp_path, "comparisons"), "source": "sources.pairs"}
+    entry = Comparisons(tmp_path, ("data.jsonl",), slot["digest"], meta=slot).entry()
+    from_entry(entry)
+    for act in (lambda: path.write_text("longer\n"), path.unlink):
+        act()
+        with pytest.raises(UserError) as error:
+            from_entry(entry)
+        assert str(error.value) == f"{path} changed while the row ran; run the same command again"
+        assert error.value.exit_code == 2
+
+
 def test_kinds() -> None:
     names = "Tokenizer Documents Conversations Comparisons Rated Prompts Samples Policy RewardModel Judge "
     assert [kind.__name__ for kind in KINDS.values()] == [*names.split(), "Evaluation"]

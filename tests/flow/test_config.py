@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pydantic
 import pytest
@@ -11,6 +11,7 @@ import pytest
 from pipeline.flow.config import (
     Places,
     Settings,
+    absolute_path_value,
     assign,
     load_document,
     load_plan_file,
@@ -145,6 +146,11 @@ def test_load_plan_file_assigns_sets(tmp_path: Path) -> None:
     }
 
 
+def test_a_home_that_is_nobodys_stays_a_path(tmp_path: Path) -> None:
+    assert absolute_path_value("path", "~nobody-of-that-name/x", tmp_path) == str(tmp_path / "~nobody-of-that-name/x")
+    assert absolute_path_value("path", "~/x", tmp_path) == str(Path.home() / "x")
+
+
 def test_parse_set() -> None:
     assert parse_set("dpo.beta=0.2") == (("dpo", "beta"), 0.2)
     assert parse_set("sft@2.train={epochs: 1}") == (("sft@2", "train"), {"epochs": 1})
@@ -193,6 +199,28 @@ def test_every_problem_at_once_with_the_value_given() -> None:
 def test_numbers_that_are_not_finite_are_refused() -> None:
     with pytest.raises(UserError, match="finite"):
         parse_settings(Config, {"train": {"learning_rate": float("inf")}}, "settings.sft")
+
+
+def test_a_boolean_is_no_number() -> None:
+    class More(Train):
+        either: bool | int = 1
+        level: Literal[1, 2] = 1
+        maybe: int | None = None
+        anything: dict[str, Any] = {}
+        text: str | None = None
+
+    values = {"learning_rate": True, "betas": [0.5, False], "token_budget": True, "level": True, "maybe": False}
+    with pytest.raises(UserError) as error:
+        parse_settings(More, values, "settings.x")
+    assert str(error.value).splitlines() == [
+        "settings.x.learning_rate: Input should be a valid number (given: True)",
+        "settings.x.betas.1: Input should be a valid number (given: False)",
+        "settings.x.token_budget: Input should be a valid integer (given: True)",
+        "settings.x.level: Input should be 1 or 2 (given: True)",
+        "settings.x.maybe: Input should be a valid integer (given: False)",
+    ]
+    found = parse_settings(More, {"either": True, "anything": {"a": True}, "betas": [0, 1]}, "settings.x")
+    assert found.either is True and found.anything == {"a": True} and found.betas == (0.0, 1.0)
 
 
 def test_settings_are_frozen() -> None:

@@ -267,6 +267,12 @@ def test_what_cannot_be_shared_is_refused(folder: Path, same: str, message: str)
          "did you mean 'comparisons'?"),
         ("path: pairs.jsonl", "pth: pairs.jsonl", "plan.yaml:4: sources.pairs: unknown key 'pth'"),
         ("path: pairs.jsonl", "path: a, base: gone", "no source is called 'gone'"),
+        ("path: pairs.jsonl", "path: a, base: pairs",
+         "plan.yaml:4: sources.pairs.base: a model cannot be its own base (pairs -> pairs)"),
+        ("path: pairs.jsonl}", "base: a}\n  a: {kind: policy, base: b}\n  b: {kind: policy, base: a}",
+         "plan.yaml:6: sources.b.base: a model cannot be its own base (pairs -> a -> b -> a)"),
+        ("\nsources:", "\nlaunch: {threads: -1}\nsources:", "plan.yaml:2: launch.threads: Input should be"),
+        ("\nsources:", "\nsettings: []\nsources:", "plan.yaml:2: settings: expected a mapping, found []"),
         ("kind: world, seed: 4", "kind: world, sed: 4", "plan.yaml:3: sources.world: unknown key 'sed'; did"),
         ("\nsources:", "\nsource:\n  a: 1\nsources:",
          "plan.yaml:2: unknown key 'source'; did you mean 'sources'?"),
@@ -334,7 +340,19 @@ def test_sets_reach_sources_seed_and_worlds(folder: Path, monkeypatch: pytest.Mo
     for bad, message in (
         ("pp.word=1", "--set pp.word=1: 'pp' is no row and no part of a plan; did you mean 'ppo'?"),
         ("rows=[]", "'rows' is no row"),
-        ("ppo=1", "'ppo' is no row"),
+        ("ppo=1", "--set ppo=1: 'ppo' holds settings; name one of them: --set ppo.KEY=VALUE"),
+        ("world=1", "--set world=1: 'world' holds settings; name one of them: --set world.KEY=VALUE"),
+        ("name=x", "--set name=x: a run is named by --name, or by `name:` in the plan file"),
+        ("launch.threads=-1", "--set launch.threads=-1: launch.threads: Input should be greater than or equal to 1"),
+        ("launch.x=1", "--set launch.x=1: launch: unknown key 'x'"),
+        ("launch.processes=2", "launch.processes is 2, but launch.strategy is single"),
+        ("seed=-1", f"--set seed=-1: seed: expected a number from 0 to {2**63 - 1}, found -1"),
+        (f"seed={2**63}", f"seed: expected a number from 0 to {2**63 - 1}"),
+        (f"world.seed={2**63}", f"sources.world.seed: expected a number from 0 to {2**63 - 1}"),
+        ("ppo.loss.beta=true", "settings.ppo.loss.beta: Input should be a valid number (given: True)"),
+        ("stages.ppo=[]", "stages.ppo: expected a mapping, found []"),
+        ("stages.ppo=false", "stages.ppo: expected a mapping, found False"),
+        ("settings.ppo=0", "settings.ppo: expected a mapping, found 0"),
         ("ppo.wrod=1", "--set ppo.wrod=1: settings.ppo: unknown key 'wrod'; did you mean 'word'?"),
     ):
         with pytest.raises(UserError) as error:
@@ -456,13 +474,6 @@ def test_tokenizers_must_agree_where_ids_cross(folder: Path) -> None:
     for words in ("row ppo: sft.policy and reward.model must have the same tokenizer", "cross between them"):
         assert words in str(error.value)
     assert error.value.exit_code == 2
-
-
-def test_unfinished_work_is_told(folder: Path) -> None:
-    store, plan = Store(folder / "store"), _plan(folder)
-    partial = store.prepare(request(plan, plan.row("world"), store))
-    (partial / "LATEST").write_text("step-2")
-    assert _why(plan, store)["world"] == "stale: never run; unfinished work is continued"
 
 
 # ------------------------------------------------------------------------------------------------- requests

@@ -29,9 +29,8 @@ from pipeline.flow.runner import (
     Runner,
     RunResult,
     environment_differences,
-    read_rows,
 )
-from pipeline.flow.store import Store
+from pipeline.flow.store import Store, read_rows
 
 PLAN = """
 launch: {preload: false, threads: 1}
@@ -253,6 +252,85 @@ def test_a_flipped_byte_in_a_sealed_file_is_refused_by_name(done: Place) -> None
     assert done.heard.lines == []
 
 
+# ------------------------------------------------------------------------------------------------------
+# files that change while a row runs
+
+
+class Overwrites(Heard):
+    """Writes other text of the same length over a file at the first event of a kind."""
+
+    def __init__(self, path: Path, at: str) -> None:
+        super().__init__()
+        self.path, self.at = path, at
+
+    def _hear(self, event: str) -> None:
+        if event == self.at:
+            self.path.write_text("other")
+
+    def row_started(self, row: str, stage: str, fingerprint: str, why: str) -> None:
+        self._hear("started")
+
+    def progress(self, row: str, done: float, total: float | None, unit: str, figures: Mapping[str, Any]) -> None:
+        self._hear("progress")
+
+
+@pytest.mark.parametrize(
+    ("at", "message"),
+    [
+        ("progress", "row first: {} changed while the row ran; run the same command again"),
+        ("started", "row first: an input changed as it started; run the same command again"),
+    ],
+)
+def test_a_row_is_not_sealed_under_the_digest_of_a_file_that_changed(place: Place, at: str, message: str) -> None:
+    text = place.root / "text.txt"
+    runner = place.runner()
+    runner.listener = Overwrites(text, at)
+    with pytest.raises(UserError) as error:
+        runner.run(None, "first")
+    assert str(error.value) == message.format(text) and error.value.exit_code == 2
+    assert statuses(runner.result) == {"first": "failed"}
+    assert not list((place.root / "store").glob("rows/*"))
+    assert statuses(place.run(last="first")) == {"first": "executed"}
+    assert place.file_of("first").read_text() == "otherword\n"
+
+
+def test_a_row_computed_again_of_a_changed_file_is_refused_not_compared(place: Place) -> None:
+    place.run(last="first")
+    runner = place.runner()
+    runner.listener = Overwrites(place.root / "text.txt", "progress")
+    with pytest.raises(UserError, match="changed while the row ran"):
+        runner.again("first")
+
+
+# ------------------------------------------------------------------------------------------------------
+# damaged files of a run directory
+
+
+@pytest.mark.parametrize("text", ["", "null", "[1]", '{"rows": 5}'])
+@pytest.mark.parametrize("name", ["rows.json", "summary.json"])
+def test_a_damaged_file_of_the_run_is_named_before_anything_runs(place: Place, name: str, text: str) -> None:
+    place.run_dir.mkdir(parents=True)
+    (place.run_dir / name).write_text(text)
+    with pytest.raises(Damaged, match="; remove it and run the plan again") as error:
+        place.run(last="first")
+    assert str(error.value).startswith(f"{place.run_dir / name}: ")
+    assert place.heard.lines == []
+    (place.run_dir / name).unlink()
+    assert statuses(place.run(last="first")) == {"first": "executed"}
+
+
+def test_names_that_are_no_utf8_are_recorded(tmp_path: Path) -> None:
+    root = tmp_path / os.fsdecode(b"odd\xff")
+    try:
+        root.mkdir()
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    place = Place(root)
+    place.run(last="first")
+    plan = json.loads((place.run_dir / "plan.json").read_text())
+    assert plan["sources"]["text"]["path"] == str(root / "text.txt")
+
+
 # -------------------------------------------------------------------------------- locks
 
 
@@ -315,6 +393,7 @@ def test_a_signal_reaches_the_worker_and_ends_the_run(place: Place, number: int,
         runner.run()
     stop.join()
     assert ended.value.exit_code == code and time.monotonic() - began < 15
+    assert "reuses the sealed rows and starts this one again" in str(ended.value)
     assert statuses(runner.result) == {"first": "executed", "second": "failed"}
 
 

@@ -142,22 +142,6 @@ def test_other_ranks_write_no_metrics_and_return_nothing(tmp_path: Path) -> None
     assert not (tmp_path / "partial/metrics.jsonl").exists()
 
 
-def test_metrics_start_anew_without_a_checkpoint_and_go_on_with_one(tmp_path: Path) -> None:
-    request = _request(tmp_path)
-    run_stage(request, lambda event: None)
-    run_stage(request, lambda event: None)
-    metrics = tmp_path / "partial/metrics.jsonl"
-    assert len(metrics.read_text().splitlines()) == 1
-    (tmp_path / "partial/LATEST").write_text("step-1")
-    run_stage(request, lambda event: None)
-    assert len(metrics.read_text().splitlines()) == 2
-    workspace = Workspace(request, lambda event: None)
-    offset = workspace.metrics_offset()
-    workspace.log(step=2, loss=1.0)
-    workspace.rewind_metrics(offset)
-    assert len(metrics.read_text().splitlines()) == 2
-
-
 def test_jsonable() -> None:
     class Scalar:
         def item(self) -> float:

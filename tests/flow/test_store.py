@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.flow.artifacts import Comparisons, Documents, Policy, describe
+from pipeline.flow.artifacts import Artifact, Comparisons, Documents, Policy, describe
 from pipeline.flow.errors import Damaged, Locked, UserError
 from pipeline.flow.stage import Request
 from pipeline.flow.store import Store, run_lock
@@ -182,6 +183,81 @@ def test_sources_are_hashed_where_they_lie(tmp_path: Path, store: Store) -> None
     assert store.open_source(Comparisons, [tmp_path / "a.jsonl"]).digest != one.digest
 
 
+def _asked(store: Store, *sources: Artifact) -> Request:
+    entries = [source.entry() for source in sources]
+    return Request("sft", "sft", "", "aa", {}, {"documents": entries, "start": None}, {}, 0, str(store.root))
+
+
+def test_sources_are_compared_by_every_byte_after_a_row(tmp_path: Path, store: Store) -> None:
+    one, folder = tmp_path / "a.jsonl", tmp_path / "data"
+    folder.mkdir()
+    one.write_text("a\n")
+    (folder / "b.jsonl").write_text("b\n")
+    asked = _asked(
+        store,
+        store.open_source(Comparisons, [one, one], listed=True),
+        store.open_source(Documents, [folder], label="sources.data"),
+    )
+    store.check_sources(asked)
+    (folder / "notes.bin").write_text("no record is in here")
+    store.check_sources(asked)
+    for path, text in ((one, "c\n"), (folder / "b.jsonl", "B\n"), (folder / "new.jsonl", "c\n")):
+        before = path.read_text() if path.exists() else None
+        path.write_text(text)
+        with pytest.raises(UserError) as error:
+            store.check_sources(asked)
+        assert str(error.value) == f"row sft: {path} changed while the row ran; run the same command again"
+        assert error.value.exit_code == 2
+        path.unlink() if before is None else path.write_text(before)
+    store.check_sources(asked)
+    one.unlink()
+    with pytest.raises(UserError, match=r"a\.jsonl changed"):
+        store.check_sources(asked)
+
+
+def test_a_remembered_hash_does_not_vouch_for_a_source(
+    tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.flow.store.SETTLED", -1.0)
+    path = tmp_path / "a.jsonl"
+    path.write_text("a\n")
+    asked = _asked(store, store.open_source(Comparisons, [path]))
+    path.write_text("b\n")
+    known = store._hashes.known
+    assert known is not None
+    state = path.stat()
+    known[str(path)][:4] = [state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns]
+    with pytest.raises(UserError, match=r"a\.jsonl changed"):
+        store.check_sources(asked)
+
+
+def test_the_base_of_an_adapter_is_compared_after_a_row_too(tmp_path: Path, store: Store) -> None:
+    for name in ("base/model.safetensors", "lora/adapter_config.json"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("{}")
+    base = store.open_source(Policy, [tmp_path / "base"])
+    asked = _asked(store, store.open_source(Policy, [tmp_path / "lora"], base=base))
+    store.check_sources(asked)
+    (tmp_path / "base/model.safetensors").write_text("[]")
+    with pytest.raises(UserError, match=f"row sft: {tmp_path / 'base'} changed"):
+        store.check_sources(asked)
+
+
+@pytest.mark.parametrize("text", ["{", "null", "[1]", '{"PATH": 5}', '{"PATH": [1, 2]}', "\udcff"])
+def test_a_damaged_memory_of_hashes_is_written_anew(
+    tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    monkeypatch.setattr("pipeline.flow.store.SETTLED", -1.0)
+    path = tmp_path / "a.jsonl"
+    path.write_text("a\n")
+    store.root.mkdir()
+    hashes = store.root / "hashes.json"
+    hashes.write_text(text.replace("PATH", str(path)), errors="surrogateescape")
+    store.open_source(Comparisons, [path])
+    store.remember()
+    assert json.loads(hashes.read_text())[str(path)][4] == hashlib.sha256(b"a\n").hexdigest()
+
+
 def test_a_directory_of_data_leaves_out_what_is_no_data(tmp_path: Path, store: Store) -> None:
     folder = tmp_path / "data"
     folder.mkdir()
@@ -267,7 +343,6 @@ def test_gc_removes_what_no_run_and_no_lock_reaches(tmp_path: Path, store: Store
         assert store.gc() == would
     assert {path.name for path in (store.root / "rows").iterdir()} == {"aa", "bb", "cc"}
     assert {path.name for path in (store.root / "partial").iterdir()} == {"ee"}
-    assert store.unfinished("sft").keys() == {"ee"}
 
 
 def test_gc_keep_narrows_the_runs_but_not_one_that_is_going_on(tmp_path: Path, store: Store) -> None:
@@ -280,10 +355,23 @@ def test_gc_keep_narrows_the_runs_but_not_one_that_is_going_on(tmp_path: Path, s
     assert [path.name for path in store.runs()] and store.is_sealed("aa") and store.is_sealed("bb")
 
 
-def test_prepare_keeps_checkpoints_and_clears_outputs(store: Store) -> None:
+def test_prepare_clears_what_an_earlier_try_left(store: Store) -> None:
     request = Request("sft", "sft", "", "aa", {}, {}, {}, 0, str(store.partial_dir("aa")))
     partial = store.prepare(request)
-    (partial / "LATEST").write_text("step-3")
-    (partial / "out/half").write_text("x")
+    for name in ("metrics.jsonl", "result.json", "out/half"):
+        (partial / name).write_text("x")
     store.prepare(request)
-    assert (partial / "LATEST").exists() and not (partial / "out/half").exists()
+    assert sorted(path.name for path in partial.rglob("*")) == ["out", "request.json"]
+
+
+@pytest.mark.parametrize("text", ["", "null", "[1]", '{"rows": 5}', "[" * 100_000])
+def test_gc_refuses_a_run_whose_rows_cannot_be_read_and_removes_nothing(
+    tmp_path: Path, store: Store, text: str
+) -> None:
+    _seal(store, "aa", "first")
+    store.record_run(tmp_path / "runs/one", {"first": "aa"})
+    rows = tmp_path / "runs/one/rows.json"
+    rows.write_text(text)
+    with pytest.raises(Damaged, match="remove it and run the plan again") as error:
+        store.gc()
+    assert str(error.value).startswith(f"{rows}: ") and store.is_sealed("aa")

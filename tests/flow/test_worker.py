@@ -70,6 +70,14 @@ def test_an_error_of_ours_keeps_its_exit_code(tmp_path: Path) -> None:
     assert events[-1]["message"] == "loss is not a number at step 7"
 
 
+def test_a_source_that_changed_before_the_worker_started_is_code_2(tmp_path: Path) -> None:
+    request = ask(tmp_path)
+    (tmp_path / "data.txt").write_text("longer than before")
+    code, events = work(request)
+    assert (code, events[-1]["code"], events[-1]["user"]) == (2, 2, True)
+    assert events[-1]["message"] == f"{tmp_path / 'data.txt'} changed while the row ran; run the same command again"
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupted(tmp_path: Path, number: signal.Signals, code: int) -> None:
     request = ask(tmp_path, seconds=20.0)

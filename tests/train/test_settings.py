@@ -27,7 +27,14 @@ def test_what_only_costs_memory_and_time_is_not_identity() -> None:
 
 @pytest.mark.parametrize(
     "bad",
-    [{"learning_rate": 0}, {"betas": [0.9, 1.0]}, {"token_budget": 0}, {"batch": 0}, {"precision": "fp16"}],
+    [
+        {"learning_rate": 0},
+        {"betas": [0.9, 1.0]},
+        {"token_budget": 0},
+        {"batch": 0},
+        {"precision": "fp16"},
+        {"steps": 10**20},
+    ],
 )
 def test_bad_values_are_refused(bad: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
