@@ -11,7 +11,7 @@ plan            {"plan", "rows": [{"row", "stage", "status": "fresh"|"stale"|"pe
                  "fingerprint": FP|null, "why", "waits_for",
                  "inputs": {SLOT: {"type", "from": REF|[REF, ...]}}, "outputs": {SLOT: TYPE}}]}
 show RUN        {"run", "rows": [a row of `run` + {"fingerprint", "tokens", "headline": [METRIC, ...]}],
-                 "started", "finished", "exit_code", "error"}
+                 "started", "finished": TIME|null, "exit_code": CODE|null, "error"}   null: it has not ended
 show RUN ROW    {"run", "row", "fingerprint", "stage", "version", "settings", "metrics", "environment",
                  "seed", "inputs": {SLOT: DIGEST|[DIGEST, ...]|null}, "started", "finished", "log",
                  "outputs": {SLOT: {"kind", "path", "digest", "bytes", "lineage"}}}

@@ -104,7 +104,15 @@ def _runner(
 
     given = load_document(plan).values.get("name") if name is None else name
     run_dir = runs / run_name(plan.stem if given is None else given)
-    return Runner(load, Store(store), run_dir, listener(), accept_code=accept_code)
+    return Runner(load, Store(store), run_dir, listener(), accept_code=accept_code, check_data=check_data)
+
+
+def check_data(artifact: Any, skip_bad: bool) -> None:
+    """Read a source of records as its row will; UserError where it cannot be. A hub's is not fetched for this."""
+    from pipeline.data.sources import KINDS, read
+
+    if artifact.kind in KINDS and all(isinstance(file, Path) for file in artifact.data_files):
+        read(artifact, artifact.kind, skip_bad=skip_bad)
 
 
 def plan_sets(sets: list[str] | None, skip_bad: bool) -> list[str]:

@@ -60,7 +60,7 @@ def _show_run(run_dir: Path, json: bool) -> None:
     if not summary:
         from pipeline.flow.errors import UserError
 
-        raise UserError(f"{run_dir.name}: nothing is recorded yet, its first run is still going on")
+        raise UserError(f"{run_dir.name}: nothing is recorded yet, the first row of its first run is not done")
     if json:
         print_json(summary)
         return
@@ -74,17 +74,23 @@ def _show_run(run_dir: Path, json: bool) -> None:
     ]  # fmt: skip
     if lines:
         print_table(("row", "", "seconds", "fingerprint", "figures"), lines, right=(2,))
+    if summary["exit_code"] is None:
+        print("\nstill running, or ended by force: the rows above are sealed")
     if summary["error"]:
         print(f"\nended with exit code {summary['exit_code']}: {summary['error']}")
 
 
-def row_document(store: Store, run_dir: Path, row: str, fingerprint: str) -> dict[str, Any]:
-    """One row of a run as `rlhf show RUN ROW --json` prints it."""
+def _require_sealed(store: Store, run_dir: Path, row: str, fingerprint: str) -> None:
     if not store.is_sealed(fingerprint):
         from pipeline.flow.errors import UserError
 
         log = run_dir / "logs" / f"{row}.log"
         raise UserError(f"row {row} of {run_dir.name} is not sealed ({fingerprint[:12]}); log: {log}")
+
+
+def row_document(store: Store, run_dir: Path, row: str, fingerprint: str) -> dict[str, Any]:
+    """One row of a run as `rlhf show RUN ROW --json` prints it."""
+    _require_sealed(store, run_dir, row, fingerprint)
     manifest = store.manifest(fingerprint)
     outputs = {
         slot: {
@@ -121,7 +127,9 @@ def lineage(
     from pipeline.flow.store import Store
 
     run_dir = run_directory(Path(run), runs)
-    document = lineage_document(Store(store), run_dir.name, fingerprint_of(run_dir, row))
+    fingerprint = fingerprint_of(run_dir, row)
+    _require_sealed(Store(store), run_dir, row, fingerprint)
+    document = lineage_document(Store(store), run_dir.name, fingerprint)
     if json:
         print_json(document)
         return

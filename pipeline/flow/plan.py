@@ -167,6 +167,11 @@ def state_of(
     if store.is_sealed(fingerprint):
         store.check(fingerprint)
         return RowState(row.name, "fresh", fingerprint, "sealed")
+    if "skip_bad" in identity:  # a row that was sealed without it had no bad row to skip
+        strict = fingerprint_of({key: value for key, value in identity.items() if key != "skip_bad"})
+        if store.is_sealed(strict):
+            store.check(strict)
+            return RowState(row.name, "fresh", strict, "sealed, and no row of its files was bad")
     earlier = {fp: m for fp, m in store.manifests().items() if m["stage"] == row.stage}
     if accept_code:
         for fp, manifest in reversed(earlier.items()):
@@ -344,12 +349,22 @@ def _check_tokenizers(row: Row, inputs: Opened) -> None:
 
 
 def _why(earlier: Sequence[Mapping[str, Any]], identity: Mapping[str, Any]) -> str:
-    """The difference to the earlier row that is most like this one; of two alike the newer."""
-    if not earlier:
-        return "never run"
-    words = min((differences(old, identity) for old in reversed(earlier)), key=len)
+    """The difference to the earlier row that is most like this one; of two alike the newer.
+
+    A row that differs in every input and in more than its inputs is another chain's, not an earlier version.
+    """
+    akin = [old for old in earlier if _akin(old, identity)]
+    if not akin:
+        return "never run on these inputs" if earlier else "never run"
+    words = min((differences(old, identity) for old in reversed(akin)), key=len)
     more = f"; and {len(words) - SHOWN} more" if len(words) > SHOWN else ""
     return "; ".join(words[:SHOWN]) + more
+
+
+def _akin(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    inputs = {slot: value for slot, value in new["inputs"].items() if value}
+    shared = any(old["inputs"].get(slot) == value for slot, value in inputs.items())
+    return shared or not inputs or {**old, "inputs": None} == {**new, "inputs": None}
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

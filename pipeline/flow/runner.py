@@ -31,6 +31,7 @@ from pipeline.flow.errors import Damaged, Locked, NonFinite, RowFailed, UserErro
 from pipeline.flow.store import Store, read_record, read_rows, run_lock
 
 if TYPE_CHECKING:
+    from pipeline.flow.artifacts import Artifact
     from pipeline.flow.launch import Outcome, Workers
     from pipeline.flow.plan import Plan, Row, RowState
     from pipeline.flow.stage import Request
@@ -148,20 +149,24 @@ class Runner:
         listener: Listener | None = None,
         *,
         accept_code: bool = False,
+        check_data: Callable[[Artifact, bool], None] | None = None,
     ) -> None:
+        """`check_data(artifact, skip_bad)` raises UserError where a user's file of records cannot be read."""
         self._load = plan
+        self._check_file = check_data
         self.store, self.run_dir, self.accept_code = store, Path(run_dir), accept_code
         self.listener = listener or Listener()
         self.result = RunResult(self.run_dir.name, self.run_dir)
         self._workers: Workers | None = None
         self._interrupted: int | None = None
         self.started = False  # the run directory is ours and the plan is loaded
+        self._began = time.time()
 
     # ------------------------------------------------------------------------------------------- two commands
 
     def run(self, from_row: str | None = None, until_row: str | None = None) -> RunResult:
         """Bring every row from `from_row` to `until_row` (default: all) up to date."""
-        started = time.time()
+        self._began = time.time()
         error: BaseException | None = None
         with self._guarded():
             try:
@@ -171,9 +176,9 @@ class Runner:
                 error = failure
                 raise
             finally:
-                self.result.seconds = time.time() - started
+                self.result.seconds = time.time() - self._began
                 if self.started:
-                    self._write_summary(started, error)
+                    self._write_summary(error, ended=True)
         return self.result
 
     def again(self, name: str) -> Again:
@@ -237,6 +242,7 @@ class Runner:
             if state.status == "fresh" and state.fingerprint is not None
         }
         _check_start(plan, names, sealed)
+        self._check_data(plan, [name for name in names if name not in sealed])
         known.update({name: sealed[name] for name in sealed if name not in names})
         for name in names:
             row = plan.row(name)
@@ -251,6 +257,22 @@ class Runner:
                 self._left_behind(name, previous.get(name), state.fingerprint)
                 self._execute(plan, row, state, sealed)
             sealed[name] = state.fingerprint
+            self._write_summary(None)
+
+    def _check_data(self, plan: Plan, names: list[str]) -> None:
+        """Read the users' files of these rows before any of them runs: bad rows are told before hours of work."""
+        from pipeline.flow.plan import open_source
+
+        used = {ref.source for name in names for ref in plan.row(name).refs()}
+        told = []
+        for source in plan.sources if self._check_file else ():
+            if source in used:
+                try:
+                    self._check_file(open_source(plan, source, self.store), plan.skip_bad)  # type: ignore[misc]
+                except UserError as error:
+                    told.append(str(error))
+        if told:
+            raise UserError("\n".join(told))
 
     def _left_behind(self, row: str, previous: str | None, fingerprint: str) -> None:
         """Say where unfinished work lies that this row would not replace, since its settings or inputs changed."""
@@ -367,8 +389,11 @@ class Runner:
         if sealed.exists():
             shutil.copyfile(sealed, copy)
 
-    def _write_summary(self, started: float, error: BaseException | None) -> None:
-        """This run's rows, and those of earlier runs in this directory that still stand in rows.json."""
+    def _write_summary(self, error: BaseException | None, ended: bool = False) -> None:
+        """This run's rows, and those of earlier runs in this directory that still stand in rows.json.
+
+        A run that goes on, or was ended by force, has neither an end nor an exit code.
+        """
         fingerprints = read_rows(self.run_dir)
         told = {row["row"]: row for row in read_summary(self.run_dir).get("rows", [])}
         rows = {name: row for name, row in told.items() if fingerprints.get(name) == row["fingerprint"]}
@@ -378,9 +403,9 @@ class Runner:
         summary = {
             "run": self.result.run,
             "rows": [rows[name] for name in fingerprints if name in rows],
-            "started": started,
-            "finished": time.time(),
-            "exit_code": getattr(error, "exit_code", 1) if error else 0,
+            "started": self._began,
+            "finished": time.time() if ended else None,
+            "exit_code": (getattr(error, "exit_code", 1) if error else 0) if ended else None,
             "error": (str(error) or type(error).__name__) if error else None,
         }
         _write_json(self.run_dir / "summary.json", summary)

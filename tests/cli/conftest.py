@@ -36,7 +36,7 @@ rows:
 def write_plan(root: Path) -> Path:
     root.mkdir(parents=True, exist_ok=True)
     (root / "text.txt").write_text("text ")
-    (root / "pairs.jsonl").write_text("pairs ")
+    (root / "pairs.jsonl").write_text('{"prompt": "q", "chosen": "yes", "rejected": "no"}\n')
     (root / "toy.yaml").write_text(PLAN)
     return root
 

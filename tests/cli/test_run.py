@@ -25,6 +25,17 @@ def test_a_run_ends_with_a_table_and_where_things_are(cli: Any) -> None:
     assert "reused" in cli("run", "toy.yaml", "--until", "pair", "--name", "mine")[1]
 
 
+def test_bad_files_are_told_before_any_row_runs(cli: Any) -> None:
+    good = (cli.root / "pairs.jsonl").read_text()
+    (cli.root / "pairs.jsonl").write_text(good + '{"prompt": "q"}\n')
+    code, _, err = cli("run", "toy.yaml")
+    assert code == 2 and "pairs.jsonl:2: " in err and "started" not in err
+    code, _, err = cli("run", "toy.yaml", "--until", "first")
+    assert code == 0, "its own file is good"
+    code, _, err = cli("run", "toy.yaml", "--skip-bad")
+    assert code == 0 and "first: reused" in err and "pair: started" in err
+
+
 def test_settings_from_the_command_line(cli: Any) -> None:
     first = cli.json("run", "toy.yaml", "--until", "first")
     other = cli.json("run", "toy.yaml", "--until", "first", "--set", "first.word=longer")

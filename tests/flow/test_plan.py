@@ -12,6 +12,7 @@ from typing import Any
 import pydantic
 import pytest
 
+from pipeline.flow import plan as flow_plan
 from pipeline.flow import wiring
 from pipeline.flow.artifacts import Comparisons, Documents, Policy, RewardModel
 from pipeline.flow.config import Settings, not_identity
@@ -417,8 +418,28 @@ def test_settings_seeds_and_the_nearest_earlier_row_are_told(folder: Path) -> No
     assert why == "stale: settings.word w -> z"  # against the second, which is nearer
     assert _why(_plan(folder, PLAN, "seed=1"), store)["sft"] == "stale: seed 0 -> 1"
     assert _why(_plan(folder, PLAN, "seed=1"), store)["world"] == "fresh: sealed"  # it has a seed of its own
-    assert _why(_plan(folder, PLAN, "skip_bad=true"), store)["reward"] == "stale: skip_bad False -> True"
     assert _why(_plan(folder, PLAN, "sources.pairs.format=hh"), store)["reward"] == "stale: format of pairs added"
+
+
+def test_rows_sealed_without_skipping_stand_with_it_but_not_the_other_way_round(folder: Path) -> None:
+    store = Store(folder / "store")
+    _run(_plan(folder), store)
+    assert (
+        _why(_plan(folder, PLAN, "skip_bad=true"), store)["reward"] == "fresh: sealed, and no row of its files was bad"
+    )
+    assert _run(_plan(folder, PLAN, "skip_bad=true"), store) == []
+    assert _run(_plan(folder, PLAN, "skip_bad=true", "seed=1"), store) != []
+    assert _why(_plan(folder, PLAN, "seed=1"), store)["reward"] == "stale: skip_bad True -> False"
+
+
+def test_a_row_of_another_chain_is_no_earlier_version() -> None:
+    one = {"stage": "s", "version": 1, "seed": 0, "schema": 1, "settings": {"a": 1}, "code": {}}
+    one["inputs"] = {"x": "d1", "y": "d2"}
+    elsewhere = {**one, "inputs": {"x": "e1", "y": "e2"}}
+    assert flow_plan._why([one], {**elsewhere, "settings": {"a": 2}}) == "never run on these inputs"
+    assert flow_plan._why([one], elsewhere) == "input x changed; input y changed"
+    half = {**one, "settings": {"a": 2}, "inputs": {"x": "d1", "y": "e2"}}
+    assert flow_plan._why([one], half) == "settings.a 1 -> 2; input y changed"
 
 
 def test_equal_results_stop_the_wave(folder: Path) -> None:

@@ -29,6 +29,7 @@ from pipeline.flow.runner import (
     Runner,
     RunResult,
     environment_differences,
+    read_summary,
 )
 from pipeline.flow.store import Store, read_rows
 
@@ -118,6 +119,22 @@ def done(finished: tuple[Place, RunResult], tmp_path: Path) -> Place:
 
 def statuses(result: RunResult) -> dict[str, str]:
     return {row.row: row.status for row in result.rows}
+
+
+def test_what_is_sealed_is_recorded_while_the_run_goes_on(place: Place) -> None:
+    seen = []
+
+    class Watch(Heard):
+        def row_started(self, row: str, stage: str, fingerprint: str, why: str) -> None:
+            summary = read_summary(place.run_dir)
+            rows = [r["row"] for r in summary.get("rows", [])]
+            seen.append((rows, summary.get("exit_code"), summary.get("finished")))
+
+    runner = place.runner()
+    runner.listener = Watch()
+    runner.run(None, "pair")
+    assert seen == [([], None, None), (["first"], None, None), (["first", "second"], None, None)]
+    assert read_summary(place.run_dir)["exit_code"] == 0 and read_summary(place.run_dir)["finished"]
 
 
 def test_a_second_run_executes_nothing(finished: tuple[Place, RunResult]) -> None:
