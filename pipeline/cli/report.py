@@ -1,4 +1,8 @@
-"""`rlhf report`: the promised figures of one or several runs, gate by gate."""
+"""`rlhf report`: the promised figures of one or several runs, gate by gate.
+
+With --json: {"figures": [{"run", "seed", "temperature": T|null, "gate", "value": NUMBER|null, "low": NUMBER|null,
+"high": NUMBER|null, "target", "status": "met"|"missed"|"not measured", "note"}], "missed": COUNT}
+"""
 
 from __future__ import annotations
 

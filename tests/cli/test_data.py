@@ -88,12 +88,14 @@ def test_show(bad_file: Path) -> None:
     found = json.loads(call("show", bad_file, "--json", "--skip", 1).stdout)
     assert found["format"] == "messages"
     assert found["records"] == [{**TALK, "source": "talk.jsonl:4"}]
+    assert set(found) == {"file", "format", "counts", "records"}
 
 
 def test_mask_as_json(bad_file: Path, tokenizer: Path) -> None:
     found = json.loads(call("mask", bad_file, "--tokenizer", tokenizer, "-n", 1, "--json").stdout)
     (record,) = found["records"]
     assert (record["source"], found["train_on"]) == ("talk.jsonl:1", "all_rounds")
+    assert set(found) == {"file", "format", "train_on", "records"} and set(record) == {"source", "tokens"}
     trained = [t for t in record["tokens"] if t["trained"]]
     assert "".join(t["text"] for t in trained) == "Hello.<|end|>"
     assert record["tokens"][0] == {"id": 1, "text": "<|bos|>", "trained": False, "round": -1}

@@ -46,6 +46,19 @@ def test_report_json_reads_every_run_with_its_seed(two: Any) -> None:
         ("first", 0, 0.75, "met"),
         ("second", 5, 0.75, "met"),
     ]
+    assert wins[0] == {
+        "run": "first",
+        "seed": 0,
+        "temperature": 1.0,
+        "gate": "dpo wins over sft",
+        "value": 0.75,
+        "low": pytest.approx(0.7),
+        "high": pytest.approx(0.8),
+        "target": "≥ 0.65, interval above 0.5",
+        "status": "met",
+        "note": "",
+    }
+    assert set(document) == {"figures", "missed"}
     assert {f["status"] for f in document["figures"]} <= {"met", "missed", "not measured"}
     assert document["missed"] == sum(f["status"] == "missed" for f in document["figures"]) > 0
 
