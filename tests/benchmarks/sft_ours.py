@@ -30,7 +30,7 @@ def main(task: Task) -> None:
     model.load_state_dict(source.state_dict())
     del source
     groups: list[Group] = [[Segment(ids, weights=[0.0] + [1.0] * (len(ids) - 1))] for ids in task.records()]
-    settings = TrainSettings(learning_rate=1e-4, token_budget=task.token_budget)
+    settings = TrainSettings(learning_rate=1e-4, token_budget=task.token_budget, precision=task.precision)
     updates = len(groups) // task.batch
     trainer = Trainer(PolicyModel(model), next_token, settings, build(device="cpu"), total=updates, seed=0)
     stand = Stand()

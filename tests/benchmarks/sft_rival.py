@@ -52,7 +52,7 @@ def configuration(task: Task, folder: str, updates: int) -> Any:
         learning_rate=1e-4,
         max_grad_norm=1.0,
         use_cpu=True,
-        bf16=False,
+        bf16=task.precision == "bf16",
         gradient_checkpointing=False,
         packing=bool(task.packed),
         packing_strategy="bfd",
