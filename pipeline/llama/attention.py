@@ -204,7 +204,7 @@ def _bucket(
 
 def _indices(p: Plan, tokens: int, heads: int, kv_heads: int, head_major: bool, device: torch.device) -> Indices:
     """Row numbers for a flat tensor whose rows are heads [queries H | keys K | values K] of T tokens."""
-    key = (heads, kv_heads, head_major)
+    key = (tokens, heads, kv_heads, head_major)
     if key in p.indices:
         return p.indices[key]
     width = heads + 2 * kv_heads

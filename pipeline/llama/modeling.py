@@ -364,7 +364,7 @@ class LlamaModel(LlamaPreTrainedModel):
     def _factors(self, forest: Forest, positions: Tensor) -> Tensor:
         """e^{i m theta_j} as complex64 [T, 1, h], once for all models of this rotary setting."""
         rope = self.config.rope_parameters
-        key = ("rotary", self.config.head_dim, *sorted((k, str(v)) for k, v in rope.items()))
+        key = ("rotary", len(positions), self.config.head_dim, *sorted((k, str(v)) for k, v in rope.items()))
         if key not in forest.cache:
             angles = self._angles(positions)[:, None]
             forest.cache[key] = torch.polar(torch.ones_like(angles), angles)
