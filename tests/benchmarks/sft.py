@@ -114,7 +114,7 @@ def _run(precision: str, small: bool, repeats: int) -> list[dict[str, Any]]:
 
 
 def _best_padded(base: Task, small: bool) -> tuple[str, Task]:
-    tried = [(False, base.batch), (True, 4), (True, 8)] + ([] if small else [(False, 8), (True, 16)])
+    tried = [(True, 4), (True, 8)] + ([] if small else [(False, 8), (True, 16)])
     named = {
         f"padded{' sorted' if ordered else ''}, {micro} rows": _with(base, micro=micro, ordered=ordered)
         for ordered, micro in tried
@@ -123,7 +123,7 @@ def _best_padded(base: Task, small: bool) -> tuple[str, Task]:
 
 
 def _best_packed(base: Task, small: bool) -> tuple[str, Task]:
-    tried = [(128, 1)] if small else [(256, 1), (256, 2), (512, 1)]
+    tried = [(128, 1)] if small else [(256, 1), (512, 1), (1024, 1), (2048, 1)]
     named = {
         f"packed to {length}, {micro} row{'s' * (micro > 1)}": _with(base, micro=micro, packed=length)
         for length, micro in tried
