@@ -112,7 +112,7 @@ class Evaluate(Stage):
         directory = workspace.slot("evaluation")
         (directory / "evaluation.json").write_text(json.dumps(metrics, indent=1) + "\n")
         facts = {
-            "of": f"{len(prompts)} in this row",
+            f"{len(prompts)}": "evaluated in all",
             "temperature": f"{config.temperature:g}",
             "reference": reference_name,
         }
