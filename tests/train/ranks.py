@@ -64,3 +64,7 @@ def main(out: str, strategy: str, stage: str = "2") -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    # As the project's workers leave: at the ordinary end of the interpreter, static destructors below DeepSpeed now and
+    # then abort ("terminate called without an active exception"), after all work is done.
+    sys.stderr.flush()
+    os._exit(0)
