@@ -220,7 +220,7 @@ def model_facts(directory: Path, kind: str) -> dict[str, Any]:
         adapter = directory / "adapter_config.json"
         facts["form"] = "adapter" if adapter.is_file() else "full"
         if adapter.is_file():
-            facts["base"] = _json(adapter).get("base_model_name_or_path")
+            facts["base"] = read_object(adapter).get("base_model_name_or_path")
     return facts
 
 
@@ -233,7 +233,7 @@ def tokenizer_facts(directory: Path) -> dict[str, str]:
     facts = {}
     fast, pieces = directory / "tokenizer.json", directory / "tokenizer.model"
     if fast.is_file():
-        content = {key: value for key, value in _json(fast).items() if key not in TOKENIZER_STATE}
+        content = {key: value for key, value in read_object(fast).items() if key not in TOKENIZER_STATE}
         facts["tokenizer"] = sha256_bytes(canonical(content))
     elif pieces.is_file():
         facts["tokenizer"] = sha256_file(pieces)
@@ -247,16 +247,17 @@ def _template(directory: Path) -> Any:
     jinja, config = directory / "chat_template.jinja", directory / "tokenizer_config.json"
     if jinja.is_file():
         return jinja.read_text(encoding="utf-8")
-    return _json(config).get("chat_template") if config.is_file() else None
+    return read_object(config).get("chat_template") if config.is_file() else None
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_object(path: Path, refusal: type[UserError] = UserError) -> dict[str, Any]:
+    """The JSON object in a file; raises `refusal` naming the file where there is none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is not JSON ({error})") from error
+        raise refusal(f"{path}: is not JSON ({error})") from error
     if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
+        raise refusal(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
 
 

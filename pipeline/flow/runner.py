@@ -263,12 +263,14 @@ class Runner:
         """Read the users' files of these rows before any of them runs: bad rows are told before hours of work."""
         from pipeline.flow.plan import open_source
 
+        if self._check_file is None:
+            return
         used = {ref.source for name in names for ref in plan.row(name).refs()}
         told = []
-        for source in plan.sources if self._check_file else ():
+        for source in plan.sources:
             if source in used:
                 try:
-                    self._check_file(open_source(plan, source, self.store), plan.skip_bad)  # type: ignore[misc]
+                    self._check_file(open_source(plan, source, self.store), plan.skip_bad)
                 except UserError as error:
                     told.append(str(error))
         if told:

@@ -45,6 +45,7 @@ from .artifacts import (
     canonical,
     members,
     model_facts,
+    read_object,
     safe_member,
     sha256_bytes,
     sha256_file,
@@ -312,7 +313,7 @@ class Store:
 
     def runs(self) -> list[Path]:
         """Run directories that used this store and still exist."""
-        found = [Path(_read_json(path)["path"]) for path in sorted((self.root / "runs").glob("*.json"))]
+        found = [Path(read_object(path, Damaged)["path"]) for path in sorted((self.root / "runs").glob("*.json"))]
         return [path for path in found if (path / "rows.json").is_file()]
 
     # --------------------------------------------------------------------------------------------------- gc
@@ -356,7 +357,7 @@ class Store:
         path = self.partial_dir(fp) / "request.json"
         if not path.is_file():
             return []
-        entries = _flat(_read_json(path)["inputs"].values())
+        entries = _flat(read_object(path, Damaged)["inputs"].values())
         return [digest for entry in entries for digest in (entry["digest"], *entry["bases"])]
 
     def _remove(self, path: Path) -> None:
@@ -400,7 +401,7 @@ class _Hashes:
     def _remembered(self) -> dict[str, list[Any]]:
         """What earlier processes left; nothing where the file is damaged, since all of it can be hashed again."""
         try:
-            marks = _read_json(self.path) if self.path.is_file() else {}
+            marks = read_object(self.path, Damaged) if self.path.is_file() else {}
         except Damaged:
             return {}
         return {key: mark for key, mark in marks.items() if isinstance(mark, list) and len(mark) == 5}
@@ -457,19 +458,9 @@ def read_rows(run_dir: Path) -> dict[str, str]:
 def read_record(path: Path) -> dict[str, Any]:
     """A JSON object among the files of a run directory."""
     try:
-        return _read_json(path)
+        return read_object(path, Damaged)
     except Damaged as error:
         raise Damaged(f"{error}; remove it and run the plan again") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise Damaged(f"{path}: is not JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise Damaged(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
 
 
 def _write_json(path: Path, value: Any) -> None:
@@ -506,7 +497,7 @@ def _row_name(path: Path) -> str:
     for name in ("manifest.json", "request.json"):
         if (path / name).is_file():
             try:
-                return f" {_read_json(path / name)['row']}"
+                return f" {read_object(path / name, Damaged)['row']}"
             except (Damaged, KeyError):
                 return ""
     return ""
