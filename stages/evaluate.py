@@ -52,6 +52,7 @@ class Evaluate(Stage):
     def run(self, inputs: Inputs, workspace: Workspace) -> dict[str, Any]:
         from pipeline.data.reader import Reader
         from pipeline.evaluate.compare import compare_policies
+        from pipeline.evaluate.panel import Panel
         from pipeline.evaluate.policies import answer, exhibits, kl_to, text_perplexity
         from pipeline.llama.open import open_frozen
         from pipeline.report.samples import write_samples
@@ -66,7 +67,10 @@ class Evaluate(Stage):
         asked = reader.read("prompts", inputs.prompts, "prompts")[: config.prompts]
         prompts = fitting(asked, _chats(named), config.max_tokens, config.max_new_tokens)
         documents = reader.read("documents", inputs.documents, "documents") if inputs.documents else None
-        judges = _Judges(inputs, config)
+        pairs = reader.read("pairs", inputs.pairs, "comparisons") if inputs.pairs else None
+        panel = Panel.open(
+            proxy=inputs.reward, heldout=inputs.heldout_reward, judge=inputs.judge, token_budget=config.token_budget
+        )
         reference = open_frozen(reference_artifact)
         key = NoiseKey(workspace.seed, "evaluate")
         sampling = SamplingSettings(
@@ -77,7 +81,7 @@ class Evaluate(Stage):
             workspace.progress(number, len(named) + 1, "policies", policy=name)
             role = open_frozen(artifact)
             found = answer(name, role, prompts, sampling, config.max_tokens, key)
-            judges.score(found)
+            panel.score(found)
             same = artifact.lineage.get("tokenizer") == reference_artifact.lineage.get("tokenizer")
             if config.temperature == 1.0 and same:
                 found.kl = kl_to(reference, role, found.samples, config.token_budget)
@@ -85,106 +89,45 @@ class Evaluate(Stage):
                 found.text_perplexity = text_perplexity(role, documents, config.max_tokens, config.token_budget)
             everyone.append(found)
         policies = {a.name: a.metrics() for a in everyone}
-        if judges.decisive:
+        if panel.decisive:
             compared = compare_policies(
-                {a.name: a.scores[judges.decisive] for a in everyone},
+                {a.name: a.scores[panel.decisive] for a in everyone},
                 reference=reference_name,
-                parts={a.name: a.parts for a in everyone} if judges.judge else None,
+                parts={a.name: a.parts for a in everyone} if panel.judge else None,
                 seed=workspace.seed,
             )
             for name, more in compared.items():
                 policies[name] |= more
-        best = self._best_of(reference, reference_name, prompts, sampling, key, judges, everyone, policies, workspace)
+        best = None
+        if config.best_of > 1 and panel.judge:
+            many = sampling.model_copy(update={"samples": config.best_of})
+            sample = lambda: answer(reference_name, reference, prompts, many, config.max_tokens, key)
+            best, closed = panel.best_of_n(reference_name, sample, config.best_of, everyone, workspace.seed)
+            for name, share in closed.items():
+                policies[name]["gap_closed"] = share
         metrics = {
             "temperature": config.temperature,
             "policies": policies,
             "reference": reference_name,
-            "decided_by": judges.decisive,
+            "decided_by": panel.decisive,
             "prompts": len(prompts),
             "dropped_too_long": len(asked) - len(prompts),
             "best_of_n": best,
             "seed": workspace.seed,
-            "reward_model": judges.scorecard("proxy", reader, inputs),
-            "heldout_reward_model": judges.scorecard("heldout", reader, inputs),
+            "reward_model": panel.scorecard("proxy", pairs) if pairs else None,
+            "heldout_reward_model": panel.scorecard("heldout", pairs) if pairs else None,
             "read": reader.counts,
             "tokens": int(sum(a.length.sum() for a in everyone)),
         }
         directory = workspace.slot("evaluation")
         (directory / "evaluation.json").write_text(json.dumps(metrics, indent=1) + "\n")
         facts = {
-            f"{len(prompts)}": "evaluated in all",
+            "prompts in all": f"{len(prompts)}",
             "temperature": f"{config.temperature:g}",
             "reference": reference_name,
         }
         write_samples(directory, exhibits(everyone, config.shown), title=workspace.stage, facts=facts)
         return metrics
-
-    def _best_of(
-        self,
-        reference: Any,
-        name: str,
-        prompts: Any,
-        sampling: Any,
-        key: Any,
-        judges: Any,
-        everyone: Any,
-        policies: dict[str, Any],
-        workspace: Workspace,
-    ) -> dict[str, Any] | None:
-        """The reference's best of n, and how far towards its best by gold every policy has gone."""
-        from pipeline.evaluate.compare import share_of_gap
-        from pipeline.evaluate.policies import answer
-        from pipeline.evaluate.scorecard import best_of_n, best_of_n_means
-
-        config: Evaluate.Config = self.config
-        if config.best_of < 2 or judges.judge is None:
-            return None
-        many = sampling.model_copy(update={"samples": config.best_of})
-        found = answer(name, reference, prompts, many, config.max_tokens, key)
-        judges.score(found)
-        gold = found.scores["gold"]
-        top = best_of_n_means(gold, gold, config.best_of)
-        for a in everyone:
-            gap = share_of_gap(a.scores["gold"], gold, top, seed=workspace.seed)
-            policies[a.name]["gap_closed"] = gap.to_json() if gap else None
-        by = found.scores.get("proxy", gold)
-        return {"policy": name, "rows": best_of_n(by, gold, seed=workspace.seed)}
-
-
-class _Judges:
-    """Whatever scores answers in this row."""
-
-    def __init__(self, inputs: Any, config: Evaluate.Config) -> None:
-        from pipeline.evaluate.judges import GoldJudge
-        from pipeline.rollout.reward import open_reward
-
-        self.config = config
-        self.judge = GoldJudge.open(inputs.judge.data_files[0]) if inputs.judge else None
-        rewards = {"proxy": inputs.reward, "heldout": inputs.heldout_reward}
-        self.rewards = {name: open_reward(artifact) for name, artifact in rewards.items() if artifact}
-
-    @property
-    def decisive(self) -> str | None:
-        order = (("gold", self.judge), ("heldout", self.rewards.get("heldout")), ("proxy", self.rewards.get("proxy")))
-        return next((name for name, there in order if there), None)
-
-    def score(self, found: Any) -> None:
-        from pipeline.evaluate.policies import add_gold, add_reward
-
-        for name, reward in self.rewards.items():
-            add_reward(found, name, reward, self.config.token_budget)
-        if self.judge:
-            add_gold(found, self.judge)
-
-    def scorecard(self, name: str, reader: Any, inputs: Any) -> dict[str, Any] | None:
-        """How good a reward model is on held-out pairs, by their labels and, where there is one, by the judge."""
-        if not inputs.pairs or name not in self.rewards:
-            return None
-        from pipeline.evaluate.pairs import scored_pairs
-        from pipeline.evaluate.scorecard import scorecard
-
-        pairs = reader.read("pairs", inputs.pairs, "comparisons")
-        return scorecard(scored_pairs(pairs, self.rewards[name], self.judge, self.config.token_budget))
 
 
 def _named(inputs: Any) -> dict[str, Policy]:
