@@ -33,7 +33,7 @@ class Sizes:
     documents: int = 60_000
     heldout_documents: int = 600
     conversations: int = 4_000
-    comparisons: int = 26_000
+    comparisons: int = 40_000
     heldout_pairs: int = 1_000
     prompts: int = 2_000
     dev: int = 300
