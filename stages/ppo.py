@@ -6,67 +6,51 @@
     adjust     the KL coefficient
     log        what happened
 
-The reference is the policy that the row starts from, the value model starts as the reward model.
+The reference is the policy that the row starts from, the value model starts as the reward model; settings choose
+others (RLOO, GRPO and REINFORCE++ need no value model). A row that was stopped goes on after its last iteration, bit
+for bit.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field
 
-from pipeline.flow.artifacts import Policy, Prompts, RewardModel
-from pipeline.flow.config import Settings
+from pipeline.flow.artifacts import Conversations, Documents, Judge, Policy, Prompts, RewardModel
+from pipeline.flow.config import not_identity
 from pipeline.flow.errors import UserError
 from pipeline.flow.stage import Stage, Workspace
 from pipeline.llama.adapters import LoraSettings
 from pipeline.rollout.engine import SamplingSettings
+from pipeline.train.ppo_settings import NEED_GROUPS, PpoSettings
 from pipeline.train.settings import TrainSettings
-
-
-class KlSettings(Settings):
-    """The penalty for moving away from the reference, taken off the reward token by token."""
-
-    coefficient: float = Field(
-        default=0.1, ge=0, description="Reward lost for each nat (beta); where `adaptive` starts."
-    )
-    control: Literal["fixed", "adaptive"] = Field(
-        default="fixed", description="Whether the coefficient follows `target`."
-    )
-    target: float = Field(default=6.0, gt=0, description="Nats a response that adaptive control aims for (Ziegler).")
-    horizon: float = Field(default=10_000, gt=0, description="Responses over which adaptive control acts.")
 
 
 class Ppo(Stage):
     name = "ppo"
-    version = 1
-    sources = ("data", "llama", "train", "algo", "rollout")
+    version = 2
+    sources = ("data", "llama", "train", "algo", "rollout", "evaluate")
     same_tokenizer = (("policy", "reward"),)
 
-    class Config(Settings):
+    class Config(PpoSettings):
         iterations: int = Field(default=16, ge=1, description="Rounds of sampling and optimising.")
         prompts: int = Field(default=64, ge=1, description="Prompts an iteration.")
         sampling: SamplingSettings = Field(
             default=SamplingSettings(samples=4, max_new_tokens=64), description="How answers are drawn."
         )
-        epochs: int = Field(default=2, ge=1, description="Passes over an iteration's samples.")
-        minibatch: int = Field(default=64, ge=1, description="Samples an update, in whole prompt groups.")
-        gamma: float = Field(default=1.0, ge=0, le=1, description="Discount of later rewards.")
-        lam: float = Field(default=0.95, ge=0, le=1, description="GAE's lambda (Schulman et al. 2016).")
-        clip: float = Field(default=0.2, gt=0, description="How far a probability ratio may move before it is clipped.")
-        value_clip: float | None = Field(default=0.2, description="The same for values; null does not clip.")
-        value_coefficient: float = Field(default=1.0, ge=0, description="Weight of the value loss.")
-        value_rate: float = Field(default=1.0, gt=0, description="The value model's learning rate as a multiple.")
-        entropy_coefficient: float = Field(default=0.0, ge=0, description="Weight of the entropy bonus.")
         unfinished_score: float | None = Field(
             default=-1.0, description="Score of an answer that does not stop; null leaves the reward model's."
         )
-        kl: KlSettings = Field(default=KlSettings(), description="The KL penalty.")
+        kl_budget: float | None = Field(
+            default=None, gt=0, description="Nats a response beyond which no weights are kept as the best on `dev`."
+        )
         max_tokens: int = Field(
             default=512, ge=8, description="Longest prompt with its answer; longer prompts are dropped."
         )
         adapter: LoraSettings | None = Field(default=None, description="Train a LoRA adapter instead of all weights.")
+        checkpoint_every: int = not_identity(1, "Iterations between two checkpoints; 0 writes none.", ge=0)
         train: TrainSettings = Field(
             default=TrainSettings(learning_rate=1e-4, schedule="constant", warmup=0.0, betas=(0.9, 0.999)),
             description="Optimiser and token budget; how much is trained is set by iterations, epochs and minibatch.",
@@ -77,71 +61,99 @@ class Ppo(Stage):
         policy: Policy
         reward: RewardModel
         prompts: Prompts
+        dev: Prompts | None = None
+        heldout_reward: RewardModel | None = None
+        judge: Judge | None = None
+        documents: Documents | None = None
+        conversations: Conversations | None = None
 
     @dataclass
     class Outputs:
         policy: Policy
+        average: Policy | None = None
 
     headline = ("score", "kl", "explained_variance", "stop_rate", "tokens")
 
     @classmethod
     def check(cls, config: Any, given: frozenset[str]) -> None:
-        if config.sampling.truncated:
+        if config.sampling.temperature == 0.0:
+            raise UserError("ppo.sampling.temperature: 0 draws one answer only, so there is nothing to learn from")
+        if config.sampling.truncated and not config.importance.correct:
             raise UserError(
-                "ppo.sampling: top_k, top_p, min_new_tokens and temperature 0 cut tokens from the distribution that "
-                "answers are drawn from, so the policy's log-probs are not the sampler's; leave them at their defaults"
+                "ppo.sampling: top_k, top_p, min_new_tokens and the like cut tokens from the distribution that answers "
+                "are drawn from, so the policy's log-probs are not the sampler's; leave them at their defaults, or set "
+                "ppo.importance.correct"
             )
+        if config.advantage in NEED_GROUPS and config.sampling.samples < 2:
+            raise UserError(
+                f"ppo.advantage: {config.advantage} compares answers to one prompt; set ppo.sampling.samples to 2 or "
+                "more"
+            )
+        for slot, weight, name in (
+            ("documents", config.mix.pretraining, "pretraining"),
+            ("conversations", config.mix.sft, "sft"),
+        ):
+            if weight and slot not in given:
+                raise UserError(f"ppo.mix.{name} is {weight:g}, but the row has no input {slot!r} to take records from")
+        if "dev" not in given and {"heldout_reward", "judge"} & given:
+            raise UserError("ppo: heldout_reward and judge score answers to `dev`, which is not given")
 
     def run(self, inputs: Inputs, workspace: Workspace) -> dict[str, Any]:
         from pipeline.algo.kl import controller
         from pipeline.data.reader import Reader
-        from pipeline.llama.open import open_frozen, open_trainable, save_policy
+        from pipeline.llama.adapters import share_frozen
+        from pipeline.llama.open import save_policy
         from pipeline.rollout.collect import Sampler, encode_prompts, finished_scores
         from pipeline.rollout.noise import NoiseKey
         from pipeline.rollout.reward import open_reward
-        from pipeline.train import memory, strategy
+        from pipeline.train import memory, ppo_checks, strategy
         from pipeline.train.loop import Trainer
-        from pipeline.train.ppo import Learner, Objective, PromptStream, groups_each, open_actor_critic, ppo_loss
-        from pipeline.train.reference import without_dropout
+        from pipeline.train.ppo import Learner, PromptStream, groups_each
+        from pipeline.train.ppo_loss import Phase, ppo_loss
+        from pipeline.train.ppo_state import Progress
+        from pipeline.train.roles import open_roles
 
         config: Ppo.Config = self.config
         reader = Reader(workspace)
         ranks = strategy.for_row(workspace, precision=config.train.precision, clip=config.train.clip)
-        policy = open_trainable(inputs.policy, config.adapter, workspace.seed)
-        reference = open_frozen(inputs.policy)
+        roles = open_roles(inputs.policy, inputs.reward, config, config.adapter, workspace.seed)
         reward = open_reward(inputs.reward)
-        actor = open_actor_critic(policy, inputs.reward, config.adapter, workspace.seed)
-        if without_dropout(actor):
+        shared = share_frozen(roles.actor, *roles.frozen, reward.model)
+        for caution in config.cautions():
+            workspace.say(caution)
+        if roles.dropout_off:
             workspace.say("dropout is off: the ratio to the policy that sampled would measure it")
+        policy, temperature = roles.policy, config.sampling.temperature
         found = reader.read("prompts", inputs.prompts, "prompts")
         prompts = encode_prompts(found, policy.chat, config.max_tokens, config.sampling.max_new_tokens)
         stream = PromptStream(len(prompts), config.prompts, workspace.seed)
-        objective = Objective(
-            gamma=config.gamma,
-            lam=config.lam,
-            clip=config.clip,
-            value_clip=config.value_clip,
-            value_coefficient=config.value_coefficient,
-            entropy_coefficient=config.entropy_coefficient,
-            temperature=config.sampling.temperature,
-        )
         together = min(groups_each(config.minibatch, config.sampling.samples), stream.size)
         if together < ranks.world:
             raise UserError(
                 f"ppo.minibatch: {config.minibatch} samples are {together} whole prompt groups, fewer than the "
                 f"{ranks.world} processes that share them: raise minibatch (and prompts)"
             )
-        updates = config.iterations * config.epochs * -(-stream.size // together)
+        phase = Phase()
         trainer = Trainer(
-            actor,
-            ppo_loss(objective),
+            roles.actor,
+            ppo_loss(config, temperature, phase),
             config.train,
             ranks,
-            total=updates,
+            total=config.iterations * config.epochs * -(-stream.size // together),
             seed=workspace.seed,
-            rates={"value.": config.value_rate},
+            coefficients={"pretraining": config.mix.pretraining, "sft": config.mix.sft},
+            rates=_rates(config),
+            parts=("policy.", "value.") if config.has_critic else (),
         )
-        learner = Learner(trainer, reference.module, objective, epochs=config.epochs, minibatch=config.minibatch)
+        learner = Learner(
+            trainer,
+            roles.reference.module,
+            config,
+            phase,
+            temperature=temperature,
+            mix=_mix(config, inputs, reader, policy.chat, workspace.seed),
+            after_update=roles.after_update,
+        )
         sampler = Sampler(
             policy.model,
             policy.chat,
@@ -150,32 +162,85 @@ class Ppo(Stage):
             reward=reward,
             token_budget=config.train.token_budget,
         )
-        frozen = [reference.module, reward.model]
-        workspace.say(memory.statement([actor.policy, actor.value], frozen, policy.model, config.train))
-        kl = controller({"kind": config.kl.control, **_controller_fields(config.kl)})
-        tokens = 0
-        for iteration in range(config.iterations):
+        watch = _watch(config, inputs, reader, roles.reference, workspace.seed)
+        trained: list[Any] = [m for m in (roles.actor.policy, roles.actor.value) if m is not None]
+        workspace.say(
+            memory.statement(trained, [*roles.frozen, reward.model], policy.model, config.train, shared=shared)
+        )
+        progress = Progress(workspace, trainer, roles, config, watch, controller(config.kl.controller()))
+        for iteration in range(progress.resume(), config.iterations):
             rollout = sampler.sample(prompts.take(stream.batch(iteration)), iteration=iteration, ranks=ranks)
             scores = finished_scores(rollout.samples, config.unfinished_score)
-            targets = learner.targets(rollout.groups(scores), kl.coefficient, iteration)
-            updated = learner.optimise(targets, iteration)
-            figures = {**rollout.figures, **targets.figures, **updated, "kl_coefficient": kl.coefficient}
-            kl = kl.update(targets.figures["kl"], len(rollout.samples))
-            tokens += int(rollout.figures["sampled_tokens"] + updated["trained_tokens"])
-            workspace.log(step=iteration + 1, **figures)
-            shown = {k: figures[k] for k in ("score", "kl", "explained_variance")}
-            workspace.progress(iteration + 1, config.iterations, "iterations", **shown)
+            targets = learner.targets(rollout.groups(scores), progress.kl.coefficient, iteration)
+            if not config.sampling.truncated:
+                ppo_checks.require_sampler(targets.largest_gap, targets.figures["sampler_gap"], config.train.precision)
+            updated = learner.optimise(targets, progress.kl.coefficient, iteration)
+            roles.after_iteration(iteration + 1)
+            figures = {**rollout.figures, **targets.figures, **updated, "kl_coefficient": progress.kl.coefficient}
+            progress.finish(iteration, figures, samples=len(rollout.samples))
+        chosen = progress.settle()
         save_policy(policy, workspace)
+        if roles.average:
+            save_policy(roles.average, workspace, "average")
         return {
-            **figures,
+            **progress.figures,
+            **chosen,
             "samples": config.iterations * stream.size * config.sampling.samples,
             "dropped_prompts": prompts.dropped,
             "updates": trainer.done,
-            "tokens": tokens,
+            "tokens": progress.tokens,
             "read": reader.counts,
         }
 
 
-def _controller_fields(kl: KlSettings) -> dict[str, float]:
-    fixed = {"coefficient": kl.coefficient}
-    return fixed if kl.control == "fixed" else {**fixed, "target": kl.target, "horizon": kl.horizon}
+def _rates(config: Ppo.Config) -> dict[str, float]:
+    """Learning rates as multiples of the policy's, by role."""
+    if not config.has_critic:
+        return {"policy.": 1.0}
+    own = config.critic.learning_rate
+    return {"policy.": 1.0, "value.": own / config.train.learning_rate if own is not None else 1.0}
+
+
+def _mix(config: Ppo.Config, inputs: Any, reader: Any, chat: Any, seed: int) -> list[Any]:
+    """Streams of the other records that updates hold."""
+    from pipeline.data.groups import conversation_groups, document_groups
+    from pipeline.train.ppo import RecordStream
+
+    streams = []
+    if config.mix.pretraining:
+        documents = reader.read("documents", inputs.documents, "documents")
+        groups = document_groups(documents, chat, config.max_tokens).required("documents", config.max_tokens).groups
+        streams.append(RecordStream(groups, "pretraining", config.mix.batch, seed))
+    if config.mix.sft:
+        conversations = reader.read("conversations", inputs.conversations, "conversations")
+        encoded = conversation_groups(conversations, chat, config.max_tokens, "all_rounds")
+        groups = encoded.required("conversations", config.max_tokens).groups
+        streams.append(RecordStream(groups, "sft", config.mix.batch, seed))
+    return streams
+
+
+def _watch(config: Ppo.Config, inputs: Any, reader: Any, reference: Any, seed: int) -> Any:
+    """What is looked at on `dev`; None without it."""
+    if inputs.dev is None:
+        return None
+    from pipeline.evaluate.panel import Panel
+    from pipeline.evaluate.watch import Watch
+    from pipeline.llama.open import open_frozen
+    from pipeline.rollout.noise import NoiseKey
+
+    panel = Panel.open(
+        proxy=inputs.reward,
+        heldout=inputs.heldout_reward,
+        judge=inputs.judge,
+        token_budget=config.train.token_budget,
+    )
+    return Watch(
+        reader.read("dev", inputs.dev, "prompts"),
+        panel,
+        reference if config.reference.kind == "start" else open_frozen(inputs.policy),
+        SamplingSettings(samples=1, max_new_tokens=config.sampling.max_new_tokens),
+        NoiseKey(seed, "dev"),
+        config.max_tokens,
+        config.train.token_budget,
+        config.kl_budget,
+    )

@@ -125,6 +125,61 @@ def gae_ragged(
     return to_flat(advantages, start_N, length_N, size), to_flat(returns, start_N, length_N, size)
 
 
+def returns_to_go_ragged(
+    rewards_T: Tensor, start_N: Tensor, length_N: Tensor, *, gamma: float = 1.0, mask_T: Tensor | None = None
+) -> Tensor:
+    """`returns_to_go` on runs of a flat batch -> [T]."""
+    return gae_ragged(rewards_T, torch.zeros_like(rewards_T), start_N, length_N, gamma=gamma, lam=1.0, mask_T=mask_T)[0]
+
+
+def spread(x_N: Tensor, start_N: Tensor, length_N: Tensor, size: int) -> Tensor:
+    """Each response's number at all of its tokens -> [size], 0 elsewhere."""
+    width = max(int(length_N.max()) if length_N.numel() else 0, 1)
+    return to_flat(x_N[:, None].expand(-1, width), start_N, length_N, size)
+
+
+def returns_to_go(rewards_BR: Tensor, mask_BR: Tensor, *, gamma: float = 1.0) -> Tensor:
+    """Discounted sum of this and all later rewards [B, R], 0 where masked: GAE without a critic, lambda 1."""
+    nothing = torch.zeros_like(keep(rewards_BR, mask_BR))
+    return gae(rewards_BR, nothing, mask_BR, gamma=gamma, lam=1.0)[0]
+
+
+def leave_one_out(rewards_N: Tensor, group_N: Tensor) -> Tensor:
+    """RLOO: each reward less the mean of the others of its group [N] (Kool et al. 2019; Ahmadian et al. 2024, eq. 8).
+
+    group_N says which prompt a response answers. A group of one has nothing to compare with: ValueError.
+    """
+    rewards, mean, count = _group_means(rewards_N, group_N)
+    if bool((count < 2).any()):
+        raise ValueError("leave-one-out needs at least two responses to every prompt")
+    return (rewards - mean) * count / (count - 1)
+
+
+def group_relative(rewards_N: Tensor, group_N: Tensor, *, divide: bool = True, epsilon: float = 1e-4) -> Tensor:
+    """GRPO: each reward less its group's mean, over the group's deviation [N] (Shao et al. 2024, section 4.1.2).
+
+    The deviation is the unbiased one with epsilon added, as in TRL. `divide=False` leaves the division out, which
+    weighs easy and hard prompts alike (Dr. GRPO, Liu et al. 2025). ValueError for a group of one.
+    """
+    rewards, mean, count = _group_means(rewards_N, group_N)
+    if bool((count < 2).any()):
+        raise ValueError("group-relative advantages need at least two responses to every prompt")
+    centred = rewards - mean
+    if not divide:
+        return centred
+    square = rewards.new_zeros(int(group_N.max()) + 1).index_add(0, group_N, centred.square())[group_N]
+    return centred / ((square / (count - 1)).sqrt() + epsilon)
+
+
+def _group_means(rewards_N: Tensor, group_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """float32 rewards, and mean and size of each one's group, [N] each."""
+    rewards = rewards_N.detach().to(torch.promote_types(rewards_N.dtype, torch.float32))
+    zeros = rewards.new_zeros(int(group_N.max()) + 1 if group_N.numel() else 0)
+    total = zeros.index_add(0, group_N, rewards)
+    count = zeros.index_add(0, group_N, torch.ones_like(rewards))
+    return rewards, (total / count)[group_N], count[group_N]
+
+
 def moments(x: Tensor, mask: Tensor) -> Tensor:
     """[sum, sum of squares, count] of the unmasked items, float64: add over micro-batches and ranks."""
     kept = keep(x.detach(), mask).double()

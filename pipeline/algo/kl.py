@@ -98,13 +98,42 @@ class AdaptiveKL:
         return {"kind": self.kind, **asdict(self)}
 
 
-KLController = FixedKL | AdaptiveKL
+@dataclass(frozen=True)
+class BandKL:
+    """A coefficient that moves only where the KL leaves a band (Schulman et al. 2017, section 4: factor 2, and
+    a band from target / 1.5 to target * 1.5).
+
+    low, high   nats a response; above `high` the coefficient is multiplied by `factor`, below `low` divided by it
+    """
+
+    kind: ClassVar[str] = "band"
+    coefficient: float
+    low: float = 4.0
+    high: float = 9.0
+    factor: float = 2.0
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.low < self.high and self.factor > 1):
+            raise ValueError(
+                f"a band needs 0 <= low < high and a factor above 1, not {self.low}, {self.high}, {self.factor}"
+            )
+
+    def update(self, kl: float, samples: int) -> BandKL:
+        """The controller after an iteration whose mean KL a response was `kl`; `samples` does not matter."""
+        moved = self.factor if kl > self.high else 1.0 / self.factor if kl < self.low else 1.0
+        return replace(self, coefficient=self.coefficient * moved)
+
+    def state(self) -> dict[str, Any]:
+        return {"kind": self.kind, **asdict(self)}
+
+
+KLController = FixedKL | AdaptiveKL | BandKL
 
 
 def controller(state: dict[str, Any]) -> KLController:
     """A controller from what `.state()` gave (JSON). ValueError for an unknown kind."""
     rest = {k: v for k, v in state.items() if k != "kind"}
-    for cls in (FixedKL, AdaptiveKL):
+    for cls in (FixedKL, AdaptiveKL, BandKL):
         if cls.kind == state.get("kind"):
             return cls(**rest)
-    raise ValueError(f"KL control must be 'fixed' or 'adaptive', not {state.get('kind')!r}")
+    raise ValueError(f"KL control must be 'fixed', 'adaptive' or 'band', not {state.get('kind')!r}")

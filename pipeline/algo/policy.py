@@ -8,30 +8,73 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pipeline.algo.output import LossOutput, keep, sums
+from pipeline.algo.output import LossOutput, Sums, keep, sums
 
 
 def clipped_policy_loss(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, *, clip: float = 0.2
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    clip: float = 0.2,
+    clip_high: float | None = None,
+    dual_clip: float | None = None,
+    importance: Tensor | None = None,
 ) -> LossOutput:
-    """max(-A ratio, -A clip(ratio, 1 - clip, 1 + clip)) by token: eq. 7, negated to be minimised.
+    """max(-A ratio, -A clip(ratio, 1 - clip, 1 + clip_high)) by token: eq. 7, negated to be minimised.
 
-    Metrics: `policy_loss`; `ratio`; `clip_fraction`, tokens where the clipped branch is the larger one, so
-    that they get no gradient; `approx_kl`, k3 of the old policy against the new one, on samples of the old.
+    clip_high    the upper range where it differs from the lower one (DAPO, Yu et al. 2025, eq. 10)
+    dual_clip    c > 1: for A < 0 the loss is at most -c A, so that a large ratio cannot blow it up (Ye et al.
+                 2020, eq. 5)
+    importance   weight of each token's loss, without gradient (see `importance_weights`)
+
+    Metrics: `policy_loss`; `ratio`; `clip_fraction`, tokens where a clipped branch is taken, so that they get
+    no gradient; `approx_kl`, k3 of the old policy against the new one, on samples of the old.
     """
     log_ratio = keep(logprobs, mask) - keep(old_logprobs, mask).detach()
     advantages = keep(advantages, mask).detach()
     ratio = log_ratio.exp()
     plain = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1.0 - clip, 1.0 + clip)
+    clipped = -advantages * ratio.clamp(1.0 - clip, 1.0 + (clip if clip_high is None else clip_high))
     losses = torch.maximum(plain, clipped)
+    at_clip = clipped > plain
+    if dual_clip is not None:
+        ceiling = torch.where(advantages < 0, -dual_clip * advantages, torch.inf)
+        at_clip = at_clip | (losses > ceiling)
+        losses = torch.minimum(losses, ceiling)
+    if importance is not None:
+        losses = losses * keep(importance, mask).detach()
     metrics = {
         "policy_loss": sums(losses, mask),
         "ratio": sums(ratio, mask),
-        "clip_fraction": sums((clipped > plain).float(), mask),
+        "clip_fraction": sums(at_clip.float(), mask),
         "approx_kl": sums(torch.expm1(log_ratio) - log_ratio, mask),
     }
     return LossOutput(losses, metrics)
+
+
+def importance_weights(
+    logprobs: Tensor, sampler_logprobs: Tensor, mask: Tensor, cap: float | None = 2.0
+) -> tuple[Tensor, dict[str, Sums]]:
+    """min(pi_trainer / pi_sampler, cap) by token, without gradient, 0 where masked.
+
+    Corrects for answers drawn from another distribution than the trainer computes: another kernel or precision,
+    truncated sampling (truncated importance sampling: Ionides 2008; Yao et al. 2025, "Your efficient RL framework
+    secretly brings you off-policy RL training"). `cap=None` does not truncate.
+
+    Metrics: `sampler_gap`, the mean absolute difference of the two log-probs in nats; `sampler_weight`, the mean
+    weight; `sampler_capped`, the share of tokens at the cap.
+    """
+    gap = keep(logprobs.detach(), mask) - keep(sampler_logprobs.detach(), mask)
+    ratio = gap.exp()
+    weight = ratio if cap is None else ratio.clamp(max=cap)
+    metrics = {
+        "sampler_gap": sums(gap.abs(), mask),
+        "sampler_weight": sums(weight, mask),
+        "sampler_capped": sums((ratio > weight).float(), mask),
+    }
+    return keep(weight, mask), metrics
 
 
 def clipped_value_loss(

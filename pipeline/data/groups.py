@@ -99,13 +99,20 @@ def comparison_groups(comparisons: Sequence[Comparison], chat: ChatFormat, max_t
 
 
 def continuations(
-    prompt: Sequence[int], answers: Sequence[Sequence[int]], facts: Sequence[Mapping[str, float]] | None = None
+    prompt: Sequence[int],
+    answers: Sequence[Sequence[int]],
+    facts: Sequence[Mapping[str, float]] | None = None,
+    tokens: Sequence[Mapping[str, Sequence[float]]] | None = None,
 ) -> Group:
-    """A prompt and the answers that continue it; the answers' tokens weigh 1."""
+    """A prompt and the answers that continue it; the answers' tokens weigh 1. Facts and token values by answer."""
     facts = facts or [{"answer": 1.0}] * len(answers)
+    tokens = tokens or [{}] * len(answers)
     return [
         Segment(prompt),
-        *(Segment(a, parent=0, weights=[1.0] * len(a), facts=f) for a, f in zip(answers, facts, strict=True)),
+        *(
+            Segment(a, parent=0, weights=[1.0] * len(a), tokens=t, facts=f)
+            for a, f, t in zip(answers, facts, tokens, strict=True)
+        ),
     ]
 
 

@@ -3,7 +3,7 @@
     class Stage            name, version, sources, same_tokenizer, Config, Inputs, Outputs, check(), run()
     slots_in(cls), slots_out(cls) -> dict[str, Slot]      wiring, read from the dataclass annotations
     class Request          everything a worker receives; Request.read(path), .write(path)
-    class Workspace        .row .stage .seed .partial .rank .world .skip_bad .launch
+    class Workspace        .row .stage .seed .fingerprint .partial .checkpoints .rank .world .skip_bad .launch
                            .slot(name) .lineage(slot, **facts) .quarantine(name) .log(step=..., **metrics)
                            .progress(done, total, unit=..., **figures) .say(text)
     run_stage(request, emit, rank=0, world=1) -> manifest  (None on ranks other than 0)
@@ -187,6 +187,7 @@ class Workspace:
 
     def __init__(self, request: Request, emit: Emit, rank: int = 0, world: int = 1) -> None:
         self.row, self.stage, self.seed = request.row, request.stage, request.seed
+        self.fingerprint = request.fingerprint
         self.skip_bad, self.launch = request.skip_bad, dict(request.launch)
         self.partial = Path(request.partial)
         self.out = self.partial / "out"
@@ -205,6 +206,22 @@ class Workspace:
         path = self.out / "quarantine" / f"{name}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where a stage keeps its state while it works; still there when the same row is tried again."""
+        return self.partial / "checkpoints"
+
+    def metrics_size(self) -> int:
+        """Bytes of metrics.jsonl so far: what `rewind_metrics` goes back to."""
+        path = self.partial / "metrics.jsonl"
+        return path.stat().st_size if path.exists() else 0
+
+    def rewind_metrics(self, size: int = 0) -> None:
+        """Cut off what was logged after a checkpoint, so that no line appears twice."""
+        path = self.partial / "metrics.jsonl"
+        if self.rank == 0 and path.exists():
+            os.truncate(path, min(size, path.stat().st_size))
 
     def lineage(self, slot: str, **facts: Any) -> None:
         """Note facts about an output beside its files; not hashed. JSON values."""

@@ -57,6 +57,7 @@ from .stage import Request
 
 SETTLED = 1.0  # seconds a file must have rested before its hash is remembered: clocks of file systems tick
 NOTES = ("metrics.jsonl",)  # sealed beside the slots
+CHECKPOINTS = "checkpoints"  # state of a row in progress, left in place for the next try
 
 
 @dataclass(frozen=True)
@@ -88,9 +89,13 @@ class Store:
     # ------------------------------------------------------------------------------------- from work to row
 
     def prepare(self, request: Request) -> Path:
-        """The partial directory of a row about to run: request.json written, all of an earlier try removed."""
+        """The partial directory of a row about to run: request.json written, of an earlier try only its checkpoints
+        left, with the metrics that they belong to."""
         partial = Path(request.partial)
-        shutil.rmtree(partial, ignore_errors=True)
+        kept = {CHECKPOINTS, "metrics.jsonl"} if (partial / CHECKPOINTS).is_dir() else set()
+        for path in partial.iterdir() if partial.is_dir() else ():
+            if path.name not in kept:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         (partial / "out").mkdir(parents=True)
         request.write(partial / "request.json")
         return partial

@@ -113,6 +113,36 @@ def require_same(model: nn.Module, settings: LoraSettings) -> None:
         )
 
 
+def share_frozen(*models: nn.Module) -> int:
+    """Let frozen parameters of the same name and bits be one tensor in memory; returns the bytes saved.
+
+    Roles on one base (policy, reference, critic and reward model, each its own adapter) then hold the base once and
+    compute exactly what they did apart. What is trained is never shared; sharded parameters are left alone.
+    """
+    import torch
+
+    first: dict[tuple[str, torch.Size, torch.dtype], list[nn.Parameter]] = {}
+    saved = 0
+    for model in models:
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad or hasattr(parameter, "ds_tensor") or not parameter.numel():
+                continue
+            known = first.setdefault((_bare_name(name), parameter.shape, parameter.dtype), [])
+            same = next((k for k in known if k.device == parameter.device and torch.equal(k, parameter)), None)
+            if same is None:
+                known.append(parameter)
+            elif same.data_ptr() != parameter.data_ptr():
+                saved += parameter.numel() * parameter.element_size()
+                parameter.data = same.data
+    return saved
+
+
+def _bare_name(name: str) -> str:
+    """What a parameter is called without the wrappers around its model."""
+    parts = [part for part in name.split(".") if part not in ("base_layer", "base_model", "lm", "classifier", "policy")]
+    return ".".join(parts).removeprefix("model.").removeprefix("model.")
+
+
 @contextmanager
 def adapters_off(model: PeftModel) -> Iterator[None]:
     """The base alone. Raises UserError for adapters that train biases: peft does not restore them (peft#493)."""

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from pipeline.data.forest import Forest
 from pipeline.llama import attention
-from pipeline.llama.logprobs import token_logprobs
+from pipeline.llama.logprobs import token_kl, token_logprobs
 
 
 class TokenOutputs(NamedTuple):
@@ -32,6 +32,8 @@ class TokenOutputs(NamedTuple):
     entropy_T: Tensor | None = None  # float32, nats, of the distribution that each chosen token was drawn from
     correct_T: Tensor | None = None  # float32, 1 where the chosen token was the likeliest
     values_T: Tensor | None = None  # float32, value of the state that predicts each token, 0 where none does
+    kl_T: Tensor | None = None  # float32, nats, exact KL to the reference of the same distribution
+    states_TD: Tensor | None = None  # hidden states, for a reference that others are compared with
 
 
 def unwrapped(model: Any) -> Any:
@@ -114,6 +116,13 @@ def _spread(values: Tensor, at: Tensor, size: int) -> Tensor:
     return torch.zeros(size, dtype=values.dtype, device=values.device).index_copy(0, at, values)
 
 
+class Compared(NamedTuple):
+    """A reference's states of a forest and its head, for the exact KL."""
+
+    states_TD: Tensor
+    head: Any
+
+
 class PolicyModel(nn.Module):
     """Log-probs of tokens under a causal LM, also a peft-wrapped or foreign one."""
 
@@ -121,30 +130,47 @@ class PolicyModel(nn.Module):
         super().__init__()
         self.lm = lm
 
-    def forward(
+    @property
+    def head(self) -> Any:
+        return unwrapped(self.lm).get_output_embeddings()
+
+    def forward(self, forest: Forest, *, states: bool = False, **options: Any) -> TokenOutputs:
+        """`read` of the model's hidden states; `states` gives those too."""
+        found = _filled_states(self.lm, forest)
+        out = self.read(found, forest, **options)
+        return out._replace(states_TD=found[: len(forest)]) if states else out
+
+    def read(
         self,
+        states: Tensor,
         forest: Forest,
         *,
         temperature: float = 1.0,
         entropy: bool = False,
         accuracy: bool = False,
         select_T: Tensor | None = None,
+        compared: Compared | None = None,
     ) -> TokenOutputs:
         """Chosen tokens default to those with a weight. A token that nothing precedes has log-prob 0."""
         chosen = forest.weights_T != 0 if select_T is None else select_T
         at = (chosen & (forest.predictor_T >= 0)).nonzero().squeeze(1)
-        inner = unwrapped(self.lm)
-        states = _filled_states(self.lm, forest).index_select(0, forest.predictor_T[at])
+        vocabulary = unwrapped(self.lm).config.get_text_config().vocab_size
+        predicting = states.index_select(0, forest.predictor_T[at])
         found = token_logprobs(
-            states,
-            inner.get_output_embeddings(),
+            predicting,
+            self.head,
             forest.ids_T[at],
-            inner.config.get_text_config().vocab_size,
+            vocabulary,
             temperature=temperature,
             entropy=entropy,
             accuracy=accuracy,
         )
-        return TokenOutputs(*(None if values is None else _spread(values, at, len(forest)) for values in found))
+        out = TokenOutputs(*(None if values is None else _spread(values, at, len(forest)) for values in found))
+        if compared is None:
+            return out
+        theirs = compared.states_TD.index_select(0, forest.predictor_T[at])
+        kl = token_kl(predicting, self.head, theirs, compared.head, vocabulary, temperature=temperature)
+        return out._replace(kl_T=_spread(kl, at, len(forest)))
 
 
 class ScalarModel(nn.Module):
@@ -172,13 +198,31 @@ def at_last(values_T: Tensor, forest: Forest) -> Tensor:
     return values_T.index_select(0, last.clamp(min=0)).masked_fill(last < 0, 0.0)
 
 
+class ValueHead(nn.Module):
+    """A value from a policy's own hidden states: a critic without a trunk.
+
+    Normal with standard deviation 1 / sqrt(d + 1), no bias (as `new_classifier`); the same for the same seed.
+    """
+
+    def __init__(self, width: int, seed: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.score = nn.Linear(width, 1, bias=False)
+        with torch.no_grad():
+            self.score.weight.normal_(0.0, (width + 1) ** -0.5, generator=generator)
+
+    def forward(self, states: Tensor) -> Tensor:
+        return self.score(states).squeeze(-1).float()
+
+
 class ActorCritic(nn.Module):
     """Policy and value model in one container, so that one engine and one optimiser see both.
 
-    Two trunks. Nothing inside is called from outside but through `forward`; generation uses `.policy.lm`.
+    value    a model of its own (two trunks), a `ValueHead` on the policy's trunk, or None
+    Nothing inside is called from outside but through `forward`; generation uses `.policy.lm`.
     """
 
-    def __init__(self, policy: PolicyModel, value: ScalarModel) -> None:
+    def __init__(self, policy: PolicyModel, value: ScalarModel | ValueHead | None) -> None:
         super().__init__()
         self.policy = policy
         self.value = value
@@ -188,16 +232,21 @@ class ActorCritic(nn.Module):
         forest: Forest,
         want: Sequence[str] = ("logprobs", "entropy", "values"),
         *,
-        temperature: float = 1.0,
-        select_T: Tensor | None = None,
+        detached: bool = False,
+        **options: Any,
     ) -> TokenOutputs:
-        """`values_T` are gathered by predictor: the value of the state in which each token was chosen."""
+        """`options` are those of `PolicyModel.read`. `values_T` are gathered by predictor: the value of the state in
+        which each token was chosen; `detached` keeps the gradient of a head's values out of the trunk."""
         unknown = set(want) - {"logprobs", "entropy", "values"}
         if unknown:
             raise ValueError(f"want: {sorted(unknown)} are none of logprobs, entropy, values")
+        shared = isinstance(self.value, ValueHead) and "values" in want
+        states = _filled_states(self.policy.lm, forest) if shared else None
         out = TokenOutputs()
         if "logprobs" in want or "entropy" in want:
-            out = self.policy(forest, temperature=temperature, entropy="entropy" in want, select_T=select_T)
-        if "values" in want:
-            out = out._replace(values_T=at_predictor(self.value(forest), forest))
+            options |= {"entropy": "entropy" in want}
+            out = self.policy(forest, **options) if states is None else self.policy.read(states, forest, **options)
+        if "values" in want and self.value is not None:
+            values = self.value(forest if states is None else states.detach() if detached else states)
+            out = out._replace(values_T=at_predictor(values[: len(forest)], forest))
         return out

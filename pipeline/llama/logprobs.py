@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from pipeline.algo.kl import exact_kl
 from pipeline.llama.attention import filled
 
 # Logits held at once, in elements: 64 MiB in float32. Up to this size computing them twice would only cost time.
@@ -98,3 +99,34 @@ def token_logprobs(
         spread, correct = torch.cat(spreads) if entropy else None, torch.cat(corrects) if accuracy else None
     n = len(ids_N)
     return logp[:n], None if spread is None else spread[:n], None if correct is None else correct[:n]
+
+
+def token_kl(
+    hidden_ND: Tensor,
+    head: Callable[[Tensor], Tensor],
+    reference_ND: Tensor,
+    reference_head: Callable[[Tensor], Tensor],
+    vocabulary: int,
+    *,
+    temperature: float = 1.0,
+    chunk_elements: int = CHUNK_ELEMENTS,
+) -> Tensor:
+    """float32 [N], nats: KL(policy || reference) over the vocabulary at temperature-scaled logits, in chunks.
+
+    The gradient goes to `hidden_ND` and `head` alone.
+    """
+
+    def compute(hidden: Tensor, base: Tensor) -> Tensor:
+        with torch.no_grad():
+            theirs = reference_head(base).float() / temperature
+        return exact_kl(head(hidden).float() / temperature, theirs)
+
+    rows = max(1, chunk_elements // (2 * vocabulary))
+    hidden, base = filled(hidden_ND), filled(reference_ND)
+    if len(hidden) <= rows:
+        return compute(hidden, base)[: len(hidden_ND)]
+    parts = [
+        checkpoint(compute, h, b, use_reentrant=False, preserve_rng_state=False)
+        for h, b in zip(hidden.split(rows), base.split(rows), strict=True)
+    ]
+    return torch.cat(parts)[: len(hidden_ND)]

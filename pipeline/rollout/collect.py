@@ -76,13 +76,14 @@ class Rollout:
     figures: dict[str, float]
 
     def groups(self, scores: Sequence[float]) -> list[Group]:
-        """[prompt] <- [s1] ... [sK] with the fact `score` on every sample."""
+        """[prompt] <- [s1] ... [sK] with the fact `score` on every sample and `sampler_logprobs` on its tokens."""
         k = len(self.samples) // len(self.prompt_ids)
         out = []
         for p, ids in enumerate(self.prompt_ids):
             chosen = range(p * k, (p + 1) * k)
             facts = [{"answer": 1.0, "score": scores[i]} for i in chosen]
-            out.append(continuations(ids, [self.samples[i].ids for i in chosen], facts))
+            tokens = [{"sampler_logprobs": self.samples[i].logprobs} for i in chosen]
+            out.append(continuations(ids, [self.samples[i].ids for i in chosen], facts, tokens))
         return out
 
 
@@ -119,7 +120,7 @@ class Sampler:
         generated = self.engine.generate(my_ids, self.settings, key, progress, names=[prompts[i].id for i in mine])
         scores = self._scores(my_ids, [[g.ids for g in group] for group in generated])
         part: dict[int, list[list[Any]]] = {
-            i: [[g.ids, g.raw_logprobs, g.stopped, s] for g, s in zip(group, group_scores, strict=True)]
+            i: [[g.ids, g.logprobs, g.stopped, s] for g, s in zip(group, group_scores, strict=True)]
             for i, group, group_scores in zip(mine, generated, scores, strict=True)
         }
         parts = ranks.gather([[i, rows] for i, rows in part.items()]) if ranks is not None else [list(part.items())]

@@ -78,9 +78,10 @@ class Trainer:
         seed: int,
         coefficients: Mapping[str, float] | None = None,
         rates: Mapping[str, float] | None = None,
+        parts: Sequence[str] = (),
     ) -> None:
-        """`coefficients` weigh the terms against each other (1 by default); `rates` as in
-        optim.parameter_groups.
+        """`coefficients` weigh the terms against each other (1 by default); `rates` as in optim.parameter_groups;
+        `parts` are prefixes of parameters whose gradient norms are figures of their own.
         """
         self.module = module
         self.loss_fn = loss_fn
@@ -89,6 +90,8 @@ class Trainer:
         self.total = total
         self.seed = seed
         self.coefficients = dict(coefficients or {})
+        self.parts = tuple(parts)
+        self.held: tuple[str, ...] = ()  # prefixes of `rates` that do not move for now
         self.done = 0  # updates made
         module.train()
         if settings.checkpointing:
@@ -116,10 +119,12 @@ class Trainer:
                     self._pass(number, i, micros[i] if i < len(micros) else None, filler, scales, sums)
         figures = self._figures(sums, scales)
         self._require_finite(number, "loss", figures["loss"], figures)
+        norms = {f"gradient_norm/{p.rstrip('.')}": self.engine.part_norm(p) for p in self.parts}
+        figures |= {name: norm for name, norm in norms.items() if norm is not None}
         norm = self.engine.gradient_norm(self.settings.clip)
         self._require_finite(number, "gradient norm", norm, figures)
         rate = optim.learning_rate(self.settings, number, self.total)
-        optim.set_learning_rate(self.engine.optimizer, rate)
+        optim.set_learning_rate(self.engine.optimizer, rate, self.held)
         after = self.engine.update()
         self._require_finite(number, "gradient norm", after, figures)
         self.engine.clear()
@@ -332,10 +337,11 @@ class Best:
         self.state: list[Tensor] = []
 
     def offer(self, trainer: Trainer, found: Mapping[str, float]) -> None:
+        """A value that is not finite is never the best."""
         if self.by not in found:
             raise ValueError(f"evaluation gives {sorted(found)}, but the best is chosen by {self.by!r}")
         value = self.sign * found[self.by]
-        if value > self.value:
+        if math.isfinite(value) and value > self.value:
             self.value, self.step = value, trainer.done
             self.state = [t.detach().to("cpu", copy=True) for t in _held(trainer.engine.parameters)]
 

@@ -50,8 +50,10 @@ def human(size: float) -> str:
     return f"{size:.3g} TB"
 
 
-def statement(trained: list[nn.Module], frozen: list[nn.Module], model: Any, settings: TrainSettings) -> str:
-    """One line for people: what will be held and the predicted peak."""
+def statement(
+    trained: list[nn.Module], frozen: list[nn.Module], model: Any, settings: TrainSettings, *, shared: int = 0
+) -> str:
+    """One line for people: what will be held and the predicted peak. `shared`: bytes that roles hold in common."""
     config = model.config
     peak = predict(
         trained,
@@ -63,7 +65,9 @@ def statement(trained: list[nn.Module], frozen: list[nn.Module], model: Any, set
         vocabulary=config.vocab_size,
         scored=settings.token_budget,
     )
+    peak -= shared
+    once = f", {human(shared)} of it held once for several roles" if shared else ""
     return (
-        f"trains {trainable(*trained):,} of {parameters(*trained):,} parameters, {parameters(*frozen):,} frozen; "
+        f"trains {trainable(*trained):,} of {parameters(*trained):,} parameters, {parameters(*frozen):,} frozen{once}; "
         f"predicted peak memory {human(peak)} for {settings.token_budget} tokens a pass (train.token_budget)"
     )

@@ -6,7 +6,7 @@ final fraction. Nothing is counted by a scheduler object, so ranks and resumes c
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -24,10 +24,10 @@ def parameter_groups(
     Weight decay falls on matrices, embeddings and output head included (as LLaMA's authors and GPT-style
     codes do), and on nothing with fewer than two dimensions: no norm and no bias. `rates` multiplies the
     learning rate of parameters whose name starts with a prefix ({"value.": 2.0}); the longest prefix that
-    fits wins, and one that fits nothing is a ValueError.
+    fits wins, and one that fits nothing is a ValueError. A group remembers its `prefix`.
     """
     rates = dict(rates or {})
-    chosen: dict[tuple[float, float], list[nn.Parameter]] = {}
+    chosen: dict[tuple[float, str | None], list[nn.Parameter]] = {}
     used: set[str] = set()
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
@@ -35,12 +35,15 @@ def parameter_groups(
         prefix = max((p for p in rates if name.startswith(p)), key=len, default=None)
         used |= {prefix} if prefix is not None else set()
         decay = weight_decay if parameter.ndim >= 2 else 0.0
-        chosen.setdefault((decay, rates[prefix] if prefix is not None else 1.0), []).append(parameter)
+        chosen.setdefault((decay, prefix), []).append(parameter)
     if unused := rates.keys() - used:
         raise ValueError(f"no trainable parameter's name starts with {sorted(unused)}")
     if not chosen:
         raise ValueError("the module has no trainable parameter")
-    return [{"params": parameters, "weight_decay": decay, "rate": rate} for (decay, rate), parameters in chosen.items()]
+    return [
+        {"params": parameters, "weight_decay": decay, "rate": rates.get(prefix or "", 1.0), "prefix": prefix}
+        for (decay, prefix), parameters in chosen.items()
+    ]
 
 
 def adamw(module: nn.Module, settings: TrainSettings, rates: Mapping[str, float] | None = None) -> torch.optim.AdamW:
@@ -74,6 +77,7 @@ def learning_rate(settings: TrainSettings, step: int, total: int) -> float:
     return settings.learning_rate * factor
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float, held: Collection[str] = ()) -> None:
+    """`held`: prefixes of `rates` whose parameters must not move now."""
     for group in optimizer.param_groups:
-        group["lr"] = rate * group.get("rate", 1.0)
+        group["lr"] = 0.0 if group.get("prefix") in held else rate * group.get("rate", 1.0)

@@ -1,4 +1,4 @@
-"""What PPO does between two rollouts: targets from the policy that sampled, and the loss on them.
+"""What PPO does between two rollouts: targets from the policy that sampled, then updates on them.
 
 A minibatch is a list of forests of whole prompt groups. They are built once an iteration; old log-probs and values
 are computed on the very forests that the first epoch trains on, so that its first ratio is exactly 1.
@@ -9,56 +9,47 @@ Legend: T tokens of a forest, N answers in it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.algo.advantages import gae_ragged, moments, shaped_rewards_ragged, whiten
-from pipeline.algo.kl import k1
-from pipeline.algo.policy import (
-    clipped_policy_loss,
-    clipped_value_loss,
-    explained_variance,
-    explained_variance_sums,
+from pipeline.algo.advantages import (
+    gae_ragged,
+    group_relative,
+    leave_one_out,
+    moments,
+    returns_to_go_ragged,
+    shaped_rewards_ragged,
+    spread,
+    whiten,
 )
+from pipeline.algo.kl import ESTIMATORS, k1
+from pipeline.algo.policy import explained_variance, explained_variance_sums, importance_weights
 from pipeline.data.forest import Forest, Group
-from pipeline.data.groups import answers
-from pipeline.flow.artifacts import RewardModel
-from pipeline.flow.errors import RowFailed
-from pipeline.llama.adapters import LoraSettings
-from pipeline.llama.heads import ActorCritic, PolicyModel
-from pipeline.llama.open import Trainable, open_trainable_classifier
+from pipeline.data.groups import answers, sum_by_segment
+from pipeline.llama.heads import Compared
+from pipeline.train import ppo_checks
 from pipeline.train.arithmetic import fast_products
-from pipeline.train.loop import LossFunction, LossSums, Trainer, evaluating
+from pipeline.train.loop import Trainer, evaluating
+from pipeline.train.metrics import Sums, merge
+from pipeline.train.ppo_loss import TERM, Phase, mark_mixed, token_weights, wanted
+from pipeline.train.ppo_settings import PpoSettings
 from pipeline.train.randomness import permutation
 
-WANT = ("logprobs", "entropy", "values")
-Reduce = Callable[[Tensor], Tensor]  # sums a float64 tensor over all ranks
-
-
-@dataclass(frozen=True)
-class Objective:
-    """Hyperparameters of targets and loss; each is a setting of the stage."""
-
-    gamma: float
-    lam: float
-    clip: float
-    value_clip: float | None
-    value_coefficient: float
-    entropy_coefficient: float
-    temperature: float
+Gather = Callable[[Any], list[Any]]  # the JSON values of all ranks
 
 
 @dataclass(frozen=True)
 class Targets:
-    """Minibatches whose forests carry old_logprobs, old_values, advantages and returns, and what was measured."""
+    """Minibatches whose forests carry what the loss reads, and what was measured."""
 
     minibatches: list[list[Forest]]
     figures: dict[str, float]
     largest_kl: float  # largest |log ratio to the reference| of a token, exactly 0 in the first iteration
+    largest_gap: float  # largest |trainer's log-prob less the sampler's| of a token
 
 
 @torch.no_grad()
@@ -67,77 +58,110 @@ def make_targets(
     reference: Callable[..., Any],
     minibatches: list[list[Forest]],
     beta: float,
-    objective: Objective,
-    reduce: Reduce = lambda x: x,
+    settings: PpoSettings,
+    *,
+    temperature: float = 1.0,
+    reference_head: Any = None,
+    gather: Gather = lambda x: [x],
 ) -> Targets:
-    """Old log-probs, values and reference log-probs to shaped rewards, advantages (whitened over all ranks), returns.
+    """Old log-probs, values and reference log-probs to shaped rewards and advantages (whitened over all ranks).
 
-    Each forest has the fact `score` on its answers (Ouyang et al. 2022, section 3.5: reward = score - beta * KL).
+    Each forest has the fact `score` on its answers and the token value `sampler_logprobs` (Ouyang et al. 2022, section
+    3.5: reward = score - beta * KL). With the KL in the loss the reward is the score alone.
     """
+    measured = _Measured()
+    in_reward = beta if settings.kl.where == "reward" else 0.0
+    exact = settings.kl.estimator == "exact"
     done: list[list[Forest]] = []
-    spread = torch.zeros(3, dtype=torch.float64)
-    explained = torch.zeros(5, dtype=torch.float64)
-    kl_sum, rows, largest = 0.0, 0, 0.0
     for forests in minibatches:
         done.append([])
         for forest in forests:
             mask = forest.weights_T > 0
-            old = actor(forest, want=WANT, temperature=objective.temperature)
-            base = reference(forest, temperature=objective.temperature)
-            kl = k1(old.logprobs_T, base.logprobs_T, mask)
+            base = reference(forest, temperature=temperature, states=exact)
+            compared = Compared(base.states_TD, reference_head) if exact else None
+            old = actor(forest, want=wanted(settings), temperature=temperature, compared=compared)
+            kl = old.kl_T if exact else ESTIMATORS[settings.kl.estimator](old.logprobs_T, base.logprobs_T, mask)
             at = answers(forest)
-            start, length = forest.start_S[at], forest.length_S[at]
-            rewards = shaped_rewards_ragged(kl, forest.facts["score"][at], start, length, beta)
-            advantages, returns = gae_ragged(
-                rewards, old.values_T, start, length, gamma=objective.gamma, lam=objective.lam, mask_T=mask
+            scores = forest.facts["score"][at]
+            ppo_checks.require_finite("scores", scores, "look at the reward's sources and their settings")
+            rewards = shaped_rewards_ragged(kl, scores, forest.start_S[at], forest.length_S[at], in_reward)
+            ppo_checks.require_scores_last(rewards, kl, scores, forest, at, in_reward)
+            weight_T, _ = token_weights(forest, at, settings.average_over)
+            more = {"old_logprobs": old.logprobs_T, "weight": weight_T, "reference_logprobs": base.logprobs_T}
+            if exact and settings.kl.where == "loss":
+                more["reference_states"] = base.states_TD
+            more |= _advantages(settings, rewards, old.values_T, forest, at, mask)
+            importance, gap = importance_weights(
+                old.logprobs_T, forest.tokens["sampler_logprobs"], mask, settings.importance.cap
             )
-            spread += moments(advantages, mask).cpu()
-            explained += explained_variance_sums(old.values_T, returns, mask).cpu()
-            kl_sum, rows = kl_sum + float(kl.sum()), rows + at.numel()
-            largest = max(largest, float(kl.abs().max()))
-            done[-1].append(
-                forest.with_tokens(
-                    old_logprobs=old.logprobs_T, old_values=old.values_T, advantages=advantages, returns=returns
-                )
-            )
-    totals = reduce(spread)
-    kl_total = reduce(torch.tensor([kl_sum, rows], dtype=torch.float64))
-    explained = reduce(explained)
-    whitened = [
-        [f.with_tokens(advantages=whiten(f.tokens["advantages"], f.weights_T > 0, totals=totals)) for f in forests]
-        for forests in done
-    ]
-    variance = explained_variance(explained)
-    figures = {
-        "kl": float(kl_total[0] / kl_total[1].clamp(min=1)),
-        "explained_variance": math.nan if variance is None else variance,
-        "return": float(explained[1] / explained[0].clamp(min=1)),
-    }
-    return Targets(whitened, figures, largest)
+            if settings.importance.correct:
+                more["importance"] = importance
+            measured.add(forest, at, more, k1(old.logprobs_T, base.logprobs_T, mask), gap)
+            done[-1].append(forest.with_tokens(**more))
+    figures, totals = measured.figures(gather)
+    if settings.whitens:
+        done = [
+            [f.with_tokens(advantages=whiten(f.tokens["advantages"], f.weights_T > 0, totals=totals)) for f in forests]
+            for forests in done
+        ]
+    return Targets(done, figures, measured.largest_kl, measured.largest_gap)
 
 
-def ppo_loss(objective: Objective) -> LossFunction:
-    """Sums over response tokens of the clipped policy loss, the clipped value loss and minus the entropy."""
+def _advantages(
+    settings: PpoSettings, rewards: Tensor, values: Tensor | None, forest: Forest, at: Tensor, mask: Tensor
+) -> dict[str, Tensor]:
+    start, length, size = forest.start_S[at], forest.length_S[at], len(forest)
+    if settings.advantage == "gae":
+        assert values is not None
+        ppo_checks.require_finite("values", values[mask], "the critic has diverged: lower critic.learning_rate")
+        gae = lambda lam: gae_ragged(rewards, values, start, length, gamma=settings.gamma, lam=lam, mask_T=mask)
+        advantages, returns = gae(settings.lam)
+        if settings.value_lam is not None:
+            returns = gae(settings.value_lam)[1]
+        return {"advantages": advantages, "returns": returns, "old_values": values}
+    if settings.advantage == "reinforce++":
+        return {"advantages": returns_to_go_ragged(rewards, start, length, gamma=settings.gamma, mask_T=mask)}
+    whole_N = sum_by_segment(rewards, forest)[at]
+    group_N = forest.group_S[at]
+    if settings.advantage == "rloo":
+        relative = leave_one_out(whole_N, group_N)
+    else:
+        relative = group_relative(whole_N, group_N, divide=settings.divide)
+    return {"advantages": spread(relative, start, length, size)}
 
-    def loss(module: Callable[..., Any], forest: Forest) -> LossSums:
+
+class _Measured:
+    """Figures of an iteration as sums, so that they do not depend on how it was cut up."""
+
+    def __init__(self) -> None:
+        self.sums = Sums()
+        self.spread = torch.zeros(3, dtype=torch.float64)
+        self.explained = torch.zeros(5, dtype=torch.float64)
+        self.largest_kl = self.largest_gap = 0.0
+
+    def add(self, forest: Forest, at: Tensor, values: Mapping[str, Tensor], kl: Tensor, gap: Mapping[str, Any]) -> None:
         mask = forest.weights_T > 0
-        now = module(forest, want=WANT, temperature=objective.temperature)
-        policy = clipped_policy_loss(
-            now.logprobs_T, forest.tokens["old_logprobs"], forest.tokens["advantages"], mask, clip=objective.clip
-        )
-        value = clipped_value_loss(
-            now.values_T, forest.tokens["old_values"], forest.tokens["returns"], mask, clip=objective.value_clip
-        )
-        total = policy.losses.sum() + objective.value_coefficient * value.losses.sum()
-        if objective.entropy_coefficient:
-            total = total - objective.entropy_coefficient * (now.entropy_T * mask).sum()
-        entropy = (now.entropy_T.detach() * mask).sum()
-        return LossSums(
-            terms={"tokens": total},
-            metrics={**policy.metrics, **value.metrics, "entropy": (entropy, mask.sum())},
-        )
+        self.spread += moments(values["advantages"], mask).cpu()
+        if "old_values" in values:
+            self.explained += explained_variance_sums(values["old_values"], values["returns"], mask).cpu()
+        self.largest_kl = max(self.largest_kl, float(kl.abs().max()))
+        apart = (values["old_logprobs"] - forest.tokens["sampler_logprobs"]).abs() * mask
+        self.largest_gap = max(self.largest_gap, float(apart.max()))
+        self.sums.add({"kl": (kl.double().sum(), at.numel()), **gap})
 
-    return loss
+    def figures(self, gather: Gather) -> tuple[dict[str, float], Tensor]:
+        """The figures over all ranks, and the moments of the advantages."""
+        everyone = gather(
+            {"sums": self.sums.totals(), "spread": self.spread.tolist(), "explained": self.explained.tolist()}
+        )
+        add = lambda name: torch.tensor([rank[name] for rank in everyone], dtype=torch.float64).sum(0)
+        found = {name: total / count for name, (total, count) in merge(r["sums"] for r in everyone).items() if count}
+        explained = add("explained")
+        if explained[0]:
+            variance = explained_variance(explained)
+            found["explained_variance"] = math.nan if variance is None else variance
+            found["return"] = float(explained[1] / explained[0])
+        return found, add("spread")
 
 
 class PromptStream:
@@ -154,9 +178,20 @@ class PromptStream:
         return order[place * self.size : (place + 1) * self.size]
 
 
-def open_actor_critic(policy: Trainable, reward: RewardModel, adapter: LoraSettings | None, seed: int) -> ActorCritic:
-    """The policy with a critic that starts as the reward model."""
-    return ActorCritic(cast(PolicyModel, policy.module), open_trainable_classifier(reward, adapter, seed).module)
+class RecordStream:
+    """Other records for every update, shuffled epoch after epoch; what an update sees follows from its number."""
+
+    def __init__(self, groups: Sequence[Group], term: str, size: int, seed: int) -> None:
+        self.groups, self.term, self.seed = mark_mixed(groups, term), term, seed
+        self.size = min(size, len(groups))
+
+    def batch(self, update: int) -> list[Group]:
+        first = update * self.size
+        chosen = []
+        for number in range(first, first + self.size):
+            epoch, place = divmod(number, len(self.groups))
+            chosen.append(self.groups[permutation(len(self.groups), self.seed, self.term, epoch)[place]])
+        return chosen
 
 
 def groups_each(minibatch: int, samples: int) -> int:
@@ -171,73 +206,81 @@ class Learner:
         self,
         trainer: Trainer,
         reference: nn.Module,
-        objective: Objective,
+        settings: PpoSettings,
+        phase: Phase,
         *,
-        epochs: int,
-        minibatch: int,
+        temperature: float = 1.0,
+        mix: Sequence[RecordStream] = (),
+        after_update: Callable[[], None] = lambda: None,
     ) -> None:
-        self.trainer, self.reference, self.objective = trainer, reference, objective
-        self.epochs, self.minibatch = epochs, minibatch
+        """`phase` is the one that the trainer's loss reads; `after_update` runs after every update."""
+        self.trainer, self.reference, self.settings, self.phase = trainer, reference, settings, phase
+        self.temperature, self.mix, self.after_update = temperature, mix, after_update
+        phase.reference_head = getattr(reference, "head", None)
 
     def targets(self, groups: Sequence[Group], beta: float, iteration: int) -> Targets:
         """Minibatches of whole groups in a shuffled order, cut into micro-batches once, with their targets."""
-        trainer = self.trainer
+        trainer, precision = self.trainer, self.trainer.settings.precision
         order = permutation(len(groups), trainer.seed, "minibatches", iteration)
-        step = groups_each(self.minibatch, sum(1 for s in groups[0] if s.facts.get("answer")))
+        step = groups_each(self.settings.minibatch, sum(1 for s in groups[0] if s.facts.get("answer")))
         cuts = [[groups[i] for i in order[at : at + step]] for at in range(0, len(order), step)]
-        with fast_products(trainer.strategy.device, trainer.settings.precision), evaluating(trainer.module):
-            minibatches = [trainer.forests(trainer.share(cut)) for cut in cuts]
-            targets = make_targets(trainer.engine, self._reference, minibatches, beta, self.objective, self._reduce)
+        with fast_products(trainer.strategy.device, precision), evaluating(trainer.module):
+            targets = make_targets(
+                trainer.engine,
+                self._reference,
+                [trainer.forests(trainer.share(cut)) for cut in cuts],
+                beta,
+                self.settings,
+                temperature=self.temperature,
+                reference_head=self.phase.reference_head,
+                gather=trainer.strategy.gather,
+            )
             if iteration == 0:
-                require_zero_kl(targets.largest_kl, trainer.settings.precision)
-            require_ratio_one(trainer.engine, targets.minibatches[0], self.objective, trainer.settings.precision)
+                ppo_checks.require_zero_kl(targets.largest_kl, precision)
+            first = targets.minibatches[0]
+            ppo_checks.require_ratio_one(trainer.engine, first, wanted(self.settings), self.temperature, precision)
         return targets
 
-    def optimise(self, targets: Targets, iteration: int) -> dict[str, float]:
-        """Every minibatch once an epoch, in the order of the targets first and shuffled from then on."""
-        count = len(targets.minibatches)
+    def optimise(self, targets: Targets, beta: float, iteration: int) -> dict[str, float]:
+        """Every minibatch once an epoch, in the order of the targets first and shuffled from then on.
+
+        Ends early where the KL to the policy that sampled exceeds `kl.stop`.
+        """
+        self.phase.beta = beta if self.settings.kl.where == "loss" else 0.0
+        self.phase.warming = self.settings.has_critic and iteration < self.settings.critic.warmup
+        self.trainer.held = ("policy.",) if self.phase.warming else ()
         seen: list[dict[str, float]] = []
-        for epoch in range(self.epochs):
-            keys = (self.trainer.seed, "epoch", iteration, epoch)
-            for number in range(count) if epoch == 0 else permutation(count, *keys):
-                forests = targets.minibatches[number]
-                weight = float(sum((f.weights_T > 0).sum() for f in forests))
-                seen.append(self.trainer.step(forests, {"tokens": weight}))
-        wanted = ("loss", "policy_loss", "value_loss", "entropy", "clip_fraction", "approx_kl", "gradient_norm")
-        means = {k: sum(f[k] for f in seen) / len(seen) for k in wanted if k in seen[0]}
-        return means | {"first_ratio": seen[0]["ratio"], "trained_tokens": sum(f["tokens"] for f in seen)}
+        for number in self._order(len(targets.minibatches), iteration):
+            forests, weights = self._work(targets.minibatches[number])
+            seen.append(self.trainer.step(forests, weights))
+            self.after_update()
+            if self.settings.kl.stop is not None and seen[-1]["approx_kl"] > self.settings.kl.stop:
+                break
+        names = dict.fromkeys(name for figures in seen for name in figures)
+        means = {k: sum(f[k] for f in seen if k in f) / sum(k in f for f in seen) for k in names}
+        wanted_figures = {k: v for k, v in means.items() if k not in ("tokens", "ratio", "learning_rate")}
+        return wanted_figures | {
+            "first_ratio": seen[0]["ratio"],
+            "updates": len(seen),
+            "trained_tokens": sum(f["tokens"] for f in seen),
+        }
+
+    def _order(self, count: int, iteration: int) -> list[int]:
+        order = list(range(count))
+        for epoch in range(1, self.settings.epochs):
+            order += permutation(count, self.trainer.seed, "epoch", iteration, epoch)
+        return order
+
+    def _work(self, forests: list[Forest]) -> tuple[list[Forest], dict[str, float]]:
+        """This rank's forests of an update, other records with them, and the weight of every term."""
+        total = sum(token_weights(f, answers(f), self.settings.average_over)[1] for f in forests)
+        weights, everything = {TERM: total}, list(forests)
+        for stream in () if self.phase.warming else self.mix:
+            more = self.trainer.forests(self.trainer.share(stream.batch(self.trainer.done)))
+            weights[stream.term] = float(sum(f.weights_T.sum() for f in more))
+            everything += more
+        return everything, weights
 
     def _reference(self, forest: Forest, **options: Any) -> Any:
         with self.trainer.engine.autocast():
             return self.reference(forest, **options)
-
-    def _reduce(self, totals: Tensor) -> Tensor:
-        return torch.tensor(self.trainer.strategy.gather(totals.tolist()), dtype=torch.float64).sum(0)
-
-
-@torch.no_grad()
-def require_ratio_one(
-    actor: Callable[..., Any], forests: Iterable[Forest], objective: Objective, precision: str
-) -> None:
-    """Before the first update of an iteration every probability ratio is exactly 1; raises naming likely causes.
-
-    In bf16 the tolerance is 1e-6 (the same kernels on the same forests still give the same bits on a CPU).
-    """
-    tolerance = 0.0 if precision == "fp32" else 1e-6
-    for forest in forests:
-        now = actor(forest, want=WANT, temperature=objective.temperature)
-        off = float((now.logprobs_T - forest.tokens["old_logprobs"]).abs().max())
-        if not off <= tolerance:
-            raise RowFailed(
-                f"before the first update a token's log ratio is {off:.3g}, not 0: the policy that is trained is not "
-                "the one whose old log-probs were taken (dropout active? other weights? another temperature?)"
-            )
-
-
-def require_zero_kl(largest: float, precision: str) -> None:
-    """In the first iteration policy and reference are the same: every token's log ratio is exactly 0."""
-    if not largest <= (0.0 if precision == "fp32" else 1e-6):
-        raise RowFailed(
-            f"in the first iteration a token's log ratio to the reference is {largest:.3g}, not 0: the reference is "
-            "not the policy that this row starts from (adapter merged or left out? other precision? dropout active?)"
-        )

@@ -122,6 +122,11 @@ class Engine:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
         return float(norm)
 
+    def part_norm(self, prefix: str) -> float | None:
+        """Norm of the gradient of the parameters whose name starts so, before clipping; None where it is not known."""
+        grads = [p.grad for name, p in self.bare.named_parameters() if name.startswith(prefix) and p.grad is not None]
+        return float(torch.nn.utils.get_total_norm(grads)) if grads else 0.0
+
     def update(self) -> float | None:
         """One optimiser step; the gradient norm where `gradient_norm` could not give it."""
         self.optimizer.step()
@@ -156,6 +161,9 @@ class DeepSpeedEngine(Engine):
         self.module.backward(loss)
 
     def gradient_norm(self, clip: float) -> float | None:
+        return None
+
+    def part_norm(self, prefix: str) -> float | None:
         return None
 
     def update(self) -> float | None:

@@ -105,7 +105,7 @@ def test_controllers_travel_as_json():
     fixed, adaptive = FixedKL(0.1), AdaptiveKL(0.2, target=3.0, horizon=100.0)
     assert fixed.update(100.0, 512) == fixed
     assert controller(fixed.state()) == fixed and controller(adaptive.state()) == adaptive
-    with pytest.raises(ValueError, match="'fixed' or 'adaptive'"):
+    with pytest.raises(ValueError, match="'fixed', 'adaptive' or 'band'"):
         controller({"kind": "pid", "coefficient": 1.0})
     with pytest.raises(ValueError, match="above 0"):
         AdaptiveKL(0.1, target=0.0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,11 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.data.groups import conversation_groups
-from pipeline.data.records import Conversation, Message, Prompt
-from pipeline.data.sources import write_jsonl
-from pipeline.flow.artifacts import KINDS
+from pipeline.data.records import Message, Prompt
 from pipeline.flow.errors import RowFailed, UserError
-from pipeline.flow.stage import Request, run_stage
 from pipeline.llama.open import open_frozen
 from pipeline.rollout.collect import Sampler, encode_prompts
 from pipeline.rollout.engine import SamplingSettings
@@ -23,74 +19,11 @@ from pipeline.rollout.noise import NoiseKey
 from pipeline.rollout.reward import open_reward
 from pipeline.train.loop import Trainer
 from pipeline.train.strategy import Strategy, for_row
-from stages import STAGES
 from tests.small import artifact, ask, chat, comparison, policy, save
+from tests.stages.rows import ANSWERS, QUESTIONS, Place, Row, shape, train
 
-ANSWERS = ["yes", "no", "a longer one", "x", "it is so", "never", "ten", "blue"]
-QUESTIONS = ["first", "second", "what", "x?", "is it", "when", "count", "sky"]
 LORA = {"adapter": {"rank": 4}}
 SHORT = {"samples": 4, "max_new_tokens": 8}
-
-
-class Place:
-    """A directory in which rows run one after another, their outputs as the store would hand them on."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.count = 0
-
-    def data(self, kind: str, records: list[Any]) -> Any:
-        directory = self.root / f"{kind}{self.count}"
-        self.count += 1
-        directory.mkdir()
-        write_jsonl(directory / "data.jsonl", records)
-        return artifact(directory, kind)
-
-    def run(self, stage: str, inputs: dict[str, Any], **config: Any) -> Row:
-        self.count += 1
-        partial = self.root / f"row{self.count}"
-        partial.mkdir()
-        request = Request(
-            row=stage,
-            stage=stage,
-            target=STAGES[stage],
-            fingerprint=f"{self.count:064x}",
-            config=config,
-            inputs={k: [v.entry() for v in value] if isinstance(value, list) else value.entry()
-                    for k, value in inputs.items()},
-            identity={},
-            seed=0,
-            partial=str(partial),
-        )  # fmt: skip
-        events: list[dict[str, Any]] = []
-        return Row(run_stage(request, events.append), partial, inputs, events)
-
-
-class Row:
-    def __init__(self, manifest: Any, partial: Path, inputs: dict[str, Any], events: list[dict[str, Any]]) -> None:
-        self.metrics = manifest["metrics"]
-        self.log = [e["metrics"] for e in events if e["event"] == "metrics"]
-        self.said = [e["text"] for e in events if e["event"] == "said"]
-        self.out: dict[str, Any] = {}
-        known = [a for value in inputs.values() for a in (value if isinstance(value, list) else [value])]
-        bases = {d: p for a in known for d, p in (*a.bases.items(), (a.digest, a.path))}
-        for slot, entry in manifest["outputs"].items():
-            base = entry["lineage"].get("base")
-            self.out[slot] = KINDS[entry["kind"]](
-                partial / "out" / slot, tuple(entry["files"]), entry["digest"], entry["lineage"], entry,
-                bases={base: bases[base]} if base else {},
-            )  # fmt: skip
-
-    def rows(self, slot: str) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.out[slot].path / "data.jsonl").read_text().splitlines()]
-
-
-def train(**changes: Any) -> dict[str, Any]:
-    return {"learning_rate": 1e-2, "batch": 8, "epochs": 1, "warmup": 0.0, "keep": "last", **changes}
-
-
-def shape(row: Row, slot: str = "policy") -> str:
-    return row.out[slot].lineage["form"]
 
 
 @pytest.fixture(scope="module")
@@ -105,19 +38,17 @@ def base(place: Place) -> Any:
 
 @pytest.fixture(scope="module")
 def prompts(place: Place) -> Any:
-    return place.data("prompts", [Prompt(f"p{i}", ask(q)) for i, q in enumerate(QUESTIONS)])
+    return place.prompts()
 
 
 @pytest.fixture(scope="module")
 def pairs(place: Place) -> Any:
-    answers = [comparison(q, f"{a} sir", "go away") for q, a in zip(QUESTIONS, ANSWERS, strict=True)]
-    return place.data("comparisons", answers)
+    return place.pairs()
 
 
 @pytest.fixture(scope="module")
 def demonstrations(place: Place) -> Any:
-    turns = [(*ask(q), Message("assistant", a)) for q, a in zip(QUESTIONS, ANSWERS, strict=True)]
-    return place.data("conversations", [Conversation(t) for t in turns])
+    return place.demonstrations()
 
 
 @pytest.fixture(scope="module")
@@ -299,9 +230,9 @@ def test_a_reference_that_is_not_the_start_is_refused(
     place: Place, base: Any, sft: Row, reward: Row, prompts: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The base below an adapter is not where the row starts: asserted at run time, before the first update."""
-    import pipeline.llama.open as opening
+    import pipeline.train.roles as roles
 
-    monkeypatch.setattr(opening, "open_frozen", lambda artifact: open_frozen(base))
+    monkeypatch.setattr(roles, "open_frozen", lambda artifact: open_frozen(base))
     inputs = {"policy": sft.out["policy"], "reward": reward.out["model"], "prompts": prompts}
     with pytest.raises(RowFailed, match="the reference is not the policy that this row starts from"):
         place.run("ppo", inputs, iterations=1, prompts=4, sampling=SHORT, train=train())

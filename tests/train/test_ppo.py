@@ -20,24 +20,20 @@ from pipeline.rollout.collect import EncodedPrompts, Rollout, Sampler
 from pipeline.rollout.engine import SamplingSettings
 from pipeline.rollout.noise import NoiseKey
 from pipeline.train.loop import Trainer
-from pipeline.train.ppo import (
-    Learner,
-    Objective,
-    PromptStream,
-    groups_each,
-    make_targets,
-    ppo_loss,
-    require_ratio_one,
-    require_zero_kl,
-)
+from pipeline.train.ppo import Learner, PromptStream, groups_each, make_targets
+from pipeline.train.ppo_checks import require_ratio_one, require_zero_kl
+from pipeline.train.ppo_loss import Phase, ppo_loss, wanted
+from pipeline.train.ppo_settings import PpoSettings
 from pipeline.train.reference import without_dropout
 from pipeline.train.settings import TrainSettings
 from pipeline.train.strategy import build as build_strategy
 from tests.small import ask, chat, forget_gradients, outputs, policy, same, scorer
 
-PLAIN = Objective(
-    gamma=1.0, lam=1.0, clip=0.2, value_clip=0.2, value_coefficient=1.0, entropy_coefficient=0.0, temperature=1.0
-)
+PLAIN = PpoSettings(lam=1.0)
+
+
+def other(**changes: Any) -> PpoSettings:
+    return PpoSettings(**{"lam": 1.0, **changes})
 
 
 class Told(nn.Module):
@@ -50,7 +46,7 @@ class Told(nn.Module):
         self.entropy = entropy
         self.temperatures: list[float] = []
 
-    def forward(self, forest: Forest, *, temperature: float, want: Any = None) -> Any:
+    def forward(self, forest: Forest, *, temperature: float, **options: Any) -> Any:
         self.temperatures.append(temperature)
         entropy = torch.full_like(self.logprobs_T, self.entropy)
         return outputs(logprobs_T=self.logprobs_T, values_T=self.values_T, entropy_T=entropy)
@@ -59,11 +55,12 @@ class Told(nn.Module):
 def group(*answers: tuple[int, float], prompt: int = 2):
     """A prompt and answers of (tokens, score)."""
     facts = [{"answer": 1.0, "score": score} for _, score in answers]
-    return continuations([1] * prompt, [[5] * n for n, _ in answers], facts)
+    told = [{"sampler_logprobs": [0.0] * n} for n, _ in answers]
+    return continuations([1] * prompt, [[5] * n for n, _ in answers], facts, told)
 
 
-def targets_of(forest: Forest, policy_: Told, reference: Told, beta: float, objective: Objective = PLAIN):
-    return make_targets(policy_, reference, [[forest]], beta, objective)
+def targets_of(forest: Forest, policy_: Told, reference: Told, beta: float, settings: PpoSettings = PLAIN, **more: Any):
+    return make_targets(policy_, reference, [[forest]], beta, settings, **more)
 
 
 POISON = 1e9  # what stands at prompt tokens
@@ -92,7 +89,7 @@ def test_the_score_is_one_reward_at_the_end_of_each_answer(lengths: tuple[int, .
     scores = [10.0 + k for k in range(len(lengths))]
     forest = build([group(*zip(lengths, scores, strict=True))])
     silent = Told([0.0] * len(forest))
-    one_step = Objective(**{**vars(PLAIN), "lam": 0.0})
+    one_step = other(lam=0.0)
     ((found,),) = targets_of(forest, silent, silent, 0.5, one_step).minibatches
     expected = [0.0, 0.0]
     for n, score in zip(lengths, scores, strict=True):
@@ -115,9 +112,9 @@ def test_advantages_are_whitened_over_all_minibatches_together():
     flat = [float(f.tokens["advantages"][2]) for batch in alone.minibatches for f in batch]
     assert flat == pytest.approx([-1.3416407811, -0.4472135937, 0.4472135937, 1.3416407811], abs=1e-6)
     # a rank with the first two, told the sums of both ranks
-    moments = torch.tensor([7.0, 25.0, 2.0], dtype=torch.float64)
-    add = lambda x: x + moments if x.numel() == 3 else x
-    here = make_targets(silent, silent, [forests[:2]], 0.0, PLAIN, add)
+    moments = [7.0, 25.0, 2.0]
+    there = {"sums": {}, "spread": moments, "explained": [0.0] * 5}
+    here = make_targets(silent, silent, [forests[:2]], 0.0, PLAIN, gather=lambda mine: [mine, there])
     assert [float(f.tokens["advantages"][2]) for f in here.minibatches[0]] == pytest.approx(flat[:2], abs=1e-6)
 
 
@@ -135,12 +132,16 @@ def test_values_are_a_baseline_and_explain_returns():
 
 def test_the_samplers_temperature_reaches_every_pass():
     """T34: policy, reference and loss divide logits by the temperature that answers were drawn at."""
-    forest, warm = build([group((2, 1.0))]), Objective(**{**vars(PLAIN), "temperature": 0.7})
+    forest = build([group((2, 1.0))])
     actor, reference = Told([0.0] * 4), Told([0.0] * 4)
-    ((found,),) = targets_of(forest, actor, reference, 0.1, warm).minibatches
-    ppo_loss(warm)(actor, found)
-    require_ratio_one(actor, [found], warm, "fp32")
+    ((found,),) = targets_of(forest, actor, reference, 0.1, temperature=0.7).minibatches
+    ppo_loss(PLAIN, 0.7, Phase())(actor, found)
+    require_ratio_one(actor, [found], wanted(PLAIN), 0.7, "fp32")
     assert actor.temperatures == [0.7] * 3 and reference.temperatures == [0.7]
+
+
+def loss_of(settings: PpoSettings, actor: Any, forest: Forest, **phase: Any):
+    return ppo_loss(settings, 1.0, Phase(**phase))(actor, forest)
 
 
 def test_the_loss_by_hand():
@@ -151,24 +152,30 @@ def test_the_loss_by_hand():
         advantages=torch.tensor([POISON, POISON, 1.0, -1.0]),
         old_values=torch.tensor([0.0, 0.0, 0.5, 0.5]),
         returns=torch.tensor([POISON, POISON, 1.0, 1.0]),
+        weight=torch.tensor([0.0, 0.0, 1.0, 1.0]),
     )
     actor = Told([POISON, 0.0, math.log(1.5), math.log(0.5)], [0.0, 0.0, 1.0, 0.0], entropy=2.0)
-    out = ppo_loss(PLAIN)(actor, forest)
+    out = loss_of(PLAIN, actor, forest)
     same(out.terms["tokens"].detach(), -1.2 + 0.8 + 0.045 + 0.5)
     assert [float(x) for x in out.metrics["clip_fraction"]] == [2.0, 2.0]
     assert [float(x) for x in out.metrics["entropy"]] == [4.0, 2.0]
-    weighted = Objective(**{**vars(PLAIN), "value_coefficient": 0.1, "entropy_coefficient": 0.01})
-    same(ppo_loss(weighted)(actor, forest).terms["tokens"].detach(), -0.4 + 0.0545 - 0.01 * 4.0)
+    weighted = other(value_coefficient=0.1, entropy_coefficient=0.01)
+    same(loss_of(weighted, actor, forest).terms["tokens"].detach(), -0.4 + 0.0545 - 0.01 * 4.0)
 
 
 def test_gradients_reach_answer_tokens_alone():
     forest = build([group((2, 0.0))]).with_tokens(
-        **{k: torch.ones(4) for k in ("old_logprobs", "advantages", "old_values", "returns")}
+        **{k: torch.ones(4) for k in ("old_logprobs", "advantages", "old_values", "returns", "weight")}
     )
     actor = Told([1.0] * 4, [0.5] * 4)
-    ppo_loss(PLAIN)(actor, forest).terms["tokens"].backward()
+    loss_of(PLAIN, actor, forest).terms["tokens"].backward()
     assert (actor.logprobs_T.grad != 0).tolist() == [False, False, True, True]
     assert (actor.values_T.grad != 0).tolist() == [False, False, True, True]
+
+
+def two_answers():
+    facts = [{"answer": 1.0, "score": 1.0}] * 2
+    return continuations([1, 9], [[20, 21], [22]], facts, [{"sampler_logprobs": [0.0] * n} for n in (2, 1)])
 
 
 @pytest.mark.parametrize("change", ["weights", "dropout", "temperature"])
@@ -183,29 +190,29 @@ def test_a_ratio_off_one_is_refused(change: str):
                     parameter.normal_()
     actor = ActorCritic(role.module, scorer(1).module)
     reference = policy().module
-    forests = [build([continuations([1, 9], [[20, 21], [22]], [{"answer": 1.0, "score": 1.0}] * 2)])]
+    forests = [build([two_answers()])]
     targets = make_targets(actor, reference, [forests], 0.1, PLAIN)
-    require_ratio_one(actor, targets.minibatches[0], PLAIN, "fp32")
-    asked = PLAIN
+    require_ratio_one(actor, targets.minibatches[0], wanted(PLAIN), 1.0, "fp32")
+    asked = 1.0
     if change == "weights":
         with torch.no_grad():
             next(role.module.parameters()).add_(1e-5)
     elif change == "dropout":
         actor.train()
     else:
-        asked = Objective(**{**vars(PLAIN), "temperature": 1.01})
+        asked = 1.01
     with pytest.raises(RowFailed, match="before the first update"):
-        require_ratio_one(actor, targets.minibatches[0], asked, "fp32")
+        require_ratio_one(actor, targets.minibatches[0], wanted(PLAIN), asked, "fp32")
 
 
 def test_kl_at_the_start_is_exactly_zero():
     """T37: the same weights on the same forests give the same bits; the least difference is refused."""
     actor = ActorCritic(policy().module, scorer(1).module)
-    forests = [build([continuations([1, 9], [[20, 21], [22]], [{"answer": 1.0, "score": 1.0}] * 2)])]
+    forests = [build([two_answers()])]
     assert make_targets(actor, policy().module, [forests], 0.1, PLAIN).largest_kl == 0.0
     require_zero_kl(0.0, "fp32")
-    other = make_targets(actor, policy(1).module, [forests], 0.1, PLAIN)
-    for wrong in (other.largest_kl, 1e-9, math.nan):
+    stranger = make_targets(actor, policy(1).module, [forests], 0.1, PLAIN)
+    for wrong in (stranger.largest_kl, 1e-9, math.nan):
         with pytest.raises(RowFailed, match="the reference is not the policy that this row starts from"):
             require_zero_kl(wrong, "fp32")
 
@@ -226,15 +233,36 @@ def test_minibatches_hold_whole_groups():
 
 
 def learner(
-    role: Any, *, reference: Any = None, total: int = 100, minibatch: int = 8, objective: Objective = PLAIN, **more: Any
+    role: Any,
+    *,
+    reference: Any = None,
+    total: int = 100,
+    settings: PpoSettings | None = None,
+    minibatch: int = 8,
+    value: Any = "own",
+    mix: Any = (),
+    **more: Any,
 ) -> Learner:
-    actor = ActorCritic(role.module, scorer(0).module)
-    settings = TrainSettings(
+    settings = (settings or PLAIN).model_copy(update={"minibatch": minibatch})
+    critic = scorer(0).module if value == "own" else value
+    actor = ActorCritic(role.module, critic if settings.has_critic else None)
+    train = TrainSettings(
         **{"learning_rate": 1e-2, "schedule": "constant", "warmup": 0.0, "betas": (0.9, 0.999), **more}
     )
-    trainer = Trainer(actor, ppo_loss(objective), settings, build_strategy(device="cpu"), total=total, seed=0)
+    phase = Phase()
+    trainer = Trainer(
+        actor,
+        ppo_loss(settings, 1.0, phase),
+        train,
+        build_strategy(device="cpu"),
+        total=total,
+        seed=0,
+        coefficients={"pretraining": settings.mix.pretraining, "sft": settings.mix.sft},
+        rates={"policy.": 1.0, **({"value.": 1.0} if settings.has_critic else {})},
+        parts=("policy.", "value."),
+    )
     frozen = forget_gradients(policy() if reference is None else reference)
-    return Learner(trainer, frozen.module, objective, epochs=2, minibatch=minibatch)
+    return Learner(trainer, frozen.module, settings, phase, mix=mix)
 
 
 def sampled(role: Any, iteration: int, *, samples: int = 4, tokens: int = 2, count: int = 4) -> Rollout:
@@ -242,6 +270,10 @@ def sampled(role: Any, iteration: int, *, samples: int = 4, tokens: int = 2, cou
     encoded = EncodedPrompts([Prompt(f"p{i}", ask("abcdefgh"[i])) for i in range(count)], ids, 0)
     settings = SamplingSettings(samples=samples, max_new_tokens=tokens)
     return Sampler(role.model, chat(), settings, NoiseKey(0, "test")).sample(encoded, iteration=iteration)
+
+
+def optimised(made: Learner, groups: Any, beta: float, iteration: int) -> dict[str, float]:
+    return made.optimise(made.targets(groups, beta, iteration), beta, iteration)
 
 
 def test_an_iteration_starts_exactly_where_the_last_one_ended():
@@ -253,7 +285,7 @@ def test_an_iteration_starts_exactly_where_the_last_one_ended():
         targets = made.targets(rollout.groups([float(len(s.ids)) for s in rollout.samples]), 0.1, iteration)
         assert len(targets.minibatches) == 4  # one group of four samples each: two would be eight
         assert {int(f.weights_T.sum()) for m in targets.minibatches for f in m} <= set(range(4, 9))
-        figures = made.optimise(targets, iteration)
+        figures = made.optimise(targets, 0.1, iteration)
         assert figures["first_ratio"] == 1.0
         assert (targets.largest_kl == 0.0) is (iteration == 0)
     assert made.trainer.done == 2 * 2 * 4  # as the stage predicts it
@@ -272,7 +304,7 @@ def test_dropout_does_not_stop_it():
     made = learner(role, reference=start)
     without_dropout(made.trainer.module)
     rollout = sampled(role, 0)
-    assert made.optimise(made.targets(rollout.groups([1.0] * 16), 0.1, 0), 0)["first_ratio"] == 1.0
+    assert optimised(made, rollout.groups([1.0] * 16), 0.1, 0)["first_ratio"] == 1.0
 
 
 def wanted_share(rollout: Rollout, token: int) -> float:
@@ -287,7 +319,7 @@ def test_a_rewarded_token_becomes_likelier():
     for iteration in range(25):
         rollout = sampled(role, iteration, samples=32, tokens=1, count=2)
         scores = [float(s.ids[0] >= token) for s in rollout.samples]
-        made.optimise(made.targets(rollout.groups(scores), 0.0, iteration), iteration)
+        optimised(made, rollout.groups(scores), 0.0, iteration)
     after = torch.softmax(first_logits(role), -1)[:, token:].sum(-1)
     assert start < 0.01 and bool((after > 0.99).all())
 
@@ -312,7 +344,7 @@ def test_without_a_reward_the_policy_returns_to_its_reference():
     before = exact_kl_to(role, start)
     for iteration in range(1, 22):  # not the first: the policy has left its reference
         rollout = sampled(role, iteration, samples=64, tokens=1, count=2)
-        made.optimise(made.targets(rollout.groups([0.7] * 128), 0.5, iteration), iteration)
+        optimised(made, rollout.groups([0.7] * 128), 0.5, iteration)
     assert before > 0.1 and exact_kl_to(role, start) < 0.5 * before
 
 
@@ -325,7 +357,7 @@ def test_a_huge_penalty_holds_the_policy():
         for iteration in range(15):
             rollout = sampled(role, iteration, samples=16, tokens=1, count=2)
             scores = [float(s.ids[0] >= 40) for s in rollout.samples]
-            made.optimise(made.targets(rollout.groups(scores), beta, iteration), iteration)
+            optimised(made, rollout.groups(scores), beta, iteration)
         return exact_kl_to(role, start)
 
     held, free = moved(1e3), moved(0.0)
@@ -347,10 +379,9 @@ def test_the_entropy_bonus_keeps_the_policy_open():
     role = policy()
     with torch.no_grad():
         role.model.lm_head.weight[50:] *= 4.0
-    objective = Objective(**{**vars(PLAIN), "entropy_coefficient": 1.0, "value_coefficient": 0.0})
-    made = learner(role, objective=objective)
+    made = learner(role, settings=other(entropy_coefficient=1.0, value_coefficient=0.0))
     entropies = []
     for iteration in range(1, 6):
         rollout = sampled(role, iteration)
-        entropies.append(made.optimise(made.targets(rollout.groups([0.0] * 16), 0.0, iteration), iteration)["entropy"])
+        entropies.append(optimised(made, rollout.groups([0.0] * 16), 0.0, iteration)["entropy"])
     assert entropies[-1] > entropies[0] + 0.05

@@ -1,0 +1,97 @@
+"""What a policy stage looks at while it trains: its answers to prompts that it does not train on.
+
+    watch = Watch(prompts, panel, reference, sampling, key, max_tokens=512, token_budget=8192)
+    figures = watch(policy)                # {"proxy": .., "heldout": .., "gold": .., "kl": .., "stop_rate": ..}
+    watch.choice(figures)                  # what the best checkpoint is chosen by; the judge never is
+
+The best checkpoint is the one with the highest score of the held-out reward model (of the one trained against where
+there is no other) within a KL budget. Proxy and held-out part where the one rises while the other falls (Gao et al.
+2023, "Scaling laws for reward model overoptimization").
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from pipeline.data.records import Prompt
+from pipeline.evaluate.compare import Floats
+from pipeline.evaluate.panel import Panel
+from pipeline.evaluate.policies import answer, kl_to
+from pipeline.llama.open import Trainable
+from pipeline.rollout.engine import SamplingSettings
+from pipeline.rollout.noise import NoiseKey
+
+ERRORS_APART = 2.0  # standard errors of the paired difference
+
+
+@dataclass
+class Watch:
+    """`kl_budget` in nats a response; None chooses among all."""
+
+    prompts: Sequence[Prompt]
+    panel: Panel
+    reference: Trainable
+    sampling: SamplingSettings
+    key: NoiseKey
+    max_tokens: int
+    token_budget: int
+    kl_budget: float | None = None
+    _best: tuple[float, Floats, Floats] | None = field(default=None)  # held-out mean; proxy and held-out by prompt
+    parted: str | None = None
+
+    def __call__(self, policy: Trainable) -> dict[str, float]:
+        """The figures of the policy now. KL is known at temperature 1 only."""
+        found = answer("", policy, self.prompts, self.sampling, self.max_tokens, self.key)
+        self.panel.score(found)
+        figures = {name: float(values.mean()) for name, values in found.scores.items()}
+        figures |= {"length": float(found.length.mean()), "stop_rate": float(found.stopped.mean())}
+        if self.sampling.temperature == 1.0 and not self.sampling.truncated:
+            figures["kl"] = kl_to(self.reference, policy, found.samples, self.token_budget)
+        self._compare(found.scores)
+        return figures
+
+    def state(self) -> dict[str, Any]:
+        """JSON values that `load` takes back, so that a row can be stopped and go on."""
+        best = self._best and [self._best[0], self._best[1].tolist(), self._best[2].tolist()]
+        return {"best": best, "parted": self.parted}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        best = state["best"]
+        self._best = (best[0], np.array(best[1]), np.array(best[2])) if best else None
+        self.parted = state["parted"]
+
+    @property
+    def chosen_by(self) -> str | None:
+        return next((name for name in ("heldout", "proxy") if name in self.panel.rewards), None)
+
+    def choice(self, figures: Mapping[str, float]) -> float:
+        """Higher is better; minus infinity outside the KL budget, and where there is nothing to choose by."""
+        over = self.kl_budget is not None and figures.get("kl", 0.0) > self.kl_budget
+        return -math.inf if over or self.chosen_by is None else figures[self.chosen_by]
+
+    def _compare(self, scores: Mapping[str, Floats]) -> None:
+        """Note, once, that proxy rose and held-out fell since held-out was best, beyond chance over prompts."""
+        if not {"proxy", "heldout"} <= scores.keys():
+            return
+        proxy, heldout = scores["proxy"].mean(1), scores["heldout"].mean(1)
+        if self._best is None or heldout.mean() > self._best[0]:
+            self._best = (float(heldout.mean()), proxy, heldout)
+        elif self.parted is None:
+            rise, fall = proxy - self._best[1], heldout - self._best[2]
+            if _errors(rise) > ERRORS_APART and _errors(fall) < -ERRORS_APART:
+                self.parted = (
+                    f"proxy and held-out reward part: {self._best[1].mean():.3f} -> {proxy.mean():.3f} by the model "
+                    f"trained against, {self._best[0]:.3f} -> {heldout.mean():.3f} by the held-out one"
+                )
+
+
+def _errors(difference: Floats) -> float:
+    """The mean in standard errors; infinite where every prompt moved alike."""
+    error = float(difference.std(ddof=1) / np.sqrt(len(difference))) if len(difference) > 1 else 0.0
+    mean = float(difference.mean())
+    return mean / error if error else math.copysign(math.inf, mean) if mean else 0.0

@@ -1,0 +1,143 @@
+"""Where a PPO row stands: its iteration, controller, best weights, and everything a checkpoint must hold of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from pipeline.algo.kl import KLController, controller
+from pipeline.train import ppo_checks
+from pipeline.train.checkpoints import Checkpoints, restore_trainer, trainer_tensors
+from pipeline.train.loop import Best, Trainer, evaluation_steps
+from pipeline.train.roles import Roles
+
+if TYPE_CHECKING:
+    from pipeline.flow.stage import Workspace
+
+SHOWN = ("score", "kl", "explained_variance")
+CHOICE = "choice"
+
+
+class Watch(Protocol):
+    """`pipeline.evaluate.watch.Watch`: a stage passes it in."""
+
+    parted: str | None
+
+    @property
+    def chosen_by(self) -> str | None: ...
+    def __call__(self, policy: Any) -> dict[str, float]: ...
+    def choice(self, figures: Mapping[str, float]) -> float: ...
+    def state(self) -> dict[str, Any]: ...
+    def load(self, state: Mapping[str, Any]) -> None: ...
+
+
+class Progress:
+    """`kl` is the controller, `figures` those of the last finished iteration, `tokens` sampled and trained so far."""
+
+    def __init__(
+        self,
+        workspace: Workspace,
+        trainer: Trainer,
+        roles: Roles,
+        config: Any,
+        watch: Watch | None,
+        kl: KLController,
+    ) -> None:
+        self.workspace, self.trainer, self.roles, self.config, self.watch = workspace, trainer, roles, config, watch
+        self.kl = kl
+        self.figures: dict[str, Any] = {}
+        self.tokens = 0
+        self.said_parted = False
+        keeps = watch is not None and watch.chosen_by is not None and config.train.keep == "best"
+        self.best = Best(CHOICE, higher_is_better=True) if keeps else None
+        self.dev: dict[str, float] = {}
+        self.checkpoints = Checkpoints(workspace.checkpoints, workspace.fingerprint, trainer.strategy)
+        self.due = evaluation_steps(config.iterations, config.train.evaluations) if watch else set()
+
+    def resume(self) -> int:
+        """The number of iterations that are done: those of the newest checkpoint, or 0."""
+        found = self.checkpoints.newest(self.workspace.say) if self.config.checkpoint_every else None
+        if found is None:
+            self.workspace.rewind_metrics()
+            return 0
+        state = found.state
+        restore_trainer(self.trainer, found.tensors, state["updates"])
+        with torch.no_grad():
+            for name, tensor in self.roles.followed().items():
+                tensor.copy_(found.tensors[name])
+        self.kl = controller(state["kl"])
+        self.figures, self.dev, self.tokens = _back(state["figures"]), state["dev"], state["tokens"]
+        if self.best and state["best"]:
+            self.best.value, self.best.step = state["best"]["value"], state["best"]["step"]
+            self.best.state = [found.tensors[f"best.{i}"] for i in range(state["best"]["tensors"])]
+        if self.watch:
+            self.watch.load(state["watch"])
+        self.workspace.rewind_metrics(state["metrics_size"])
+        self.workspace.say(f"goes on after iteration {found.step} of {self.config.iterations}")
+        return found.step
+
+    def finish(self, iteration: int, figures: dict[str, Any], *, samples: int) -> None:
+        """After the updates of an iteration: adjust the KL coefficient, look at dev, log, save."""
+        done = iteration + 1
+        self.kl = self.kl.update(figures["kl"], samples)
+        self.tokens += int(figures["sampled_tokens"] + figures["trained_tokens"])
+        self.figures = figures
+        saved = self._last_good(done - 1)
+        ppo_checks.require_finite_weights(dict(self.trainer.module.named_parameters()), saved)
+        report = dict(figures)
+        if self.watch and done in self.due:
+            self.dev = self.watch(self.roles.policy)
+            report |= {f"dev/{name}": value for name, value in self.dev.items()}
+            if self.best:
+                self.best.offer(self.trainer, {CHOICE: self.watch.choice(self.dev)})
+            if self.watch.parted and not self.said_parted:
+                self.workspace.say(f"iteration {done}: {self.watch.parted}")
+                self.said_parted = True
+        self.workspace.log(step=done, **report)
+        shown = {k: figures[k] for k in SHOWN if k in figures}
+        self.workspace.progress(done, self.config.iterations, "iterations", **shown)
+        every = self.config.checkpoint_every
+        if every and (done % every == 0 or done == self.config.iterations):
+            self._save(done)
+
+    def _last_good(self, done: int) -> str:
+        every = self.config.checkpoint_every
+        last = done - done % every if every else 0
+        return f"the last good checkpoint is that of iteration {last}" if last else "no checkpoint was written before"
+
+    def _save(self, done: int) -> None:
+        tensors: dict[str, Tensor] = {**trainer_tensors(self.trainer), **self.roles.followed()}
+        best = None
+        if self.best and self.best.step:
+            tensors |= {f"best.{i}": tensor for i, tensor in enumerate(self.best.state)}
+            best = {"value": self.best.value, "step": self.best.step, "tensors": len(self.best.state)}
+        state = {
+            "updates": self.trainer.done,
+            "kl": self.kl.state(),
+            "figures": {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in self.figures.items()},
+            "dev": self.dev,
+            "tokens": self.tokens,
+            "best": best,
+            "watch": self.watch.state() if self.watch else {},
+            "metrics_size": self.workspace.metrics_size(),
+        }
+        self.checkpoints.save(done, tensors, state)
+
+    def settle(self) -> dict[str, Any]:
+        """The weights to keep are those of the best look at dev, where there was one; returns what to record."""
+        if self.watch is None:
+            return {}
+        found: dict[str, Any] = {"dev": self.dev, "parted": self.watch.parted}
+        if self.best and self.best.step:
+            found |= {"kept_update": self.best.restore(self.trainer), "chosen_by": self.watch.chosen_by}
+        elif self.best:
+            self.workspace.say("no look at dev was within kl_budget: the last weights are kept")
+        return found
+
+
+def _back(figures: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: math.nan if v is None else v for k, v in figures.items()}
