@@ -107,7 +107,7 @@ class Checkpoints:
             manifest: dict[str, Any] = json.loads((place / MANIFEST).read_text(encoding="utf-8"))
             listed = manifest["files"].items()
             wrong = [(name, facts, _facts(place / name)) for name, facts in listed if _facts(place / name) != facts]
-        except (OSError, ValueError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise Damaged(f"checkpoint {place}: cannot be read ({error})") from error
         for name, expected, found in wrong:
             raise Damaged(f"checkpoint {place / name}: is {found}, its manifest says {expected}")

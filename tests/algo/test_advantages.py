@@ -9,9 +9,14 @@ from pipeline.algo.advantages import (
     finish_scores,
     gae,
     gae_ragged,
+    group_relative,
+    leave_one_out,
     moments,
+    returns_to_go,
+    returns_to_go_ragged,
     shaped_rewards,
     shaped_rewards_ragged,
+    spread,
     to_flat,
     to_padded,
     whiten,
@@ -163,3 +168,39 @@ def test_whitening_nothing_or_a_constant_is_finite():
     assert whiten(torch.tensor([5.0, 5.0]), torch.tensor([0, 0])).tolist() == [0.0, 0.0]
     assert whiten(torch.tensor([5.0, 5.0]), torch.tensor([1, 1])).tolist() == [0.0, 0.0]
     assert whiten(torch.tensor([5.0, 9.0]), torch.tensor([1, 0]), unbiased=True).tolist() == [0.0, 0.0]
+
+
+def test_leave_one_out_by_hand():
+    """Rewards 1, 2, 6: the others average 4, 3.5, 1.5."""
+    rewards, group = torch.tensor([1.0, 2.0, 6.0, 5.0, 5.0]), torch.tensor([0, 0, 0, 3, 3])
+    assert leave_one_out(rewards, group).tolist() == pytest.approx([-3.0, -1.5, 4.5, 0.0, 0.0])
+    with pytest.raises(ValueError, match="at least two"):
+        leave_one_out(torch.ones(3), torch.tensor([0, 0, 1]))
+
+
+def test_group_relative_by_hand():
+    """Rewards 1, 2, 6: mean 3, unbiased variance (4 + 1 + 9) / 2 = 7; a group without spread gets 0."""
+    rewards, group = torch.tensor([1.0, 2.0, 6.0, 5.0, 5.0]), torch.tensor([0, 0, 0, 1, 1])
+    spread_ = 7**0.5 + 1e-4
+    assert group_relative(rewards, group).tolist() == pytest.approx([-2 / spread_, -1 / spread_, 3 / spread_, 0, 0])
+    assert group_relative(rewards, group, divide=False).tolist() == pytest.approx([-2, -1, 3, 0, 0])
+    with pytest.raises(ValueError, match="at least two"):
+        group_relative(torch.ones(1), torch.zeros(1, dtype=torch.int64))
+
+
+def test_returns_to_go_by_hand():
+    """Rewards 1, 2, 4 with gamma 1/2: 1 + (2 + 4/2) / 2 = 3, 2 + 2 = 4, 4."""
+    rewards = torch.tensor([[1.0, 2.0, 4.0, 99.0]])
+    mask = torch.tensor([[1, 1, 1, 0]])
+    assert returns_to_go(rewards, mask, gamma=0.5)[0].tolist() == [3.0, 4.0, 4.0, 0.0]
+    flat = returns_to_go_ragged(torch.tensor([7.0, 1.0, 2.0, 4.0]), torch.tensor([1]), torch.tensor([3]), gamma=0.5)
+    assert flat.tolist() == [0.0, 3.0, 4.0, 4.0]
+
+
+def test_a_number_a_response_at_all_of_its_tokens():
+    found = spread(torch.tensor([2.0, 3.0, 4.0]), torch.tensor([1, 4, 5]), torch.tensor([2, 0, 1]), 7)
+    assert found.tolist() == [0, 2, 2, 0, 0, 4, 0]
+    assert spread(torch.zeros(0), torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), 2).tolist() == [
+        0,
+        0,
+    ]

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from pipeline.algo.kl import ESTIMATORS, AdaptiveKL, FixedKL, controller, exact_kl, k1, k2, k3
+from pipeline.algo.kl import ESTIMATORS, AdaptiveKL, BandKL, FixedKL, controller, exact_kl, k1, k2, k3
 
 P = torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64)
 Q = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
@@ -109,3 +109,11 @@ def test_controllers_travel_as_json():
         controller({"kind": "pid", "coefficient": 1.0})
     with pytest.raises(ValueError, match="above 0"):
         AdaptiveKL(0.1, target=0.0)
+
+
+def test_the_band_moves_only_outside():
+    band = BandKL(0.1, low=4.0, high=9.0)
+    assert [band.update(kl, 64).coefficient for kl in (3.9, 4.0, 9.0, 9.1)] == pytest.approx([0.05, 0.1, 0.1, 0.2])
+    assert controller(band.update(10.0, 1).state()) == BandKL(0.2, 4.0, 9.0)
+    with pytest.raises(ValueError, match="low < high"):
+        BandKL(0.1, low=5.0, high=5.0)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from pipeline.algo.policy import (
     entropy,
     explained_variance,
     explained_variance_sums,
+    importance_weights,
 )
 
 ONE = torch.ones(1, dtype=torch.bool)
@@ -139,3 +141,40 @@ def test_explained_variance():
     halves = [explained_variance_sums(torch.tensor([1.0, 1.5]), returns[i : i + 2], torch.ones(2)) for i in (0, 2)]
     whole = explained_variance_sums(torch.tensor([1.0, 1.5, 1.0, 1.5]), returns, every)
     assert torch.allclose(halves[0] + halves[1], whole)
+
+
+def policy_losses(ratio: list[float], advantages: list[float], **more: Any) -> list[float]:
+    new = torch.tensor(ratio).log()
+    mask = torch.ones(len(ratio))
+    out = clipped_policy_loss(new, torch.zeros(len(ratio)), torch.tensor(advantages), mask, **more)
+    return out.losses.tolist()
+
+
+def test_the_upper_range_may_be_another():
+    """DAPO: ratio 1.25 under A = 1 counts 1.25 up to 1.28, 1.2 up to 1.2; the lower end stays at 0.8."""
+    assert policy_losses([1.25, 1.5], [1.0, 1.0], clip_high=0.28) == pytest.approx([-1.25, -1.28])
+    assert policy_losses([1.25, 0.5], [1.0, -1.0]) == pytest.approx([-1.2, 0.8])
+    assert policy_losses([0.5], [-1.0], clip_high=0.28) == pytest.approx([0.8])
+
+
+def test_dual_clip_bounds_a_negative_advantage():
+    """A = -1 at ratio 5 costs 5, and at most 3 with c = 3; a positive advantage is left alone; no gradient there."""
+    assert policy_losses([5.0, 2.0, 5.0], [-1.0, -1.0, 1.0], dual_clip=3.0) == pytest.approx([3.0, 2.0, -1.2])
+    new = torch.tensor([5.0, 2.0]).log().requires_grad_()
+    out = clipped_policy_loss(new, torch.zeros(2), -torch.ones(2), torch.ones(2), dual_clip=3.0)
+    out.losses.sum().backward()
+    assert new.grad is not None and new.grad.tolist() == pytest.approx([0.0, 2.0])
+    assert float(out.metrics["clip_fraction"][0]) == 1.0
+
+
+def test_importance_weighs_what_the_sampler_drew_otherwise():
+    """Trainer 0.5, sampler 0.25: weight 2; 0.9 over 0.1 is capped at 2; masked tokens weigh nothing."""
+    ours, theirs = torch.tensor([0.5, 0.9, 0.3]).log(), torch.tensor([0.25, 0.1, 7.0]).log()
+    mask = torch.tensor([1.0, 1.0, 0.0])
+    weight, metrics = importance_weights(ours, theirs, mask, cap=2.0)
+    assert weight.tolist() == pytest.approx([2.0, 2.0, 0.0])
+    assert float(metrics["sampler_gap"][0]) == pytest.approx(math.log(2) + math.log(9), rel=1e-5)
+    assert [float(x) for x in metrics["sampler_capped"]] == [1.0, 2.0]
+    assert importance_weights(ours, theirs, mask, cap=None)[0].tolist() == pytest.approx([2.0, 9.0, 0.0], rel=1e-5)
+    losses = clipped_policy_loss(ours, ours, torch.ones(3), mask, importance=weight).losses
+    assert losses.tolist() == pytest.approx([-2.0, -2.0, 0.0])

@@ -20,9 +20,9 @@ from pipeline.rollout.collect import EncodedPrompts, Rollout, Sampler
 from pipeline.rollout.engine import SamplingSettings
 from pipeline.rollout.noise import NoiseKey
 from pipeline.train.loop import Trainer
-from pipeline.train.ppo import Learner, PromptStream, groups_each, make_targets
-from pipeline.train.ppo_checks import require_ratio_one, require_zero_kl
-from pipeline.train.ppo_loss import Phase, ppo_loss, wanted
+from pipeline.train.ppo import Learner, PromptStream, RecordStream, groups_each, make_targets
+from pipeline.train.ppo_checks import require_ratio_one, require_sampler, require_zero_kl
+from pipeline.train.ppo_loss import Phase, ppo_loss, token_weights, wanted
 from pipeline.train.ppo_settings import PpoSettings
 from pipeline.train.reference import without_dropout
 from pipeline.train.settings import TrainSettings
@@ -385,3 +385,112 @@ def test_the_entropy_bonus_keeps_the_policy_open():
         rollout = sampled(role, iteration)
         entropies.append(optimised(made, rollout.groups([0.0] * 16), 0.0, iteration)["entropy"])
     assert entropies[-1] > entropies[0] + 0.05
+
+
+def test_answers_to_one_prompt_are_each_others_baseline():
+    """RLOO by hand: rewards 1 - beta KL 0.2 = 0.8 and 3; each less the other, at every token of the answer."""
+    forest = build([group((2, 1.0), (1, 3.0)), group((1, 5.0), (1, 5.0))])
+    actor, reference = Told([0.0] * len(forest)), Told([0.0] * len(forest))
+    with torch.no_grad():
+        reference.logprobs_T[2] = -2.0
+    ((found,),) = targets_of(forest, actor, reference, 0.1, PpoSettings(advantage="rloo")).minibatches
+    same(found.tokens["advantages"], [0, 0, -2.2, -2.2, 2.2, 0, 0, 0, 0])
+    assert "returns" not in found.tokens and "old_values" not in found.tokens
+    ((found,),) = targets_of(forest, actor, reference, 0.1, PpoSettings(advantage="grpo", divide=False)).minibatches
+    same(found.tokens["advantages"], [0, 0, -1.1, -1.1, 1.1, 0, 0, 0, 0])
+
+
+def test_reinforce_takes_returns_and_whitens_them():
+    """One answer of two tokens, KL 1 at each, beta 1, score 4: rewards -1 and 3, returns 2 and 3, whitened -1 and 1."""
+    forest = build([group((2, 4.0))])
+    actor, reference = Told([0.0] * 4), Told([0.0, 0.0, -1.0, -1.0])
+    targets = targets_of(forest, actor, reference, 1.0, PpoSettings(advantage="reinforce++"))
+    same(targets.minibatches[0][0].tokens["advantages"], [0, 0, -1, 1], atol=1e-4)
+    raw = targets_of(forest, actor, reference, 1.0, PpoSettings(advantage="reinforce++", whiten=False))
+    same(raw.minibatches[0][0].tokens["advantages"], [0, 0, 2, 3])
+
+
+def test_the_critic_may_learn_from_another_lambda():
+    """Rewards 0, 1 with values 0.5, 0.5: lambda 0 gives advantages 0, 0.5; returns with lambda 1 are 1, 1."""
+    forest = build([group((2, 1.0))])
+    actor = Told([0.0] * 4, [0.0, 0.0, 0.5, 0.5])
+    decoupled = PpoSettings(lam=0.0, value_lam=1.0, whiten=False)
+    ((found,),) = targets_of(forest, actor, Told([0.0] * 4), 0.0, decoupled).minibatches
+    same(found.tokens["advantages"], [0, 0, 0, 0.5])
+    same(found.tokens["returns"], [0, 0, 1, 1])
+
+
+def test_answers_may_count_alike_whatever_their_length():
+    """Answers of one and three tokens: each token counts 1, or 1 and a third; together 4 tokens, or 2 answers."""
+    forest = build([group((1, 0.0), (3, 0.0), (0, 0.0))])
+    at = torch.tensor([1, 2, 3])
+    tokens, count = token_weights(forest, at, "tokens")
+    assert tokens.tolist() == [0, 0, 1, 1, 1, 1] and count == 4.0
+    answers_, count = token_weights(forest, at, "answers")
+    assert answers_.tolist() == pytest.approx([0, 0, 1, 1 / 3, 1 / 3, 1 / 3]) and count == 2.0
+
+
+def test_a_penalty_in_the_loss_leaves_the_reward_alone():
+    """k2 with log ratio 2: 2^2 / 2 = 2 a token, weight 0.1; the reward is the score. T35: its gradient is r."""
+    forest = build([group((1, 1.0))])
+    reference = Told([0.0, 0.0, -2.0])
+    in_loss = other(kl={"where": "loss", "estimator": "k2"}, value_coefficient=0.0, whiten=False, gamma=1.0)
+    actor = Told([0.0, 0.0, 0.0])
+    ((found,),) = targets_of(forest, actor, reference, 0.1, in_loss).minibatches
+    same(found.tokens["returns"], [0, 0, 1])
+    quiet = found.with_tokens(advantages=torch.zeros(3))
+    out = loss_of(in_loss, actor, quiet, beta=0.1)
+    same(out.terms["tokens"].detach(), 0.2)
+    out.terms["tokens"].backward()
+    assert float(actor.logprobs_T.grad[2]) == pytest.approx(0.1 * 2.0)
+
+
+def test_the_exact_kl_pulls_back_to_the_reference():
+    """T35, T36: with advantages 0 the penalty alone moves the policy, and the KL over all tokens shrinks."""
+    start, role = policy(), policy()
+    with torch.no_grad():
+        role.model.lm_head.weight[30:60] *= 4.0
+    exact = other(kl={"where": "loss", "estimator": "exact"}, value_coefficient=0.0)
+    made = learner(role, reference=start, settings=exact, learning_rate=5e-3, minibatch=64)
+    before = exact_kl_to(role, start)
+    for iteration in range(1, 22):
+        rollout = sampled(role, iteration, samples=4, tokens=1, count=2)
+        figures = optimised(made, rollout.groups([0.7] * 8), 1.0, iteration)
+    assert before > 0.1 and exact_kl_to(role, start) < 0.5 * before
+    assert figures["kl_loss"] < before
+
+
+def test_a_sampler_that_is_another_policy_is_refused():
+    require_sampler(1e-5, 1e-6, "fp32")
+    for largest, mean in ((0.1, 1e-6), (1e-5, 1e-2), (math.nan, 0.0)):
+        with pytest.raises(RowFailed, match="not the same policy"):
+            require_sampler(largest, mean, "fp32")
+
+
+def test_what_a_sampler_says_is_compared_with_the_trainer():
+    """The gap is 0.5 on one of two tokens."""
+    forest = build([group((2, 1.0))]).with_tokens(sampler_logprobs=torch.tensor([9.0, 9.0, -0.5, 0.0]))
+    targets = targets_of(forest, Told([0.0] * 4), Told([0.0] * 4), 0.0)
+    assert targets.largest_gap == pytest.approx(0.5) and targets.figures["sampler_gap"] == pytest.approx(0.25)
+
+
+def test_other_records_come_once_an_epoch():
+    groups = [continuations([1], [[5 + i]]) for i in range(5)]
+    stream = RecordStream(groups, "sft", 2, seed=0)
+    seen = [g[1].ids[0] for update in range(5) for g in stream.batch(update)]
+    assert sorted(seen[:5]) == sorted(seen[5:]) == [5, 6, 7, 8, 9]
+    assert {s.facts["mixed"] for s in stream.batch(0)[0]} == {2.0}
+
+
+def test_the_result_does_not_depend_on_how_a_minibatch_is_cut():
+    """T11, T12: one forest or one for every group, with both ways of averaging."""
+    found = []
+    for settings in (other(), other(average_over="answers"), PpoSettings(advantage="rloo")):
+        for budget in (8192, 24):
+            role = policy()
+            made = learner(role, settings=settings, minibatch=16, token_budget=budget)
+            made_groups = [group((1, 0.0), (5, 1.0), prompt=3), group((2, 1.0), (7, 3.0)), group((3, 0.5), (1, 0.0))]
+            optimised(made, made_groups, 0.1, 0)
+            found.append(torch.cat([p.detach().flatten() for p in role.module.parameters()]))
+        assert float((found[-1] - found[-2]).abs().max()) < 2e-5
+    assert float((found[0] - found[2]).abs().max()) > 1e-4  # the two ways of averaging differ
