@@ -450,7 +450,7 @@ def test_the_exact_kl_pulls_back_to_the_reference():
     start, role = policy(), policy()
     with torch.no_grad():
         role.model.lm_head.weight[30:60] *= 4.0
-    exact = other(kl={"where": "loss", "estimator": "exact"}, value_coefficient=0.0)
+    exact = PpoSettings(advantage="rloo", kl={"where": "loss", "estimator": "exact"})
     made = learner(role, reference=start, settings=exact, learning_rate=5e-3, minibatch=64)
     before = exact_kl_to(role, start)
     for iteration in range(1, 22):
