@@ -375,3 +375,14 @@ def test_gc_refuses_a_run_whose_rows_cannot_be_read_and_removes_nothing(
     with pytest.raises(Damaged, match="remove it and run the plan again") as error:
         store.gc()
     assert str(error.value).startswith(f"{rows}: ") and store.is_sealed("aa")
+
+
+def test_prepare_leaves_checkpoints_and_the_log_that_belongs_to_them(store: Store) -> None:
+    request = Request("ppo", "ppo", "", "aa", {}, {}, {}, 0, str(store.partial_dir("aa")))
+    partial = store.prepare(request)
+    (partial / "checkpoints" / "step-000001").mkdir(parents=True)
+    for name in ("metrics.jsonl", "result.json", "out/half"):
+        (partial / name).write_text("x")
+    store.prepare(request)
+    assert sorted(p.name for p in partial.iterdir()) == ["checkpoints", "metrics.jsonl", "out", "request.json"]
+    assert (partial / "checkpoints" / "step-000001").is_dir() and not list((partial / "out").iterdir())

@@ -9,7 +9,7 @@ import transformers
 from pipeline.data.forest import Segment, build
 from pipeline.flow.errors import UserError
 from pipeline.llama import adapters
-from pipeline.llama.adapters import LoraSettings, adapters_off, add_lora, copy_adapter, using_adapter
+from pipeline.llama.adapters import LoraSettings, adapters_off, add_lora, copy_adapter, share_frozen, using_adapter
 from pipeline.llama.heads import PolicyModel, ScalarModel
 from pipeline.llama.modeling import LlamaForCausalLM, LlamaForSequenceClassification
 from pipeline.llama.presets import PRESETS
@@ -110,3 +110,39 @@ def test_prompt_methods_are_refused_on_forests() -> None:
         model = get_peft_model(policy(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
     with pytest.raises(ValueError, match="use LoRA"):
         PolicyModel(model)(FOREST)
+
+
+def held(*modules: torch.nn.Module) -> int:
+    """Bytes of distinct memory."""
+    return sum({p.data_ptr(): p.numel() * p.element_size() for m in modules for p in m.parameters()}.values())
+
+
+def test_roles_on_one_base_compute_what_they_did_apart_and_hold_it_once() -> None:
+    """Policy and critic as adapters over one trunk, and the trunk itself as reference."""
+    classifier = LlamaForSequenceClassification(transformers.LlamaConfig(**SHAPE, num_labels=1))
+    classifier.model.load_state_dict(policy().model.state_dict())
+    roles = [
+        PolicyModel(add_lora(policy(), LoraSettings(rank=4), seed=1)),
+        PolicyModel(policy()).requires_grad_(False),
+        ScalarModel(add_lora(classifier.eval(), LoraSettings(rank=4), seed=2)),
+    ]
+    train(roles[0], nll, steps=3)
+    before = [roles[0](FOREST).logprobs_T, roles[1](FOREST).logprobs_T, roles[2](FOREST)]
+    apart = held(*roles)
+    trunk = sum(p.numel() * 4 for p in policy().model.parameters())
+    head = policy().lm_head.weight.numel() * 4
+    assert share_frozen(*roles) == 2 * trunk + head == apart - held(*roles)
+    after = [roles[0](FOREST).logprobs_T, roles[1](FOREST).logprobs_T, roles[2](FOREST)]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert share_frozen(*roles) == 0  # nothing is left to share
+    train(roles[0], nll, steps=3)
+    assert torch.equal(roles[1](FOREST).logprobs_T, before[1])  # what is trained was never shared
+
+
+def test_other_bits_are_not_shared() -> None:
+    one, two = policy().requires_grad_(False), policy().requires_grad_(False)
+    with torch.no_grad():
+        two.lm_head.weight[0, 0] += 1.0
+    assert share_frozen(one, two) == sum(p.numel() * 4 for p in one.model.parameters())
+    assert one.lm_head.weight.data_ptr() != two.lm_head.weight.data_ptr()
+    assert share_frozen(policy(), policy()) == 0  # both are trained

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.llama.logprobs import chosen_logprobs, token_logprobs
+from pipeline.llama.logprobs import chosen_logprobs, token_kl, token_logprobs
 
 
 def by_hand(logits: torch.Tensor, ids: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -85,3 +85,19 @@ def test_nothing_chosen_still_touches_the_head() -> None:
     assert logp.shape == spread.shape == (0,)
     logp.sum().backward()
     assert head.weight.grad is not None and head.weight.grad.abs().max() == 0
+
+
+@pytest.mark.parametrize("chunk", [1 << 24, 64])
+def test_exact_kl_and_its_gradient_whatever_the_chunk(chunk: int) -> None:
+    """p = [.7, .2, .1], q = [.5, .3, .2]: KL 0.0851228260, its gradient by the policy's logits [.175945, -.098118,
+    -.077827]; none flows to the reference."""
+    logits = torch.tensor([[0.7, 0.2, 0.1]] * 40).log().requires_grad_()
+    reference = torch.tensor([[0.5, 0.3, 0.2]] * 40).log().requires_grad_()
+    same_ = lambda x: x
+    kl = token_kl(logits, same_, reference, same_, 3, chunk_elements=chunk)
+    assert kl.tolist() == pytest.approx([0.0851228260] * 40, abs=1e-6)
+    kl.sum().backward()
+    assert logits.grad is not None and reference.grad is None
+    assert logits.grad[39].tolist() == pytest.approx([0.175945, -0.098118, -0.077827], abs=1e-5)
+    warm = token_kl(logits.detach(), same_, reference.detach(), same_, 3, temperature=1e6)
+    assert float(warm.abs().max()) < 1e-6
