@@ -18,10 +18,9 @@ from tests.small import chat, forget_gradients, policy, prompts, scorer
 
 def watch(*names: str, budget: float | None = None) -> Watch:
     rewards = {name: Reward(scorer(i).module, chat(), 0.0) for i, name in enumerate(names)}
-    return Watch(
-        prompts("a", "b", "c"), Panel(rewards, None, 64), forget_gradients(policy()), SamplingSettings(max_new_tokens=5),
-        NoiseKey(0, "dev"), 99, 64, budget,
-    )  # fmt: skip
+    sampling = SamplingSettings(max_new_tokens=5)
+    panel, reference = Panel(rewards, None, 64), forget_gradients(policy())
+    return Watch(prompts("a", "b", "c"), panel, reference, sampling, NoiseKey(0, "dev"), 99, 64, budget)
 
 
 def test_a_policy_is_seen_with_its_scores_and_its_kl():
