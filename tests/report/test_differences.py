@@ -127,6 +127,25 @@ def test_an_input_of_an_earlier_version_of_a_row_is_traced_in_the_store(world: W
     assert told(found, "ppo").inputs[0].document() == {"slot": "policy", "from": "sft", "starts": ["sft"]}
 
 
+def test_a_row_that_hands_on_its_input_is_not_its_own_origin(world: World) -> None:
+    """echo writes the very bytes that it read, which sft made; of sft only the store knows."""
+    _, one = world.row("sft", {"x": 1}, {}, same_result="r")
+    _, two = world.row("sft", {"x": 2}, {}, same_result="s")
+    ea, _ = world.row("echo", {}, {"policy": one}, same_result="r")
+    eb, _ = world.row("echo", {}, {"policy": two}, same_result="s")
+    found = compare(world.side("a", echo=ea), world.side("b", echo=eb))
+    assert told(found, "echo").inputs[0].document() == {"slot": "policy", "from": "sft", "starts": ["sft"]}
+
+
+def test_files_of_the_user_are_files_even_where_a_row_made_the_same(world: World) -> None:
+    _, one = world.row("sft", {"x": 1}, {})
+    _, two = world.row("sft", {"x": 2}, {})
+    pa, _ = world.row("ppo", {}, {"policy": one}, files={"kept/one": one})
+    pb, _ = world.row("ppo", {}, {"policy": two}, files={"kept/two": two})
+    (change,) = told(compare(world.side("a", ppo=pa), world.side("b", ppo=pb)), "ppo").own
+    assert (change.a, change.b) == (f"kept/one ({one[:12]})", f"kept/two ({two[:12]})")
+
+
 def test_names_and_their_order_count_in_a_list_of_inputs(world: World) -> None:
     """evaluate reads [sft, dpo] or [dpo, sft]: the same digests, another row (the first is the reference)."""
     (s, sft), (d, dpo) = world.row("sft", {}, {}), world.row("dpo", {}, {})
@@ -230,6 +249,8 @@ def test_everything_shows_what_is_equal_without_calling_it_a_difference(world: W
     row = told(found, "sft")
     assert found.identical and found.starts == [] and row.status == "identical"
     assert [c.document()["same"] for c in row.own] == [True, True] and row.environment[0].same
+    row = told(compare(world.chain("a"), world.chain("b", rate=0.002), everything=True), "sft")
+    assert [(c.name, c.same) for c in row.own] == [("train.learning_rate", False), ("train.betas", True)]
 
 
 @pytest.mark.parametrize(("a", "b", "relative"), [(-0.5, -0.25, 0.5), (-0.5, -1.0, -1.0), (4, 1, -0.75)])
@@ -243,7 +264,8 @@ def test_intervals() -> None:
     between = lambda mean, low, high: {"mean": mean, "low": low, "high": high, "vs": "sft"}
     first = between(0.6, 0.5, 0.7)
     assert Figure("x", first, between(0.7, 0.6, 0.8)).overlap is True
-    assert Figure("x", first, between(0.75, 0.7, 0.8)).overlap is True
+    touching = between(0.75, 0.7, 0.8)
+    assert Figure("x", first, touching).overlap is True and Figure("x", touching, first).overlap is True
     assert Figure("x", first, between(0.75, 0.71, 0.8)).overlap is Figure("x", between(0.75, 0.71, 0.8), first).overlap
     assert Figure("x", first, between(0.75, 0.71, 0.8)).overlap is False
     assert Figure("x", first, 0.9).overlap is None and Figure("x", first, 0.9).difference == pytest.approx(0.3)
