@@ -27,7 +27,7 @@ import html
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -290,7 +290,7 @@ def page(curves: Sequence[Curve], title: str, root: bool = False) -> str:
             _legend(curves),
             "".join(panels) or empty,
             f'<ul class="said">{told}</ul>' if told else "",
-            Grid("", grid.head, [[visible(cell) for cell in row] for row in grid.rows]).render_html()
+            replace(grid, rows=[[visible(cell) for cell in row] for row in grid.rows]).render_html()
             if grid.rows
             else "",
             "</body></html>\n",

@@ -33,8 +33,9 @@ class Grid:
 
     def render_html(self) -> str:
         """A table for a page; the title is there for screen readers, markup in cells stays text."""
-        head = "".join(f"<th>{html.escape(c)}</th>" for c in self.head)
-        rows = "".join(f"<tr>{''.join(f'<td>{html.escape(c)}</td>' for c in row)}</tr>" for row in self.rows)
+        side = ["" if i not in self.left or i == 0 else ' style="text-align: left"' for i in range(len(self.head))]
+        cells = lambda tag, row: "".join(f"<{tag}{s}>{html.escape(c)}</{tag}>" for s, c in zip(side, row, strict=True))
+        head, rows = cells("th", self.head), "".join(f"<tr>{cells('td', row)}</tr>" for row in self.rows)
         caption = f"<caption hidden>{html.escape(self.title)}</caption>"
         return f"<figure><table>{caption}<tr>{head}</tr>{rows}</table></figure>"
 

@@ -79,7 +79,8 @@ def test_what_is_not_finite_is_not_there() -> None:
     """null is how NaN is logged; NaN and infinities that get through anyway, text and true are no points either."""
     nan, inf = float("nan"), float("inf")
     lines = [dev(1, nan, gold=0.5), dev(2, 1.0, gold=nan, proxy=0.1), dev(3, inf, gold=1.0), dev(4, 2.0, gold=None),
-             {"step": 5, "kl": None, "score": 0.1}, {"step": 6, "kl": True, "score": "x"}, {"loss": 1.0}]  # fmt: skip
+             {"step": 5, "kl": None, "score": 0.1}, {"step": 6, "kl": True, "score": 0.1},
+             {"step": 7, "kl": 1.0, "score": "x"}, {"loss": 1.0}]  # fmt: skip
     curve = curve_of("ppo", lines, {"dev/kept_step": nan, "kl_budget": None})
     assert [(p.step, p.scores) for p in curve.points] == [(2, {"proxy": 0.1})]
     assert curve.sampled == [] and curve.kept is None and curve.budget is None
@@ -101,6 +102,12 @@ def test_what_is_missing_is_said() -> None:
     assert kept.missing == ["step 5, which was kept, has no dev scores"]
 
 
+def test_a_parting_in_words() -> None:
+    assert str(Parting("gold", 8, 1.25, 12, 0.5, -0.25)) == (
+        "proxy and gold part after step 8 (KL 1.25): until step 12 proxy +0.500, gold -0.250"
+    )
+
+
 def test_rows_that_belong_into_the_picture() -> None:
     assert wanted("ppo", []) and wanted("dpo@sft", []) and wanted("rejection@2", [])
     assert not wanted("sft", [{"step": 1, "loss": 1.0}]) and wanted("sft", [dev(1, 0.0, gold=0.5)])
@@ -115,6 +122,7 @@ def test_the_table_marks_what_was_kept_best_and_beyond() -> None:
         ["ppo", "6", "9.000", "0.900", "0.400", "0.600", "best proxy, over the KL budget"],
         ["dpo", "1", "0.000", "-0.100", "–", "–", "own samples"],
     ]
+    assert curves_grid([curve_of("dpo", TURNING[:1], {})]).rows == [["dpo", "1", "0.000", "-0.100", "own samples"]]
 
 
 def test_lines_of_a_file(tmp_path: Path) -> None:
@@ -183,7 +191,10 @@ def test_points_land_where_their_figures_say() -> None:
 
 def test_a_square_root_scale() -> None:
     """Roots of KL 1, 4 and 9 are 1, 2 and 3: equally far apart."""
-    (gold,) = places(page([curve_of("ppo", [dev(i, i * i, gold=0.1 * i) for i in (1, 2, 3)], {})], "t", root=True))
+    text = page([curve_of("ppo", [dev(i, i * i, gold=0.1 * i) for i in (1, 2, 3)], {})], "t", root=True)
+    (gold,) = places(text)
+    for value, (x, _) in zip((1, 4, 9), gold, strict=True):
+        assert re.search(rf'<text x="{x}" y="[\d.]+" text-anchor="middle">{value}</text>', text)
     one, two, three = (x for x, _ in gold)
     assert two - one == pytest.approx(three - two, abs=0.11) and two - one > 200
     below = page([curve_of("ppo", [dev(1, -0.04, gold=0.1), dev(2, 1.0, gold=0.2)], {})], "t", root=True)
@@ -193,6 +204,10 @@ def test_a_square_root_scale() -> None:
 def test_one_point_is_drawn_and_no_point_is_said() -> None:
     text = page([curve_of("ppo", [dev(1, 0.0, gold=0.5)], {"kl_budget": 100})], "t")
     assert Page(text).tags.count("svg") == 2 and places(text) == []  # the legend's and one panel's, no line
+    (x,) = (
+        float(a["cx"] or 0) for tag, a in Page(text).found if tag == "circle" and a["r"] == "4.5" and a["cx"] != "17.0"
+    )
+    assert 64 < x < 100  # no distance was gone, and none goes below 0
     assert "the KL budget of 100 nats is beyond the picture" in text and not re.search(r"\bnan\b", text)
     text = page([curve_of("ppo", [], {})], "t")
     assert "svg" not in Page(text).tags and "There is nothing to draw" in text and "ppo: no dev scores" in text
