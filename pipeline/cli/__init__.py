@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from pipeline.cli import plan, report, run, show, store
+from pipeline.cli import diff, plan, report, run, show, store
 from pipeline.flow.errors import UserError
 
 LAZY = {
@@ -56,6 +56,7 @@ app.command("plan")(plan.plan)
 app.command("stage")(run.stage)
 app.command("show")(show.show)
 app.command("lineage")(show.lineage)
+app.command("diff")(diff.diff)
 app.command("report")(report.report)
 app.command("gc")(store.gc)
 app.command("verify")(store.verify)

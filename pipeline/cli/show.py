@@ -12,6 +12,7 @@ import typer
 from pipeline.cli.common import RUNS, STORE, Json, RunsDir, StoreDir, print_json, print_table
 
 if TYPE_CHECKING:
+    from pipeline.flow.errors import UserError
     from pipeline.flow.store import Store
 
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="name of a run, or its directory", show_default=False)]
@@ -53,7 +54,8 @@ def _print_item(key: str, value: Any, indent: int = 0) -> None:
         print(f"{space}{key}: {text}")
 
 
-def _show_run(run_dir: Path, json: bool) -> None:
+def recorded(run_dir: Path) -> dict[str, Any]:
+    """summary.json of a run; UserError before its first row is done, Damaged where it cannot be read."""
     from pipeline.flow.runner import read_summary
 
     summary = read_summary(run_dir)
@@ -61,6 +63,11 @@ def _show_run(run_dir: Path, json: bool) -> None:
         from pipeline.flow.errors import UserError
 
         raise UserError(f"{run_dir.name}: nothing is recorded yet, the first row of its first run is not done")
+    return summary
+
+
+def _show_run(run_dir: Path, json: bool) -> None:
+    summary = recorded(run_dir)
     if json:
         print_json(summary)
         return
@@ -82,10 +89,15 @@ def _show_run(run_dir: Path, json: bool) -> None:
 
 def _require_sealed(store: Store, run_dir: Path, row: str, fingerprint: str) -> None:
     if not store.is_sealed(fingerprint):
-        from pipeline.flow.errors import UserError
+        raise not_sealed(run_dir, row, fingerprint)
 
-        log = run_dir / "logs" / f"{row}.log"
-        raise UserError(f"row {row} of {run_dir.name} is not sealed ({fingerprint[:12]}); log: {log}")
+
+def not_sealed(run_dir: Path, row: str, fingerprint: str) -> UserError:
+    """What to say of a row that a run names and the store does not hold."""
+    from pipeline.flow.errors import UserError
+
+    log = run_dir / "logs" / f"{row}.log"
+    return UserError(f"row {row} of {run_dir.name} is not sealed ({fingerprint[:12]}); log: {log}")
 
 
 def row_document(store: Store, run_dir: Path, row: str, fingerprint: str) -> dict[str, Any]:

@@ -126,7 +126,7 @@ def samples_html(exhibits: Sequence[Exhibit], title: str, facts: Mapping[str, st
             f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
             f"<title>{name}</title><style>{STYLE}</style></head><body>",
             f'<h1>{name}</h1><p class="facts">{html.escape(_facts(facts, len(exhibits)))}</p>',
-            _table(overview(exhibits)),
+            overview(exhibits).render_html(),
             *(_section(exhibit) for exhibit in exhibits),
             "</body></html>\n",
         ]
@@ -220,13 +220,6 @@ def _part(part: tuple[str, float]) -> str:
 
 def _text(text: str) -> str:
     return html.escape(visible(text))
-
-
-def _table(grid: Grid) -> str:
-    head = "".join(f"<th>{html.escape(c)}</th>" for c in grid.head)
-    rows = "".join(f"<tr>{''.join(f'<td>{html.escape(c)}</td>' for c in row)}</tr>" for row in grid.rows)
-    caption = f"<caption hidden>{html.escape(grid.title)}</caption>"
-    return f"<figure><table>{caption}<tr>{head}</tr>{rows}</table></figure>"
 
 
 def _mean(values: Sequence[float]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,14 @@ class Grid:
         lines += ["| " + " | ".join(map(_cell, row)) + " |" for row in ([*self.head], rule, *self.rows)]
         lines += ["", self.note] if self.note else []
         return "\n".join(lines) + "\n"
+
+    def render_html(self) -> str:
+        """A table for a page; the title is there for screen readers, markup in cells stays text."""
+        side = ["" if i not in self.left or i == 0 else ' style="text-align: left"' for i in range(len(self.head))]
+        cells = lambda tag, row: "".join(f"<{tag}{s}>{html.escape(c)}</{tag}>" for s, c in zip(side, row, strict=True))
+        head, rows = cells("th", self.head), "".join(f"<tr>{cells('td', row)}</tr>" for row in self.rows)
+        caption = f"<caption hidden>{html.escape(self.title)}</caption>"
+        return f"<figure><table>{caption}<tr>{head}</tr>{rows}</table></figure>"
 
     def render_rich(self) -> Table:
         table = Table(

@@ -86,3 +86,62 @@ def test_damaged_files_of_a_run_are_named(two: Any, name: str) -> None:
     (two.root / "runs" / "first" / name).write_text("null")
     code, out, err = two("report", "first")
     assert (code, out) == (3, "") and f"first/{name}: expected a JSON object, found NoneType; remove it" in err
+
+
+def write_metrics(root: Path, name: str, row: str, lines: list[dict[str, Any]]) -> None:
+    directory = root / "runs" / name
+    rows = json.loads((directory / "rows.json").read_text())
+    (directory / "rows.json").write_text(json.dumps({row: "1" * 64, **rows}))
+    (directory / "metrics").mkdir(exist_ok=True)
+    (directory / "metrics" / f"{row}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+DEV = [
+    {"step": 2, "dev/kl": 1.0, "dev/proxy": 0.2, "dev/gold": 0.7},
+    {"step": 4, "dev/kl": 4.0, "dev/proxy": 0.6, "dev/gold": 0.6},
+]
+
+
+def test_the_curve_as_json_table_and_picture(two: Any, golden: Any) -> None:
+    write_metrics(two.root, "first", "ppo", DEV)
+    write_metrics(two.root, "second", "dpo", [{"step": 1, "loss": 0.7}])
+    golden("report_curve", two.json("report", "first", "second", "--curve"), two.root)
+    code, out, _ = two("report", "first", "--curve", "--markdown", "--out", "curve.html")
+    assert code == 0 and "| ppo | 2 | 1.000 | 0.200 | 0.700 | best gold |" in out and "picture  curve.html" in out
+    assert "- ppo: proxy and gold part after step 2 (KL 1.00): until step 4 proxy +0.400, gold -0.100." in out
+    assert "<svg" in (two.root / "curve.html").read_text()
+    code, out, err = two("report", "first", "--curve", "--sqrt-kl", "--out", "curve.html", "--json")
+    assert code == 0 and json.loads(out)["curves"][0]["row"] == "ppo" and "picture" in err
+    assert "square-root scale" in (two.root / "curve.html").read_text()
+    code, out, _ = two("report", "first", "--curve")
+    assert code == 0 and "ppo: no dev/heldout." in out
+
+
+def test_the_curve_of_a_run_that_goes_on(two: Any) -> None:
+    write_run(two.root, "third", 0, ended=False)
+    write_metrics(two.root, "third", "ppo", DEV)
+    with open(two.root / "runs/third/metrics/ppo.jsonl", "a") as file:
+        file.write('{"step": 6, "dev/')
+    assert [p["step"] for p in two.json("report", "third", "--curve")["curves"][0]["points"]] == [2, 4]
+
+
+def test_what_an_earlier_version_of_a_row_kept_is_not_this_ones(two: Any) -> None:
+    """summary.json tells of a row until it is done again; rows.json names the version whose lines are there."""
+    write_metrics(two.root, "first", "ppo", DEV)
+    path = two.root / "runs/first/summary.json"
+    summary = json.loads(path.read_text())
+    row = {**summary["rows"][0], "row": "ppo", "stage": "ppo", "metrics": {"dev/kept_step": 4}}
+    for fingerprint, kept in (("0" * 64, None), ("1" * 64, 4)):
+        path.write_text(json.dumps({**summary, "rows": [{**row, "fingerprint": fingerprint}]}))
+        assert two.json("report", "first", "--curve")["curves"][0]["kept"] == kept
+
+
+def test_a_run_without_a_curve_says_what_is_missing(two: Any) -> None:
+    code, out, err = two("report", "first", "--curve", "--out", "curve.html")
+    assert (code, out) == (2, "") and "first: no row recorded a score with a KL beside it" in err
+    write_metrics(two.root, "first", "dpo@sft", [{"step": 1, "loss": 0.7}])
+    code, out, err = two("report", "first", "--curve", "--out", "curve.html")
+    assert (code, out) == (2, "") and "dpo@sft: no dev scores (dev/proxy" in err
+    assert not (two.root / "curve.html").exists()
+    code, out, err = two("report", "first", "--out", "curve.html")
+    assert (code, out) == (2, "") and "add --curve" in err

@@ -23,3 +23,13 @@ def test_numbers():
     assert number(0.12345) == "0.123" and number(None) == "–" and number({"mean": 2.0}, 1) == "2.0"
     assert interval({"mean": 0.6, "low": 0.5, "high": 0.7}, 2) == "0.60 [0.50, 0.70]"
     assert interval({"mean": 0.6}, 2) == "0.60" and interval(None) == "–"
+
+
+def test_a_page_shows_markup_as_text_and_words_on_the_left():
+    grid = Grid("<t>", ["row", "step", "what"], [["<b>x</b>", "1", "kept"]], left=frozenset({0, 2}))
+    left = ' style="text-align: left"'
+    assert grid.render_html() == (
+        "<figure><table><caption hidden>&lt;t&gt;</caption>"
+        f"<tr><th>row</th><th>step</th><th{left}>what</th></tr>"
+        f"<tr><td>&lt;b&gt;x&lt;/b&gt;</td><td>1</td><td{left}>kept</td></tr></table></figure>"
+    )
