@@ -54,6 +54,7 @@ class Progress:
         self.said_parted = False
         keeps = watch is not None and watch.chosen_by is not None and config.train.keep == "best"
         self.best = Best(CHOICE, higher_is_better=True) if keeps else None
+        self.best_iteration: int | None = None
         self.dev: dict[str, float] = {}
         self.checkpoints = Checkpoints(workspace.checkpoints, workspace.fingerprint, trainer.strategy)
         self.due = evaluation_steps(config.iterations, config.train.evaluations) if watch else set()
@@ -73,6 +74,7 @@ class Progress:
         self.figures, self.dev, self.tokens = _back(state["figures"]), state["dev"], state["tokens"]
         if self.best and state["best"]:
             self.best.value, self.best.step = state["best"]["value"], state["best"]["step"]
+            self.best_iteration = state["best"]["iteration"]
             self.best.state = [found.tensors[f"best.{i}"] for i in range(state["best"]["tensors"])]
         if self.watch:
             self.watch.load(state["watch"])
@@ -94,6 +96,7 @@ class Progress:
             report |= {f"dev/{name}": value for name, value in self.dev.items()}
             if self.best:
                 self.best.offer(self.trainer, {CHOICE: self.watch.choice(self.dev)})
+                self.best_iteration = done if self.best.step == self.trainer.done else self.best_iteration
             if self.watch.parted and not self.said_parted:
                 self.workspace.say(f"iteration {done}: {self.watch.parted}")
                 self.said_parted = True
@@ -114,7 +117,12 @@ class Progress:
         best = None
         if self.best and self.best.step:
             tensors |= {f"best.{i}": tensor for i, tensor in enumerate(self.best.state)}
-            best = {"value": self.best.value, "step": self.best.step, "tensors": len(self.best.state)}
+            best = {
+                "value": self.best.value,
+                "step": self.best.step,
+                "iteration": self.best_iteration,
+                "tensors": len(self.best.state),
+            }
         state = {
             "updates": self.trainer.done,
             "kl": self.kl.state(),
@@ -131,9 +139,15 @@ class Progress:
         """The weights to keep are those of the best look at dev, where there was one; returns what to record."""
         if self.watch is None:
             return {}
-        found: dict[str, Any] = {"dev": self.dev, "parted": self.watch.parted}
+        found: dict[str, Any] = {
+            "dev": self.dev,
+            "parted": self.watch.parted,
+            "kl_budget": self.config.kl_budget,
+            "kept_step": self.config.iterations,
+        }
         if self.best and self.best.step:
-            found |= {"kept_update": self.best.restore(self.trainer), "chosen_by": self.watch.chosen_by}
+            self.best.restore(self.trainer)
+            found |= {"kept_step": self.best_iteration, "chosen_by": self.watch.chosen_by}
         elif self.best:
             self.workspace.say("no look at dev was within kl_budget: the last weights are kept")
         return found
