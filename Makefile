@@ -25,8 +25,8 @@ bench: $(READY)
 	$(BIN)/python -m tests.benchmarks sft
 
 figures: $(READY)
-	for seed in 0 1 2; do $(BIN)/rlhf run configs/figures.yaml --set seed=$$seed --set sources.world.seed=$$seed --name figures-$$seed || exit 1; done
-	$(BIN)/rlhf report figures-0 figures-1 figures-2
+	for seed in 0 1 2 3; do $(BIN)/rlhf run configs/figures.yaml --set seed=$$seed --set sources.world.seed=$$seed --name figures-$$seed || exit 1; done
+	$(BIN)/rlhf report figures-0 figures-1 figures-2 figures-3
 
 clean:
 	rm -rf $(VENV) store runs
