@@ -14,7 +14,7 @@ from pipeline.rollout.collect import EncodedPrompts, Sampler, encode_prompts, fi
 from pipeline.rollout.engine import SamplingSettings
 from pipeline.rollout.noise import NoiseKey
 from pipeline.rollout.reward import Reward
-from pipeline.rollout.samples import best_of
+from pipeline.rollout.mining import best_of
 from pipeline.rollout.scoring import score_samples
 from tests.small import ask, chat, policy, prompts, scorer
 
