@@ -37,7 +37,7 @@ from pipeline.data.records import Cost, Origin, Sample
 from pipeline.flow.artifacts import Artifact
 from pipeline.flow.errors import Damaged
 from pipeline.rollout.collect import figures
-from pipeline.rollout.mining import by_prompt, score_of
+from pipeline.rollout.mining import UNREADABLE, by_prompt, score_of
 from pipeline.rollout.reward import Reward, score_texts
 from pipeline.rollout.scoring import score_samples
 
@@ -55,11 +55,15 @@ def recorded(
 ) -> list[Sample]:
     """Samples of a rollout (P prompts, K of each, in prompt order) with their origin and cost, numbered from `first`.
 
-    The prompt was computed once for its K samples: the first of them bears it.
+    The prompt was computed once for its K samples: the first of them bears it. A NUL in a text, which no reader of
+    records accepts, becomes the sign for unreadable bytes; the ids are as drawn.
     """
     k = len(samples) // len(prompt_ids)
     costs = [Cost(prompt=len(prompt_ids[i // k]) if i % k == 0 else 0, new=len(s.ids)) for i, s in enumerate(samples)]
-    return [replace(s, index=first + s.index, origin=origin, cost=cost) for s, cost in zip(samples, costs, strict=True)]
+    return [
+        replace(s, index=first + s.index, text=s.text.replace("\0", UNREADABLE), origin=origin, cost=cost)
+        for s, cost in zip(samples, costs, strict=True)
+    ]
 
 
 def describe_samples(
