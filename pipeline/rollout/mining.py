@@ -192,7 +192,7 @@ def _upper(group: list[Sample], settings: ChooseSettings) -> list[Sample]:
     if settings.by == "best":
         return group[:1]
     if settings.by == "fraction":
-        return group[: math.ceil(settings.fraction * len(group) - 1e-9)]  # 0.7 * 10 is more than 7 in floats
+        return group[: math.ceil(settings.fraction * len(group) - 1e-9)]  # 0.28 * 25 is more than 7
     return group
 
 
