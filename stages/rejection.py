@@ -38,7 +38,10 @@ if TYPE_CHECKING:
 class Rejection(Stage):
     name = "rejection"
     version = 2
-    sources = ("data", "llama", "train", "algo", "rollout", "evaluate")
+    sources = (
+        "data", "llama", "train", "algo", "rollout",
+        *(f"evaluate/{part}.py" for part in ("bestofn", "compare", "judges", "scorecard")),
+    )  # fmt: skip
 
     class Config(Settings):
         prompts: int | None = Field(default=None, ge=1, description="Prompts to sample for; null takes all of them.")

@@ -24,7 +24,7 @@ from pipeline.rollout.noise import fold
 
 R = TypeVar("R")
 
-UNREADABLE = "\N{REPLACEMENT CHARACTER}"  # what bytes that are no character are decoded to
+NUL = "\N{SYMBOL FOR NULL}"  # stands in a stored text for a NUL, which no reader of records accepts
 REPEATS = 6  # one to four tokens, this many times in a row: degenerate
 
 
@@ -126,7 +126,7 @@ def drop_useless(samples: Iterable[Sample], *, unfinished: bool = False) -> tupl
 
     empty        no text
     duplicate    the text of an earlier sample of the same prompt (the lowest index stays)
-    unreadable   bytes that are no character, which would be learnt as the sign that stands in for them
+    unreadable   a NUL character, which no reader of records accepts, or the sign for it
     repetitive   one to four tokens over and over
     unfinished   cut off at the length limit; dropped only if asked for
     """
@@ -149,7 +149,7 @@ def _useless(sample: Sample, seen: set[str], unfinished: bool) -> str | None:
         return "empty"
     if sample.text in seen:
         return "duplicate"
-    if UNREADABLE in sample.text or "\0" in sample.text:
+    if NUL in sample.text or "\0" in sample.text:
         return "unreadable"
     if any(repeats(sample.ids, period) for period in range(1, 5)):
         return "repetitive"

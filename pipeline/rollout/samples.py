@@ -37,7 +37,7 @@ from pipeline.data.records import Cost, Origin, Sample
 from pipeline.flow.artifacts import Artifact
 from pipeline.flow.errors import Damaged
 from pipeline.rollout.collect import figures
-from pipeline.rollout.mining import UNREADABLE, by_prompt, score_of
+from pipeline.rollout.mining import NUL, by_prompt, score_of
 from pipeline.rollout.reward import Reward, score_texts
 from pipeline.rollout.scoring import score_samples
 
@@ -56,12 +56,12 @@ def recorded(
     """Samples of a rollout (P prompts, K of each, in prompt order) with their origin and cost, numbered from `first`.
 
     The prompt was computed once for its K samples: the first of them bears it. A NUL in a text, which no reader of
-    records accepts, becomes the sign for unreadable bytes; the ids are as drawn.
+    records accepts, becomes the sign for it; the ids are as drawn.
     """
     k = len(samples) // len(prompt_ids)
     costs = [Cost(prompt=len(prompt_ids[i // k]) if i % k == 0 else 0, new=len(s.ids)) for i, s in enumerate(samples)]
     return [
-        replace(s, index=first + s.index, text=s.text.replace("\0", UNREADABLE), origin=origin, cost=cost)
+        replace(s, index=first + s.index, text=s.text.replace("\0", NUL), origin=origin, cost=cost)
         for s, cost in zip(samples, costs, strict=True)
     ]
 
@@ -96,10 +96,18 @@ def read_samples(path: Path) -> list[Sample]:
 
 
 def read_stores(reader: Reader, stores: Sequence[Artifact]) -> list[Sample]:
-    """All samples of the stores, in the order given. UserError naming every bad line."""
+    """All samples of the stores, in the order given. UserError naming every bad line.
+
+    A round's store may hold those of the rounds before it: what was drawn once counts once, with the scores of all.
+    """
     slots = ["samples"] if len(stores) == 1 else [f"samples-{i}" for i in range(1, len(stores) + 1)]
-    found = zip(slots, stores, strict=True)
-    return [sample for slot, store in found for sample in reader.read(slot, store, "samples")]
+    found: dict[Any, Sample] = {}
+    for slot, store in zip(slots, stores, strict=True):
+        for sample in reader.read(slot, store, "samples"):
+            drawn = (sample.prompt.id, sample.origin, sample.index) if sample.origin else len(found)
+            before = found.get(drawn)
+            found[drawn] = replace(sample, scores={**before.scores, **sample.scores}) if before else sample
+    return list(found.values())
 
 
 class SampleLog:

@@ -216,7 +216,7 @@ def test_useless_samples_are_counted() -> None:
         sample("b", 0, "x", 0.0),
         sample("b", 1, "no no no", 0.0, ids=[5, 9] * 6),
         sample("b", 2, "cut", 0.0, stopped=False),
-        sample("b", 3, "half a \ufffd", 0.0),
+        sample("b", 3, "a \u2400", 0.0),
         sample("b", 4, "no \0", 0.0),
     ]
     kept, dropped = drop_useless(samples)

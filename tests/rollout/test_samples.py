@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.data.reader import Reader
 from pipeline.data.records import Cost, Message, Origin, Prompt, Sample
 from pipeline.flow.errors import Damaged, UserError
 from pipeline.rollout.collect import Sampler, encode_prompts
@@ -22,13 +23,14 @@ from pipeline.rollout.samples import (
     note_rendering,
     origin_of,
     read_samples,
+    read_stores,
     recorded,
     score_again,
     summary,
     with_scores,
     write_samples,
 )
-from tests.small import Listener, ask, chat, policy, prompts, save, scorer
+from tests.small import Listener, artifact, ask, chat, policy, prompts, save, scorer
 
 DRAWN = Origin("p" * 8, "tok", "tem", row="ppo", seed=7, iteration=0, temperature=0.7)
 OURS = {"tokenizer": "tok", "template": "tem"}
@@ -61,7 +63,7 @@ def test_whatever_was_drawn_can_be_read_again(tmp_path: Path) -> None:
     kept = recorded(odd, [[1, 2]], DRAWN)
     write_samples(tmp_path / "data.jsonl", kept)
     assert read_samples(tmp_path / "data.jsonl") == kept
-    assert [s.text for s in kept] == ["a\ufffdb", *(s.text for s in odd[1:])]
+    assert [s.text for s in kept] == ["a\u2400b", *(s.text for s in odd[1:])]
 
 
 def test_an_answer_as_a_text_alone_is_a_sample_too(tmp_path: Path) -> None:
@@ -104,6 +106,22 @@ def test_a_torn_line_is_named(tmp_path: Path) -> None:
     path.write_text("\n".join([lines[0], lines[1][:40]]) + "\n")
     with pytest.raises(UserError, match=r"data\.jsonl:2"):
         read_samples(path)
+
+
+def test_what_stands_in_two_stores_counts_once_with_the_scores_of_both(tmp_path: Path) -> None:
+    """Round 2 holds round 1's samples scored again; answers of unknown origin are never taken for one another."""
+    unknown = [replace(SAMPLES[0], origin=None)] * 2
+    stores = []
+    later = [*with_scores(SAMPLES, "second", [5.0, 6.0, 7.0]), sample("a", 0, "new", 1)]
+    for name, samples in (("one", [*SAMPLES, *unknown]), ("two", later)):
+        (tmp_path / name).mkdir()
+        write_samples(tmp_path / name / "data.jsonl", samples)
+        stores.append(artifact(tmp_path / name, "samples"))
+    reader = Reader(Listener())
+    found = read_stores(reader, stores)
+    assert found == [*with_scores(SAMPLES, "second", [5.0, 6.0, 7.0]), *unknown, sample("a", 0, "new", 1)]
+    assert [reader.counts[slot]["records"] for slot in ("samples-1", "samples-2")] == [5, 4]
+    assert read_stores(reader, stores[:1]) == [*SAMPLES, *unknown]
 
 
 # --- a store that grows ---

@@ -11,7 +11,9 @@ from pipeline.data.records import Prompt
 from pipeline.data.world import as_json
 from pipeline.data.world_truth import Frame, Key
 from pipeline.flow.errors import UserError
+from pipeline.rollout.mining import drop_useless
 from pipeline.rollout.native import NativeEngine
+from pipeline.rollout.samples import read_samples
 from tests.small import artifact, ask, comparison, policy, save
 from tests.stages.test_adapters import ANSWERS, QUESTIONS, Place, Row, train
 
@@ -122,10 +124,10 @@ def test_another_reward_model_scores_the_store_under_a_name_of_its_own(
     assert calls == [] and set(row.out) == {"samples", "conversations", "comparisons"}
     assert scores(row, "proxy") == scores(first, "proxy") != scores(row, "second")
     assert row.out["samples"].lineage["scored_by"] == {"proxy": reward.digest, "second": other.digest}
+    usable, _ = drop_useless(read_samples(row.out["samples"].path / "data.jsonl"), unfinished=True)
     best: dict[str, tuple[float, str]] = {}
-    for s in row.rows("samples"):
-        if s["stopped"] and s["text"].strip() and s["scores"]["second"] > best.get(s["prompt"]["id"], (-9e9, ""))[0]:
-            best[s["prompt"]["id"]] = (s["scores"]["second"], s["text"])
+    for s in usable:
+        best[s.prompt.id] = max(best.get(s.prompt.id, (-1e9, "")), (s.scores["second"], s.text))
     chosen = [c["messages"][-1]["content"] for c in row.rows("conversations")]
     assert sorted(chosen) == sorted(text for _, text in best.values())
     assert {c["annotator"] for c in row.rows("comparisons")} == {"second"}
