@@ -1,125 +1,251 @@
-"""Rejection sampling (best of N): sample, score once, keep the best, fine-tune the policy on the best.
+"""Rejection sampling (best of N): draw, score, choose, mine pairs, learn the chosen answers.
 
-Everything that was sampled is written out with its scores and log-probs, and comparisons of the best against the
-worst answer of every prompt are what DPO starts from.
+    draw     N answers to each prompt, or none: a store of samples from another row serves as well
+    score    every answer, by the reward model
+    choose   the answers worth learning: the best of each prompt, a fraction of them, or all above a threshold
+    mine     pairs of a better and a worse answer, which DPO starts from
+    learn    the chosen answers; `train: null` leaves it at samples, conversations and comparisons
+
+Rounds are rows: RAFT (Dong et al. 2023) is this row again from its own policy, Llama 2 (Touvron et al. 2023) a round
+that reads the samples of earlier ones beside its own, Llama 3 (Grattafiori et al. 2024) reward, rejection, SFT and DPO
+in turn.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from pipeline.flow.artifacts import Comparisons, Conversations, Policy, Prompts, RewardModel, Samples
-from pipeline.flow.config import Settings
+from pipeline.flow.artifacts import Comparisons, Conversations, Judge, Policy, Prompts, RewardModel, Samples
+from pipeline.flow.config import Settings, not_identity
 from pipeline.flow.errors import UserError
 from pipeline.flow.stage import Stage, Workspace
 from pipeline.llama.adapters import LoraSettings
 from pipeline.rollout.engine import SamplingSettings
+from pipeline.rollout.mining import ChooseSettings, PairSettings
 from pipeline.train.settings import TrainSettings
+
+if TYPE_CHECKING:
+    from pipeline.data.reader import Reader
+    from pipeline.data.records import Conversation, Sample
+    from pipeline.llama.open import Trainable
+    from pipeline.rollout.mining import Mined
+    from pipeline.train.strategy import Strategy
 
 
 class Rejection(Stage):
     name = "rejection"
-    version = 1
-    sources = ("data", "llama", "train", "algo", "rollout")
-    same_tokenizer = (("policy", "reward"),)
+    version = 2
+    sources = (
+        "data", "llama", "train", "algo", "rollout",
+        *(f"evaluate/{part}.py" for part in ("bestofn", "compare", "judges", "scorecard")),
+    )  # fmt: skip
 
     class Config(Settings):
         prompts: int | None = Field(default=None, ge=1, description="Prompts to sample for; null takes all of them.")
+        round: int = Field(
+            default=0, ge=0, description="Number of this draw: another round takes other prompts and other noise."
+        )
         sampling: SamplingSettings = Field(
             default=SamplingSettings(samples=8, max_new_tokens=64), description="How answers are drawn, N by `samples`."
         )
-        margin: float = Field(
-            default=0.0, ge=0, description="Least score difference (in standard deviations) of a pair written for DPO."
+        temperatures: tuple[float, ...] = Field(
+            default=(), description="Draw N answers at each of these instead of at `sampling.temperature`."
         )
+        score: str = Field(
+            default="proxy", min_length=1, description="Name of the scores that answers are chosen by in the store."
+        )
+        choose: ChooseSettings = Field(default=ChooseSettings(), description="Which answers are learnt.")
+        pairs: PairSettings = Field(default=PairSettings(), description="Which pairs are written for DPO.")
         max_tokens: int = Field(
             default=512, ge=8, description="Longest prompt with its answer; longer prompts are dropped."
         )
+        token_budget: int = not_identity(8192, "Tokens a scoring pass at most.", ge=1)
         adapter: LoraSettings | None = Field(default=None, description="Train a LoRA adapter instead of all weights.")
-        train: TrainSettings = Field(
+        train: TrainSettings | None = Field(
             default=TrainSettings(learning_rate=2e-4, batch=64, epochs=1),
-            description="Optimiser, schedule and batches.",
+            description="Optimiser, schedule and batches; null trains nothing, and the row has no policy to give on.",
         )
+
+        @field_validator("temperatures")
+        @classmethod
+        def _rungs(cls, temperatures: tuple[float, ...]) -> tuple[float, ...]:
+            if len(set(temperatures)) < len(temperatures) or any(t < 0 for t in temperatures):
+                raise ValueError(f"temperatures: each of them once and none below 0, not {list(temperatures)}")
+            return temperatures
 
     @dataclass
     class Inputs:
-        policy: Policy
-        reward: RewardModel
-        prompts: Prompts
+        policy: Policy | None = None
+        reward: RewardModel | None = None
+        prompts: Prompts | None = None
+        samples: list[Samples] = field(default_factory=list)
+        judge: Judge | None = None
 
     @dataclass
     class Outputs:
-        policy: Policy
+        policy: Policy | None
         samples: Samples
         conversations: Conversations
         comparisons: Comparisons
 
     headline = ("score", "chosen", "pairs", "stop_rate")
 
+    @classmethod
+    def check(cls, config: Any, given: frozenset[str]) -> None:
+        """What a row needs follows from what it does: draw, score, learn."""
+        if not given & {"prompts", "samples"}:
+            raise UserError("input prompts: nothing to draw answers for; wire prompts, or samples of another row")
+        if config.train and "policy" not in given:
+            raise UserError("input policy: nothing to train; wire a policy, or set train: null to write data alone")
+        if "prompts" in given:
+            for slot in ("policy", "reward"):
+                if slot not in given:
+                    raise UserError(f"input {slot}: not given, but answers to prompts are drawn and scored; wire it")
+
+    @classmethod
+    def withheld(cls, config: Any) -> frozenset[str]:
+        return frozenset() if config.train else frozenset({"policy"})
+
     def run(self, inputs: Inputs, workspace: Workspace) -> dict[str, Any]:
-        from pipeline.data.groups import conversation_groups
         from pipeline.data.reader import Reader
         from pipeline.data.sources import write_jsonl
-        from pipeline.llama.open import open_trainable, save_policy
-        from pipeline.rollout.collect import Sampler, encode_prompts
-        from pipeline.rollout.noise import NoiseKey
-        from pipeline.rollout.reward import open_reward
-        from pipeline.rollout.samples import best_conversations, best_worst_pairs, write_samples
+        from pipeline.evaluate.bestofn import curve
+        from pipeline.evaluate.judges import GoldJudge
+        from pipeline.rollout.mining import choose, mine
+        from pipeline.rollout.samples import describe_samples, read_stores, summary, write_samples
         from pipeline.train import strategy
-        from pipeline.train.batches import Plan
-        from pipeline.train.loop import Trainer, fit
-        from pipeline.train.objectives import next_token
-        from pipeline.train.ppo import PromptStream
 
         config: Rejection.Config = self.config
         reader = Reader(workspace)
-        policy = open_trainable(inputs.policy, config.adapter, workspace.seed)
-        reward = open_reward(inputs.reward)
-        ranks = strategy.for_row(workspace, precision=config.train.precision, clip=config.train.clip)
-        found = reader.read("prompts", inputs.prompts, "prompts")
-        prompts = encode_prompts(found, policy.chat, config.max_tokens, config.sampling.max_new_tokens)
-        prompts = prompts.take(PromptStream(len(prompts), config.prompts, workspace.seed).batch(0))
-        sampler = Sampler(
-            policy.model,
-            policy.chat,
-            config.sampling,
-            NoiseKey(workspace.seed, workspace.stage),
-            reward=reward,
-            token_budget=config.train.token_budget,
-        )
-        answers = sampler.sample(prompts, ranks=ranks, progress=lambda d, n: workspace.progress(d, n, "samples"))
-        chosen = best_conversations(answers.samples, "proxy")
-        pairs = best_worst_pairs(answers.samples, "proxy", config.margin)
-        write_samples(workspace.slot("samples") / "data.jsonl", answers.samples)
-        write_jsonl(workspace.slot("conversations") / "data.jsonl", chosen.records)
-        write_jsonl(workspace.slot("comparisons") / "data.jsonl", pairs.records)
-
-        if not chosen.records:
-            raise UserError(
-                f"none of {len(answers.samples)} answers can be learnt from ({dict(chosen.skipped)}): unfinished ones "
-                f"did not stop within {config.sampling.max_new_tokens} tokens; raise sampling.max_new_tokens, or train "
-                "the policy for longer before this row"
-            )
+        training = config.train or TrainSettings()
+        ranks = strategy.for_row(workspace, precision=training.precision, clip=training.clip)
+        policy = self._open(inputs, workspace, ranks)
+        drawn, dropped = self._draw(inputs, policy, reader, workspace, ranks)
+        stored = read_stores(reader, inputs.samples)
+        answers, scored_by = self._score([*stored, *drawn], inputs, workspace, ranks)
+        chosen = choose(answers, config.score, config.choose)
+        pairs = mine(answers, config.score, config.pairs, seed=workspace.seed)
+        if ranks.main:
+            write_samples(workspace.slot("samples") / "data.jsonl", answers)
+            write_jsonl(workspace.slot("conversations") / "data.jsonl", chosen.records)
+            write_jsonl(workspace.slot("comparisons") / "data.jsonl", pairs.records)
+        describe_samples(workspace, "samples", (s.origin for s in answers), scored_by)
         if not pairs.records:
             workspace.say(
                 f"no two answers to a prompt differ enough to compare ({dict(pairs.skipped)}): no comparisons"
             )
+        learnt = self._learn(policy, answers, chosen, inputs, workspace, ranks) if policy and config.train else {}
+        judge = GoldJudge.open(inputs.judge.data_files[0]) if inputs.judge else None
+        return {
+            **summary(answers, drawn, config.score),
+            "dropped_prompts": dropped,
+            "chosen": len(chosen.records),
+            "pairs": len(pairs.records),
+            "skipped": {**chosen.skipped, **{f"pair_{k}": v for k, v in pairs.skipped.items()}},
+            "best_of_n": {"policy": _name(inputs), "rows": curve(answers, config.score, judge, seed=workspace.seed)},
+            **learnt,
+            "tokens": learnt.get("trained_tokens", 0) + sum(len(s.ids) for s in drawn),
+            "read": reader.counts,
+        }
+
+    def _open(self, inputs: Inputs, workspace: Workspace, ranks: Strategy) -> Trainable | None:
+        """To be trained, or only asked; None where nothing is drawn and nothing learnt."""
+        from pipeline.llama.open import open_frozen, open_trainable
+
+        if inputs.policy is None or not (self.config.train or inputs.prompts):
+            return None
+        if self.config.train:
+            policy = open_trainable(inputs.policy, self.config.adapter, workspace.seed)
+        else:
+            policy = open_frozen(inputs.policy)
+        policy.module.to(ranks.device)
+        return policy
+
+    def _draw(
+        self, inputs: Inputs, policy: Trainable | None, reader: Reader, workspace: Workspace, ranks: Strategy
+    ) -> tuple[list[Sample], int]:
+        """Fresh answers, and how many prompts were too long to ask; none where no prompts are wired."""
+        from pipeline.rollout.collect import encode_prompts
+        from pipeline.rollout.draw import draw
+        from pipeline.rollout.samples import origin_of
+        from pipeline.train.ppo import PromptStream
+
+        config: Rejection.Config = self.config
+        if not (inputs.prompts and inputs.policy and policy):
+            return [], 0
+        found = reader.read("prompts", inputs.prompts, "prompts")
+        prompts = encode_prompts(found, policy.chat, config.max_tokens, config.sampling.max_new_tokens)
+        prompts = prompts.take(PromptStream(len(prompts), config.prompts, workspace.seed).batch(config.round))
+        origin = origin_of(inputs.policy, workspace.stage, workspace.seed, iteration=config.round)
+        drawn = draw(
+            policy.model,
+            policy.chat,
+            prompts,
+            config.sampling,
+            origin,
+            temperatures=config.temperatures,
+            ranks=ranks,
+            progress=lambda d, n: workspace.progress(d, n, "samples"),
+        )
+        return drawn, prompts.dropped
+
+    def _score(
+        self, answers: list[Sample], inputs: Inputs, workspace: Workspace, ranks: Strategy
+    ) -> tuple[list[Sample], dict[str, str]]:
+        """Every answer scored by the reward model, or as it is in the store; and by source who scored."""
+        from pipeline.rollout.reward import open_reward
+        from pipeline.rollout.samples import note_rendering, score_again
+
+        config: Rejection.Config = self.config
+        scored_by = {name: d for a in inputs.samples for name, d in a.lineage.get("scored_by", {}).items()}
+        if inputs.reward is None:
+            return answers, scored_by
+        reward = open_reward(inputs.reward)
+        reward.model.to(ranks.device)
+        note_rendering(workspace, "samples", answers, inputs.reward.lineage, "the reward model")
+        found = score_again(
+            answers, config.score, reward, inputs.reward.lineage, token_budget=config.token_budget, ranks=ranks
+        )
+        return found, scored_by | {config.score: inputs.reward.digest}
+
+    def _learn(
+        self,
+        policy: Trainable,
+        answers: list[Sample],
+        chosen: Mined[Conversation],
+        inputs: Inputs,
+        workspace: Workspace,
+        ranks: Strategy,
+    ) -> dict[str, Any]:
+        """Fine-tune the policy on the chosen answers as texts."""
+        from pipeline.data.groups import conversation_groups
+        from pipeline.llama.open import save_policy
+        from pipeline.rollout.samples import note_rendering
+        from pipeline.train.batches import Plan
+        from pipeline.train.loop import Trainer, fit
+        from pipeline.train.objectives import next_token
+
+        config: Rejection.Config = self.config
+        assert config.train and inputs.policy
+        if not chosen.records:
+            raise UserError(
+                f"none of {len(answers)} answers can be learnt from ({dict(chosen.skipped)}): unfinished ones did not "
+                f"stop within {config.sampling.max_new_tokens} tokens; raise sampling.max_new_tokens, lower "
+                "choose.threshold where it is set, or train the policy for longer before this row"
+            )
+        note_rendering(workspace, "conversations", answers, inputs.policy.lineage, "the policy")
         encoded = conversation_groups(chosen.records, policy.chat, config.max_tokens, "marked")
         encoded.required("the chosen answers", config.max_tokens)
         plan = Plan(encoded.groups, config.train, seed=workspace.seed, strategy=ranks)
         trainer = Trainer(policy.module, next_token, config.train, ranks, total=len(plan), seed=workspace.seed)
         outcome = fit(trainer, plan, workspace, figures=("loss", "nll"))
         save_policy(policy, workspace)
-        return {
-            **answers.figures,
-            "prompts": len(prompts),
-            "chosen": len(chosen.records),
-            "pairs": len(pairs.records),
-            "skipped": {**chosen.skipped, **{f"pair_{k}": v for k, v in pairs.skipped.items()}},
-            "loss": outcome.last.get("nll"),
-            "steps": outcome.steps,
-            "tokens": outcome.tokens + answers.figures["sampled_tokens"],
-            "read": reader.counts,
-        }
+        return {"loss": outcome.last.get("nll"), "steps": outcome.steps, "trained_tokens": outcome.tokens}
+
+
+def _name(inputs: Rejection.Inputs) -> str | None:
+    """The policy that was drawn from, by its row; None where the answers come from stores."""
+    return inputs.policy.meta.get("row") if inputs.policy and not inputs.samples else None

@@ -78,4 +78,5 @@ def _inputs(row: Row) -> dict[str, Any]:
 def row_outputs(row: Row) -> list[Slot]:
     from pipeline.flow.stage import slots_out
 
-    return list(slots_out(row.cls).values())
+    withheld = row.cls.withheld(row.config)
+    return [slot for slot in slots_out(row.cls).values() if slot.name not in withheld]

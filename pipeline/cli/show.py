@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as jsonlib
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -38,8 +39,19 @@ def show(
     if json:
         print_json(document)
         return
-    for key, value in document.items():
+    from pipeline.report.summary import row_grids
+
+    grids = row_grids(document["metrics"], row)
+    shown = {k: v for k, v in document["metrics"].items() if k != "best_of_n" or not grids}
+    for key, value in {**document, "metrics": shown}.items():
         _print_item(key, value)
+    if grids:
+        from rich.console import Console
+
+        console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+        for grid in grids:
+            console.print()
+            console.print(grid.render_rich())
 
 
 def _print_item(key: str, value: Any, indent: int = 0) -> None:

@@ -29,8 +29,10 @@ from pipeline.data.records import (
     Comparison,
     Completion,
     Conversation,
+    Cost,
     Document,
     Message,
+    Origin,
     Prompt,
     Rated,
     Sample,
@@ -373,13 +375,44 @@ def _dialogue(row: Row, source: str) -> list[Record]:
 
 
 def _sample(row: Row, source: str) -> list[Record]:
+    """Ids and log-probs may be missing: an answer can be scored, chosen and compared as a text alone."""
     prompt = _prompt(need(row, "prompt", dict), source)[0]
-    ids, logprobs = need(row, "ids", list), need(row, "logprobs", list)
-    if len(ids) != len(logprobs):
-        raise Bad("lists of unequal length", f"{len(ids)} ids, {len(logprobs)} logprobs")
     assert isinstance(prompt, Prompt)
+    ids = _numbers(row, "ids", int)
+    logprobs, raw = (_numbers(row, key, float) for key in ("logprobs", "raw_logprobs"))
+    for name, values in (("logprobs", logprobs), ("raw_logprobs", raw)):
+        if values and len(values) != len(ids):
+            raise Bad("lists of unequal length", f"{len(ids)} ids, {len(values)} {name}")
     index, text, stopped = need(row, "index", int), need(row, "text"), need(row, "stopped", bool)
-    return [Sample(prompt, index, text, tuple(ids), tuple(logprobs), stopped, row.get("scores") or {})]
+    scores = _flat(row, "scores", dict, float)
+    origin, cost = _flat(row, "origin", Origin, (str, float)), _flat(row, "cost", Cost, int)
+    return [Sample(prompt, index, text, ids, logprobs, stopped, scores or {}, raw, origin, cost)]
+
+
+def _numbers(row: Row, key: str, kind: type) -> tuple[Any, ...]:
+    values = need(row, key, list) if key in row else []
+    if wrong := [v for v in values if not _is(v, kind)]:
+        raise Bad(f"{key} has the wrong type", f"{key} holds {json_type(wrong[0])}, expected numbers")
+    return tuple(values)
+
+
+def _flat(row: Row, key: str, make: Callable[..., Any], kind: type | tuple[type, ...]) -> Any:
+    """What `make` makes of the object under `key`, whose values are of that kind; None where there is none."""
+    if row.get(key) is None:
+        return None
+    value = need(row, key, dict)
+    if wrong := [name for name, v in value.items() if not _is(v, kind)]:
+        raise Bad(f"{key} has the wrong type", f"{key}.{wrong[0]} is {json_type(value[wrong[0]])}")
+    try:
+        return make(**value)
+    except TypeError as error:
+        raise Bad(f"unknown key in {key}", f"{key} has the keys {', '.join(value)}") from error
+
+
+def _is(value: Any, kind: type | tuple[type, ...]) -> bool:
+    """Whether a JSON value is of that kind; a whole number is a float too, and true is no number."""
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    return isinstance(value, (*kinds, int) if float in kinds else kinds) and not isinstance(value, bool)
 
 
 def _source(row: Row, source: str) -> str:
@@ -434,7 +467,7 @@ FORMATS = (
     Format(
         "samples",
         "samples",
-        _keys("prompt", "index", "ids", "logprobs"),
+        _keys("prompt", "index", "text", "stopped"),
         _sample,
         "generated answers (own)",
     ),

@@ -7,7 +7,8 @@
     Rated         {"prompt": [{"role": "user", "content": "Hi"}], "completion": "Hello.", "desirable": true}
     Prompt        {"id": "p17", "messages": [{"role": "user", "content": "Hi"}]}
     Sample        {"prompt": {...}, "index": 0, "text": "Hello.", "ids": [...], "logprobs": [...], "stopped": true,
-                   "scores": {"proxy": 1.2}}
+                   "scores": {"proxy": 1.2}, "origin": {"policy": "5f3c...", "row": "ppo", "iteration": 3, ...},
+                   "cost": {"prompt": 12, "new": 3}}
 
 Readers of foreign formats live in `sources.py`; they all end in these types.
 """
@@ -97,8 +98,45 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True)
+class Origin:
+    """Who drew a sample, and from which noise.
+
+    policy, tokenizer, template   digests of the policy that its row opened (in PPO trained on since, `iteration` times)
+                                  and of what gave the ids their meaning
+    row, seed, iteration          what the noise was keyed by, beside prompt and index; `row` is the stage
+    temperature                   of this very draw
+    """
+
+    policy: str | None = None
+    tokenizer: str | None = None
+    template: str | None = None
+    row: str | None = None
+    seed: int | None = None
+    iteration: int = 0
+    temperature: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Tokens computed for a sample, never seconds: they differ from run to run.
+
+    prompt   the prompt's, on the first of the samples that it was computed once for, 0 on the others
+    new      drawn
+    """
+
+    prompt: int = 0
+    new: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Sample:
-    """One generated answer. `ids` end in the stop token when `stopped`; `logprobs` are aligned with `ids`."""
+    """One generated answer. `ids` end in the stop token when `stopped`; log-probs are aligned with `ids`, or not known
+    and empty.
+
+    logprobs       under the distribution that each id was drawn from (temperature, truncation)
+    raw_logprobs   under the policy's own, at temperature 1
+    scores         by source
+    """
 
     prompt: Prompt
     index: int
@@ -107,3 +145,6 @@ class Sample:
     logprobs: tuple[float, ...]
     stopped: bool
     scores: Mapping[str, float] = field(default_factory=dict)
+    raw_logprobs: tuple[float, ...] = ()
+    origin: Origin | None = None
+    cost: Cost | None = None

@@ -398,12 +398,17 @@ def _plain(value: Any) -> Any:
     return [_plain(v) for v in value] if isinstance(value, (tuple, list)) else value
 
 
+def to_line(record: Any) -> str:
+    """The record as one line of JSON, its end included. ValueError where a number is not finite."""
+    return json.dumps(to_json(record), ensure_ascii=False, allow_nan=False) + "\n"
+
+
 def write_jsonl(path: Path, records: Iterable[Any]) -> int:
     """One record a line, UTF-8, in order; returns how many."""
     number = 0
     with path.open("w", encoding="utf-8", newline="\n") as stream:
         for record in records:
-            stream.write(json.dumps(to_json(record), ensure_ascii=False, allow_nan=False) + "\n")
+            stream.write(to_line(record))
             number += 1
     return number
 

@@ -12,8 +12,9 @@ Legend: P pairs or prompts, N samples of a prompt.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from numpy.typing import ArrayLike, NDArray
 from pipeline.evaluate.compare import TIE, bootstrap, ratio_of_means
 
 Floats = NDArray[np.float64]
+Scores = Floats | Sequence[ArrayLike]  # by prompt, of its answers
 Z95 = 1.959963984540054
 
 
@@ -125,38 +127,43 @@ def differ_only_in(a: Mapping[str, Floats], b: Mapping[str, Floats], part: str) 
     return sign
 
 
-def best_of_n(reward: ArrayLike, gold: ArrayLike, *, seed: int) -> list[dict[str, Any]]:
-    """What the best of n answers is worth on average, for every n up to N, from N answers a prompt [P, N].
+def best_of_n(reward: Scores, gold: Scores | None, *, seed: int, one_sampler: bool = True) -> list[dict[str, Any]]:
+    """What the best of n answers is worth on average, for every n up to N, from one set of answers.
 
-    For each n the expectation over all subsets of n of the N answers is computed exactly: an unbiased
+    reward, gold   by prompt the scores of its answers, [P, N]; where prompts have more or fewer answers, N is the
+                   fewest, and the others' more are used too. Gold may be missing.
+    one_sampler    whether all answers to a prompt are draws of one policy at one temperature: else no bound
+
+    For each n the expectation over all subsets of n of a prompt's answers is computed exactly: an unbiased
     estimator with far less noise than taking the first n. Among equal rewards the lowest index is chosen.
 
     Returns one dict by n:
-        n; by_reward, by_gold   mean gold score of the answer chosen by either {"mean", "low", "high"}
+        n
+        reward                  mean reward of the answer chosen by it {"mean", "low", "high"}
+        by_reward, by_gold      mean gold score of the answer chosen by either, None without gold
         recovered               (by_reward - by chance) / (by_gold - by chance), None where gold gains nothing
         kl_bound                log n - (n - 1) / n: no sampler of this kind is further from the policy, nats
     """
-    rewards, golds = np.asarray(reward, dtype=np.float64), np.asarray(gold, dtype=np.float64)
-    if rewards.shape != golds.shape or rewards.ndim != 2 or rewards.size == 0:
-        raise ValueError(f"reward and gold must both be [prompts, samples], not {rewards.shape} and {golds.shape}")
-    if not (np.isfinite(rewards).all() and np.isfinite(golds).all()):
-        raise ValueError("scores hold a number that is not finite")
-    weights = _subset_weights(rewards.shape[1])
-    by_reward, by_gold = _sorted_by(rewards, golds) @ weights.T, _sorted_by(golds, golds) @ weights.T
+    rewards = _by_prompt(reward)
+    golds = _by_prompt(gold) if gold is not None else None
+    if golds is not None and [r.shape for r in rewards] != [g.shape for g in golds]:
+        raise ValueError(f"reward and gold must be of the same answers, not {_shape(rewards)} and {_shape(golds)}")
+    most = min(len(r) for r in rewards)
+    tables = [_expected(rewards, rewards, most)]
+    if golds is not None:
+        tables += [_expected(rewards, golds, most), _expected(golds, golds, most)]
+    intervals = [i.to_json() for i in bootstrap(np.concatenate(tables, axis=1), seed=seed)]
     rows = []
-    intervals = bootstrap(np.concatenate([by_reward, by_gold], axis=1), seed=seed)
-    for n in range(1, rewards.shape[1] + 1):
-        gain, most = by_reward[:, n - 1] - by_reward[:, 0], by_gold[:, n - 1] - by_gold[:, 0]
-        recovered = ratio_of_means(gain, most, seed=seed) if n > 1 else None
-        rows.append(
-            {
-                "n": n,
-                "by_reward": intervals[n - 1].to_json(),
-                "by_gold": intervals[len(weights) + n - 1].to_json(),
-                "recovered": recovered.to_json() if recovered else None,
-                "kl_bound": best_of_n_kl_bound(n),
-            }
-        )
+    for n in range(1, most + 1):
+        row: dict[str, Any] = {"n": n, "reward": intervals[n - 1], "by_reward": None, "by_gold": None}
+        recovered = None
+        if golds is not None:
+            row |= {"by_reward": intervals[most + n - 1], "by_gold": intervals[2 * most + n - 1]}
+            gain, way = (table[:, n - 1] - table[:, 0] for table in tables[1:])
+            recovered = ratio_of_means(gain, way, seed=seed) if n > 1 else None
+        row["recovered"] = recovered.to_json() if recovered else None
+        row["kl_bound"] = best_of_n_kl_bound(n) if one_sampler else None
+        rows.append(row)
     return rows
 
 
@@ -173,6 +180,28 @@ def best_of_n_kl_bound(n: int) -> float:
     return math.log(n) - (n - 1) / n
 
 
+def _by_prompt(scores: Scores) -> list[Floats]:
+    """One array of finite scores a prompt."""
+    found = [_column(own) for own in scores]
+    if not found or any(own.ndim != 1 or not own.size for own in found):
+        raise ValueError(f"scores must be [prompts, samples] with a sample for every prompt, not {_shape(found)}")
+    if not all(np.isfinite(own).all() for own in found):
+        raise ValueError("scores hold a number that is not finite")
+    return found
+
+
+def _shape(scores: Sequence[Floats]) -> tuple[Any, ...]:
+    sizes = sorted({own.size for own in scores})
+    return (len(scores), sizes[0] if len(sizes) == 1 else sizes)
+
+
+def _expected(keys: Sequence[Floats], values: Sequence[Floats], most: int) -> Floats:
+    """[P, most]: expected value of the answer with the highest key among n of a prompt's answers, n = 1 .. most."""
+    rows = zip(keys, values, strict=True)
+    return np.stack([(_sorted_by(k[None], v[None]) @ _subset_weights(len(k))[:most].T)[0] for k, v in rows])
+
+
+@cache
 def _subset_weights(samples: int) -> Floats:
     """[N, N]: row n - 1 holds the chance of each rank (ascending) to be the best of a random subset of n."""
     table = [[math.comb(rank, n - 1) / math.comb(samples, n) for rank in range(samples)] for n in range(1, samples + 1)]

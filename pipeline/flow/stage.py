@@ -1,6 +1,6 @@
 """What a stage is, what it may touch, and how a worker runs one.
 
-    class Stage            name, version, sources, same_tokenizer, Config, Inputs, Outputs, check(), run()
+    class Stage            name, version, sources, same_tokenizer, Config, Inputs, Outputs, check(), withheld(), run()
     slots_in(cls), slots_out(cls) -> dict[str, Slot]      wiring, read from the dataclass annotations
     class Request          everything a worker receives; Request.read(path), .write(path)
     class Workspace        .row .stage .seed .fingerprint .partial .checkpoints .rank .world .skip_bad .launch
@@ -68,6 +68,11 @@ class Stage:
     @classmethod
     def check(cls, config: Any, given: frozenset[str]) -> None:
         """Raise UserError for settings that do not go with the slots that are wired. Runs while planning."""
+
+    @classmethod
+    def withheld(cls, config: Any) -> frozenset[str]:
+        """Optional outputs that these settings leave out: no row below can name them."""
+        return frozenset()
 
     def run(self, inputs: Any, workspace: Workspace) -> dict[str, Any]:
         """Write every output into `workspace.slot(name)` and return the row's metrics (JSON values)."""

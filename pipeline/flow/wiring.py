@@ -47,6 +47,7 @@ SOURCE_KINDS = (
     "comparisons",
     "rated",
     "prompts",
+    "samples",
     "tokenizer",
     "policy",
     "reward_model",
@@ -65,7 +66,15 @@ class _SourceSettings(Settings):
     `same: pairs` reads the files of another source, where none are given."""
 
     kind: Literal[
-        "documents", "conversations", "comparisons", "rated", "prompts", "tokenizer", "policy", "reward_model"
+        "documents",
+        "conversations",
+        "comparisons",
+        "rated",
+        "prompts",
+        "samples",
+        "tokenizer",
+        "policy",
+        "reward_model",
     ]
     path: str | list[str] | None = None
     same: str | None = None
@@ -87,6 +96,7 @@ class _Loading:
     def __init__(self, path: Path, values: dict[str, Any], places: Places, stages: dict[str, str]) -> None:
         self.path, self.values, self.places, self.stages = path, values, places, stages
         self.kinds: dict[str, tuple[type[Artifact], ...]] = {}  # what stands above: reference -> kinds
+        self.withheld: set[str] = set()  # outputs that rows above leave out by their settings
         self.classes: dict[str, type[Stage]] = {}
 
     def plan(self, sets: Sequence[str]) -> Plan:
@@ -258,7 +268,7 @@ class _Loading:
         if "seed" not in cls.Config.model_fields:
             values.pop("seed", None)
         config = parse_settings(cls.Config, values, f"sources.{name}", self.places)
-        self._stands(name, cls)
+        self._stands(name, cls, config)
         seed = self._seed(("sources", name, "seed"), int(getattr(config, "seed", seed)))
         return Row(name, "world", target, cls, config, {}, seed, code_of(cls))
 
@@ -278,7 +288,7 @@ class _Loading:
             cls.check(config, frozenset(slot for slot, value in inputs.items() if value))
         except UserError as error:
             raise self._fail(("rows", str(index)), f"row {name}: {error}") from error
-        self._stands(name, cls)
+        self._stands(name, cls, config)
         return Row(name, stage, self.stages[stage], cls, config, inputs, seed, code_of(cls))
 
     def _load_class(self, target: str) -> type[Stage]:
@@ -286,8 +296,10 @@ class _Loading:
             self.classes[target] = load_stage(target)
         return self.classes[target]
 
-    def _stands(self, row: str, cls: type[Stage]) -> None:
-        self.kinds.update({f"{row}.{slot.name}": slot.kinds for slot in slots_out(cls).values()})
+    def _stands(self, row: str, cls: type[Stage], config: Settings) -> None:
+        without = cls.withheld(config)
+        self.withheld |= {f"{row}.{slot}" for slot in without}
+        self.kinds.update({f"{row}.{s.name}": s.kinds for s in slots_out(cls).values() if s.name not in without})
 
     def _check_settings_names(self, names: list[str]) -> None:
         for name, value in self._mapping("settings").items():
@@ -336,7 +348,8 @@ class _Loading:
             above = text.partition(".")[0]
             below = above in names and not any(known.startswith(f"{above}.") for known in self.kinds)
             words = f"{above!r} does not stand above it" if below else f"nothing above is called {text!r}"
-            close = nearest(text, self.kinds) if not below else ""
+            words = f"{text} is left out by the settings of row {above}" if text in self.withheld else words
+            close = nearest(text, self.kinds) if not below and text not in self.withheld else ""
             close = close if close.startswith("; did") else ""
             raise self._fail(keys, f"{start}; {words}{close}; {self._candidates(slot)}")
         kinds = self.kinds[text]

@@ -1,6 +1,6 @@
-"""Tables for people from what evaluation rows record.
+"""Tables for people from what evaluation rows record, and of the best-of-n curve that rejection sampling records too.
 
-rlhf show RUN evaluate        the grids of one row
+rlhf show RUN evaluate        the grids of one row, below everything that is recorded about it
 {"temperature": 1.0, "policies": {"sft": {"proxy": 0.1, "gold": 0.6, "win_rate": null, ...}, ...},
  "reward_model": {...}, "best_of_n": {...}}
 """
@@ -27,6 +27,13 @@ DECIDED_BY = {
     "heldout": "the held-out reward model",
     "proxy": "the reward model that was trained against",
 }
+# key of a best-of-n table -> heading, digits
+BEST_OF_N = {
+    "reward": ("reward", 3),
+    "by_reward": ("gold, chosen by reward", 3),
+    "by_gold": ("gold, chosen by gold", 3),
+    "recovered": ("gain recovered", 2),
+}
 FEW = 20  # prompts below which resampling them says nothing about others
 CARD = {
     "labels": "against the labels",
@@ -45,6 +52,14 @@ def summarise(evaluation: Mapping[str, Any], title: str = "evaluation") -> list[
         if grid is not None:
             grids.append(grid)
     return grids
+
+
+def row_grids(metrics: Mapping[str, Any], title: str) -> list[Grid]:
+    """What can be shown as tables of any row's metrics; [] of most."""
+    if "policies" in metrics:
+        return summarise(metrics, title)
+    grid = best_of_n_grid(metrics)
+    return [grid] if grid else []
 
 
 def policies_grid(evaluation: Mapping[str, Any], title: str = "policies") -> Grid:
@@ -101,20 +116,13 @@ def reward_grid(evaluation: Mapping[str, Any]) -> Grid | None:
     return Grid("reward model: accuracy", ["pairs", "accuracy", "count"], rows, note)
 
 
-def best_of_n_grid(evaluation: Mapping[str, Any]) -> Grid | None:
-    """Gold score of the best of n chosen by reward and by gold; None where it was not computed."""
-    table = evaluation.get("best_of_n")
+def best_of_n_grid(metrics: Mapping[str, Any]) -> Grid | None:
+    """Reward and gold score of the best of n, chosen by reward and by gold; None where it was not computed."""
+    table = metrics.get("best_of_n")
     if not table or not table.get("rows"):
         return None
-    rows = [
-        [
-            str(r["n"]),
-            interval(r["by_reward"]),
-            interval(r["by_gold"]),
-            interval(r["recovered"], 2),
-            number(r["kl_bound"], 2),
-        ]
-        for r in table["rows"]
-    ]
+    shown = {key: cell for key, cell in BEST_OF_N.items() if any(r.get(key) is not None for r in table["rows"])}
+    rows = [[str(r["n"]), *(interval(r.get(key), digits) for key, (_, digits) in shown.items()),
+             number(r["kl_bound"], 2)] for r in table["rows"]]  # fmt: skip
     title = f"best of n samples of {table['policy']}" if table.get("policy") else "best of n"
-    return Grid(title, ["n", "chosen by reward", "chosen by gold", "gain recovered", "KL bound, nats"], rows)
+    return Grid(title, ["n", *(head for head, _ in shown.values()), "KL bound, nats"], rows)

@@ -120,7 +120,7 @@ class Sampler:
         generated = self.engine.generate(my_ids, self.settings, key, progress, names=[prompts[i].id for i in mine])
         scores = self._scores(my_ids, [[g.ids for g in group] for group in generated])
         part: dict[int, list[list[Any]]] = {
-            i: [[g.ids, g.logprobs, g.stopped, s] for g, s in zip(group, group_scores, strict=True)]
+            i: [[g.ids, g.logprobs, g.raw_logprobs, g.stopped, s] for g, s in zip(group, group_scores, strict=True)]
             for i, group, group_scores in zip(mine, generated, scores, strict=True)
         }
         parts = ranks.gather([[i, rows] for i, rows in part.items()]) if ranks is not None else [list(part.items())]
@@ -128,9 +128,10 @@ class Sampler:
         samples = []
         texts = iter(self.chat.decode_all([row[0] for i in range(len(ids)) for row in everyone[i]]))
         for i, prompt in enumerate(prompts):
-            for k, (answer, logprobs, stopped, score) in enumerate(everyone[i]):
+            for k, (answer, logprobs, raw, stopped, score) in enumerate(everyone[i]):
                 kept = {} if score is None else {"proxy": score}
-                samples.append(Sample(prompt, k, next(texts), tuple(answer), tuple(logprobs), stopped, kept))
+                drawn = (tuple(answer), tuple(logprobs), stopped, kept, tuple(raw))
+                samples.append(Sample(prompt, k, next(texts), *drawn))
         return Rollout(samples, ids, figures(samples))
 
     def _scores(self, prompts: list[list[int]], answers: list[list[Sequence[int]]]) -> list[list[float | None]]:

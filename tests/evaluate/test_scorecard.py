@@ -104,6 +104,32 @@ def test_best_of_n_is_the_mean_over_all_subsets():
     assert rows[-1]["by_gold"]["mean"] == pytest.approx(gold.max(1).mean())
 
 
+def test_prompts_with_more_answers_than_others_use_them_all():
+    """[0, 1, 2] and [0, 4]: best of 2 is (1 + 2 + 2) / 3 = 5/3 of the three pairs of the first, 4 of the second."""
+    rows = best_of_n([[0.0, 1.0, 2.0], [0.0, 4.0]], None, seed=0)
+    assert [r["n"] for r in rows] == [1, 2]
+    assert rows[0]["reward"]["mean"] == pytest.approx((1 + 2) / 2)
+    assert rows[1]["reward"]["mean"] == pytest.approx((5 / 3 + 4) / 2)
+    assert all(r["by_reward"] is r["by_gold"] is r["recovered"] is None for r in rows)
+    assert [r["kl_bound"] for r in rows] == pytest.approx([0.0, 0.1931471805599453])
+    gold = [[9.0, 6.0, 3.0], [0.0, 1.0]]  # of the three answers the reward prefers what gold likes least
+    rows = best_of_n([[0.0, 1.0, 2.0], [0.0, 4.0]], gold, seed=0, one_sampler=False)
+    assert rows[1]["by_reward"]["mean"] == pytest.approx(((6 + 3 + 3) / 3 + 1) / 2)
+    assert rows[1]["by_gold"]["mean"] == pytest.approx(((9 + 9 + 6) / 3 + 1) / 2)
+    assert [r["kl_bound"] for r in rows] == [None, None]
+
+
+def test_the_reward_of_the_best_is_the_mean_over_all_subsets():
+    reward = np.random.default_rng(1).random((4, 5))
+    for row in best_of_n(reward, None, seed=0):
+        want = np.mean([enumerate_best(r, r, row["n"]) for r in reward])
+        assert row["reward"]["mean"] == pytest.approx(want)
+    with pytest.raises(ValueError, match="not finite"):
+        best_of_n([[0.0, float("inf")]], None, seed=0)
+    with pytest.raises(ValueError, match="a sample for every prompt"):
+        best_of_n([[0.0], []], None, seed=0)
+
+
 def test_recovery_of_a_perfect_a_useless_and_a_perverse_reward():
     rng = np.random.default_rng(0)
     gold = rng.random((200, 8))

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from pipeline.report.summary import best_of_n_grid, parts_grid, policies_grid, reward_grid, summarise
+from pipeline.report.summary import best_of_n_grid, parts_grid, policies_grid, reward_grid, row_grids, summarise
 
 RATE = {"vs": "sft", "mean": 0.7, "low": 0.65, "high": 0.75}
 EVALUATION = {
@@ -80,6 +80,22 @@ def test_reward_model_and_best_of_n():
     table = best_of_n_grid(EVALUATION)
     assert table.rows[0] == ["1", "0.600", "0.600", "–", "0.00"]
     assert table.rows[1][3] == "0.70 [0.65, 0.75]"
+
+
+def test_the_curve_of_a_rejection_row_has_the_columns_that_it_measured():
+    """Without a judge the reward alone; of samples of several policies no bound."""
+    rows = [
+        {"n": 1, "reward": {"mean": 0.1, "low": 0.0, "high": 0.2}, "by_reward": None, "by_gold": None,
+         "recovered": None, "kl_bound": 0.0},
+        {"n": 2, "reward": {"mean": 0.7, "low": 0.6, "high": 0.8}, "by_reward": None, "by_gold": None,
+         "recovered": None, "kl_bound": None},
+    ]  # fmt: skip
+    metrics = {"score": 0.1, "best_of_n": {"policy": "sft", "rows": rows}}
+    (table,) = row_grids(metrics, "rejection")
+    assert table.title == "best of n samples of sft" and table.head == ["n", "reward", "KL bound, nats"]
+    assert table.rows == [["1", "0.100 [0.000, 0.200]", "0.00"], ["2", "0.700 [0.600, 0.800]", "–"]]
+    assert row_grids({"loss": 0.1}, "sft") == []
+    assert len(row_grids(EVALUATION, "evaluate")) == 4
 
 
 def test_without_judge_or_reward_model_only_the_policies_are_shown():

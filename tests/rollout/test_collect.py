@@ -12,9 +12,9 @@ from pipeline.data.records import Prompt, Sample
 from pipeline.flow.errors import UserError
 from pipeline.rollout.collect import EncodedPrompts, Sampler, encode_prompts, figures, finished_scores, fitting
 from pipeline.rollout.engine import SamplingSettings
+from pipeline.rollout.mining import best_of
 from pipeline.rollout.noise import NoiseKey
 from pipeline.rollout.reward import Reward
-from pipeline.rollout.samples import best_of
 from pipeline.rollout.scoring import score_samples
 from tests.small import ask, chat, policy, prompts, scorer
 

@@ -95,6 +95,18 @@ def test_rejection_keeps_the_best_of_every_prompt(first):
         assert first_score in best.values()
 
 
+def test_the_best_of_n_curve_is_shown_as_a_table(chain, first):
+    """Four answers to each prompt: n = 1 .. 4, ending in the mean of each prompt's highest score."""
+    rows = first["rejection"]["metrics"]["best_of_n"]["rows"]
+    done = chain.rlhf("show", "plan", "rejection")
+    assert done.returncode == 0, done.stderr
+    place = done.stdout.index("best of n samples of ppo")
+    assert "by_reward" not in done.stdout[:place]  # the table instead of its raw figures
+    last = [line for line in done.stdout[place:].splitlines() if line.startswith("│ 4 ")]
+    assert len(last) == 1 and f"{rows[3]['reward']['mean']:.3f} [" in last[0] and "0.64" in last[0]
+    assert json.loads(chain.rlhf("show", "plan", "rejection", "--json").stdout)["metrics"]["best_of_n"]["rows"] == rows
+
+
 def test_same_plan_twice_executes_nothing_and_one_changed_byte_reruns_what_depends_on_it(chain, first):
     again = chain.run()
     assert {row["status"] for row in again.values()} == {"reused"}

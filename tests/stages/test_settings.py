@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pipeline.flow.config import parse_settings
 from pipeline.flow.errors import UserError
+from pipeline.flow.plan import load_plan
 from pipeline.flow.stage import load_stage, slots_in, slots_out
 from stages import STAGES
 
@@ -37,7 +39,12 @@ def test_ppo_refuses_samplers_that_are_not_the_policy(sampling: dict[str, Any]) 
         ("ppo", {"kl": {"control": "adaptiv"}}, "control"),
         ("ppo", {"kl": {"target": 0}}, "target"),
         ("ppo", {"adapter": {"rank": 0}}, "rank"),
-        ("rejection", {"margin": -1}, "margin"),
+        ("rejection", {"pairs": {"margin": -1}}, "margin"),
+        ("rejection", {"pairs": {"by": "best_second"}}, "by"),
+        ("rejection", {"choose": {"fraction": 0}}, "fraction"),
+        ("rejection", {"choose": {"by": "threshold"}}, "threshold"),
+        ("rejection", {"temperatures": [0.7, 1.0, 0.7]}, "temperatures"),
+        ("rejection", {"temperatures": [-1]}, "temperatures"),
         ("evaluate", {"temperature": -1}, "temperature"),
         ("pretrain", {"vocab_size": 100}, "vocab_size"),
     ],
@@ -63,5 +70,67 @@ def test_an_adapter_is_asked_for_by_its_settings_alone() -> None:
 
 
 def test_ids_and_weights_cross_only_between_one_tokenizer() -> None:
-    assert load_stage(STAGES["ppo"]).same_tokenizer == load_stage(STAGES["rejection"]).same_tokenizer
+    """Rejection takes texts: what another tokenizer's reward model or store holds is rendered again there."""
+    assert load_stage(STAGES["rejection"]).same_tokenizer == ()
     assert ("policy", "reward") in load_stage(STAGES["ppo"]).same_tokenizer
+
+
+@pytest.mark.parametrize(
+    ("values", "given", "message"),
+    [
+        ({}, {"policy", "reward"}, "input prompts: nothing to draw answers for"),
+        ({}, {"samples", "reward"}, "input policy: nothing to train"),
+        ({}, {"prompts", "policy"}, "input reward: not given"),
+        (
+            {"train": None},
+            {"prompts", "reward", "samples"},
+            "input policy: not given, but answers to prompts are drawn",
+        ),
+    ],
+)
+def test_rejection_says_which_input_its_work_needs(values: dict[str, Any], given: set[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_stage(STAGES["rejection"]).check(config("rejection", **values), frozenset(given))
+
+
+@pytest.mark.parametrize(
+    ("values", "given"),
+    [
+        ({}, {"policy", "reward", "prompts"}),
+        ({}, {"policy", "samples"}),
+        ({"train": None}, {"samples"}),
+        ({"train": None}, {"samples", "reward"}),
+        ({"train": None}, {"policy", "prompts", "reward", "samples"}),
+    ],
+)
+def test_rejection_works_with_what_its_work_needs(values: dict[str, Any], given: set[str]) -> None:
+    stage = load_stage(STAGES["rejection"])
+    stage.check(config("rejection", **values), frozenset(given))
+    assert stage.withheld(config("rejection", **values)) == ({"policy"} if values else set())
+
+
+PLAN = """
+sources:
+  policy: {kind: policy, path: p}
+  reward: {kind: reward_model, path: r}
+  ask:    {kind: prompts, path: a}
+  store:  {kind: samples, path: s}
+rows:
+  - rejection: {policy: policy, reward: reward, prompts: ask, samples: [store]}
+  - dpo:       {policy: rejection.policy, comparisons: rejection.comparisons}
+"""
+
+
+def test_a_policy_that_is_not_trained_cannot_be_named_below(tmp_path: Path) -> None:
+    """Refused while planning, not after the row has run."""
+    path = tmp_path / "plan.yaml"
+    path.write_text(PLAN)
+    assert [row.name for row in load_plan(path, [], STAGES).rows] == ["rejection", "dpo"]
+    with pytest.raises(UserError) as error:
+        load_plan(path, ["rejection.train=null"], STAGES)
+    assert (
+        "row dpo, input policy: expects Policy; rejection.policy is left out by the settings of row rejection"
+        in str(error.value)
+    )
+    path.write_text(PLAN.replace("policy: rejection.policy", "policy: policy"))
+    load_plan(path, ["rejection.train=null"], STAGES)
