@@ -25,8 +25,7 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Annotated, Any, Literal, get_type_hints
 
-from annotated_types import Ge, MinLen
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from pipeline.data.lines import DECODER, Bad, check_depth
 from pipeline.data.records import Message
@@ -34,8 +33,8 @@ from pipeline.rollout.json_schema import Schema
 from pipeline.rollout.patterns import Pattern
 
 Prompt = Sequence[Message]
-Marker = Annotated[str, MinLen(1)]
-Size = Annotated[float, Ge(0)]
+Marker = Annotated[str, Field(min_length=1)]
+Size = Annotated[float, Field(ge=0)]
 Percent = Literal["ignore", "divide"]
 
 # ------------------------------------------------------------------------------------------------ exact match

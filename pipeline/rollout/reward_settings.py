@@ -95,7 +95,9 @@ class RewardSettings(Settings):
     """
 
     weights: dict[str, StrictFloat] = Field(
-        default={}, description="Factor of each reward model's score, by the name of its row; 1 where none is given."
+        default={},
+        description="Factor of each reward model's score before models are combined, by the name of its row; 1 where "
+        "none is given.",
     )
     combine: Literal["mean", "worst", "uncertainty"] = Field(
         default="mean",
