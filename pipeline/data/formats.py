@@ -6,6 +6,7 @@ of our own records. `docs` of a format is what `rlhf data check` prints.
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -342,7 +343,20 @@ def _prompt(row: Row, source: str) -> list[Record]:
     name = row.get("id", row.get("prompt_id", source))
     if isinstance(name, bool) or not isinstance(name, (str, int)):
         raise Bad("id has the wrong type", f"id is {json_type(name)}, expected a string")
-    return [Prompt(str(name), messages, _source(row, source))]
+    return [Prompt(str(name), messages, _source(row, source), _answer(row))]
+
+
+def _answer(row: Row) -> str | None:
+    """The reference answer, a number as its text."""
+    answer = row.get("answer")
+    if isinstance(answer, bool) or not isinstance(answer, (str, int, float, type(None))):
+        raise Bad("answer has the wrong type", f"answer is {json_type(answer)}, expected a string or a number")
+    return answer if answer is None or isinstance(answer, str) else json.dumps(answer)
+
+
+def _question(row: Row, source: str) -> list[Record]:
+    need(row, "answer", (str, int, float))
+    return [Prompt(source, (Message("user", need(row, "question")),), source, _answer(row))]
 
 
 def _alpaca_question(row: Row, source: str) -> list[Record]:
@@ -549,6 +563,7 @@ FORMATS = (
     ),
     Format("messages", "conversations", _is_messages, _messages, "messages: role, content (own, OpenAI)"),
     Format("dialogues", "documents", _is_messages, _dialogue, "whole dialogues as documents (own)"),
+    Format("questions", "prompts", _keys("question", "answer"), _question, "question and its reference answer (GSM8K)"),
     Format("mt-bench", "prompts", _keys("turns"), _mt_bench, "MT-Bench questions; the first turn"),
     Format("alpaca-prompts", "prompts", _keys("instruction"), _alpaca_question, "Alpaca without output"),
     Format(

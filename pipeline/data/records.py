@@ -6,6 +6,7 @@
                    "completions": [{"text": "Hello.", "rank": 0}, {"text": "What.", "rank": 1}]}
     Rated         {"prompt": [{"role": "user", "content": "Hi"}], "completion": "Hello.", "desirable": true}
     Prompt        {"id": "p17", "messages": [{"role": "user", "content": "Hi"}]}
+                  {"id": "p18", "messages": [{"role": "user", "content": "2 + 2?"}], "answer": "4"}
     Sample        {"prompt": {...}, "index": 0, "text": "Hello.", "ids": [...], "logprobs": [...], "stopped": true,
                    "scores": {"proxy": 1.2}, "origin": {"policy": "5f3c...", "row": "ppo", "iteration": 3, ...},
                    "cost": {"prompt": 12, "new": 3}}
@@ -92,9 +93,12 @@ class Rated:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
+    """`answer` is a reference answer that checks compare with; no policy is shown it or trained on it."""
+
     id: str
     messages: tuple[Message, ...]
     source: str | None = None
+    answer: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,8 @@
 """Settings: from YAML and `--set` to validated, frozen values whose identity is known.
 
-    class Settings                        base of every settings class; .identity() -> dict
+    class Settings                        base of every settings class; .identity() -> dict, .modules_named() -> tuple
     not_identity(default, description)    a field that does not decide the result, such as a token budget
+    module_names(description)             a field that lists Python modules whose source decides the result
     parse_settings(cls, values, label, where) -> Settings      UserError: key, place, nearest valid key
     load_document(path) -> Document       `extends` merged, `path:` keys made absolute, duplicate keys refused
     load_plan_file(path, sets=()) -> dict                      the merged mapping, `--set` applied literally
@@ -75,6 +76,10 @@ class Settings(pydantic.BaseModel):
         """What decides the result, as JSON: every field but those made by `not_identity`, at every depth."""
         return dict(_identity(self, self.model_dump(mode="json")))
 
+    def modules_named(self) -> tuple[str, ...]:
+        """Every module in a field made by `module_names`, at every depth."""
+        return tuple(sorted(set(_modules(self))))
+
 
 def _kinds(hint: Any) -> Iterator[Any]:
     """The types that an annotation is made of, and the values of a Literal by their types."""
@@ -104,6 +109,24 @@ def not_identity(default: Any = ..., description: str = "", **checks: Any) -> An
     """A field that is recorded but not part of a fingerprint. `checks` are pydantic's (gt, le)."""
     extra: Any = {"identity": False}
     return pydantic.Field(default, description=description, json_schema_extra=extra, **checks)
+
+
+def module_names(description: str) -> Any:
+    """A field that lists importable modules: the digest of their source enters a row's fingerprint."""
+    extra: Any = {"modules": True}
+    return pydantic.Field((), description=description, json_schema_extra=extra)
+
+
+def _modules(value: Any) -> Iterator[str]:
+    if isinstance(value, pydantic.BaseModel):
+        for name, info in type(value).model_fields.items():
+            named = (info.json_schema_extra or {}).get("modules", False)  # type: ignore[union-attr]
+            yield from getattr(value, name) if named else _modules(getattr(value, name))
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _modules(item)
+    elif isinstance(value, Mapping):
+        yield from _modules(list(value.values()))
 
 
 def _identity(value: Any, dumped: Any) -> Any:

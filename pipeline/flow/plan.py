@@ -28,6 +28,7 @@ from .stage import Request, Stage
 from .store import Store
 
 SHOWN = 4  # differences told before "and N more"
+FIRST = "[0]"  # of a list slot, in `Stage.boundaries`
 
 
 @dataclass(frozen=True)
@@ -327,11 +328,12 @@ def _places(plan: Plan, row: Row, inputs: Opened, store: Store) -> dict[str, lis
 def _check_tokenizers(row: Row, inputs: Opened) -> None:
     """Where ids or weights cross between inputs, they must mean the same: refuse the row, naming both."""
     pairs = {id(artifact): ref.text for ref, artifact in _pairs(row, inputs)}
-    for group in row.cls.same_tokenizer:
+    for group in row.cls.boundaries(row.config):
         members: list[Artifact] = []
         for slot in group:
-            value = inputs.get(slot)
-            members += value if isinstance(value, list) else [value] if value else []
+            value = inputs.get(slot.removesuffix(FIRST))
+            several = value if isinstance(value, list) else [value] if value else []
+            members += several[:1] if slot.endswith(FIRST) else several
         for fact in ("tokenizer", "template"):
             carrying = [artifact for artifact in members if artifact.lineage.get(fact)]
             for other in carrying[1:]:

@@ -1,6 +1,7 @@
 """What a stage is, what it may touch, and how a worker runs one.
 
-    class Stage            name, version, sources, same_tokenizer, Config, Inputs, Outputs, check(), withheld(), run()
+    class Stage            name, version, sources, same_tokenizer, Config, Inputs, Outputs, run(),
+                           check(), boundaries(), withheld()
     slots_in(cls), slots_out(cls) -> dict[str, Slot]      wiring, read from the dataclass annotations
     class Request          everything a worker receives; Request.read(path), .write(path)
     class Workspace        .row .stage .seed .fingerprint .partial .checkpoints .rank .world .skip_bad .launch
@@ -35,7 +36,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from .artifacts import SCHEMA, Artifact, describe, from_entry
 from .config import Settings, parse_settings
@@ -74,6 +75,11 @@ class Stage:
         """Optional outputs that these settings leave out: no row below can name them."""
         return frozenset()
 
+    @classmethod
+    def boundaries(cls, config: Any) -> tuple[tuple[str, ...], ...]:
+        """`same_tokenizer`, or what these settings need of it. "reward[0]" is the first artifact of a list slot."""
+        return cls.same_tokenizer
+
     def run(self, inputs: Any, workspace: Workspace) -> dict[str, Any]:
         """Write every output into `workspace.slot(name)` and return the row's metrics (JSON values)."""
         raise NotImplementedError
@@ -81,20 +87,26 @@ class Stage:
 
 # --------------------------------------------------------------------------------------------------- wiring
 
+A = TypeVar("A", bound=Artifact)
+OneOrMore = Annotated[list[A], "one will do"]  # `reward: reward.model` in a plan is a list of one for the stage
+
 
 @dataclass(frozen=True)
 class Slot:
-    """One input or output: `list[Policy]` is many, `Policy | None = None` optional."""
+    """One input or output: `list[Policy]` is many, `OneOrMore[Policy]` many with one written without brackets,
+    `Policy | None = None` and any default optional."""
 
     name: str
     kinds: tuple[type[Artifact], ...]
     many: bool = False
     optional: bool = False
+    one_will_do: bool = False
 
     @property
     def expects(self) -> str:
         names = " or ".join(kind.__name__ for kind in self.kinds)
-        return f"a list of {names}" if self.many else names
+        several = f"one {names} or a list" if self.one_will_do else f"a list of {names}"
+        return several if self.many else names
 
 
 def slots_in(cls: type[Stage]) -> dict[str, Slot]:
@@ -109,7 +121,7 @@ def _slots(cls: type[Stage], which: str) -> dict[str, Slot]:
     declared = getattr(cls, which, None)
     if declared is None or not dataclasses.is_dataclass(declared):
         raise TypeError(f"{cls.__name__}.{which} must be a dataclass")
-    hints = typing.get_type_hints(declared)
+    hints = typing.get_type_hints(declared, include_extras=True)
     return {f.name: _slot(f, hints[f.name], f"{cls.__name__}.{which}") for f in dataclasses.fields(declared)}
 
 
@@ -119,13 +131,15 @@ def _slot(declared: dataclasses.Field[Any], hint: Any, owner: str) -> Slot:
     parts = list(typing.get_args(hint)) if _is_union(hint) else [hint]
     optional = optional or type(None) in parts
     parts = [part for part in parts if part is not type(None)]
+    one_will_do = len(parts) == 1 and typing.get_origin(parts[0]) is Annotated
+    parts = [typing.get_args(part)[0] if typing.get_origin(part) is Annotated else part for part in parts]
     many = len(parts) == 1 and typing.get_origin(parts[0]) in (list, tuple)
     if many:
         inner = [arg for arg in typing.get_args(parts[0]) if arg is not Ellipsis]
         parts = list(typing.get_args(inner[0])) if _is_union(inner[0]) else inner
     if not parts or not all(isinstance(part, type) and issubclass(part, Artifact) for part in parts):
         raise TypeError(f"{owner}.{declared.name}: {hint} is not an artifact kind, a list or an optional of one")
-    return Slot(declared.name, tuple(parts), many, optional)
+    return Slot(declared.name, tuple(parts), many, optional, one_will_do)
 
 
 def _is_union(hint: Any) -> bool:

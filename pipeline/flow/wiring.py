@@ -1,7 +1,7 @@
 """Reading a plan: settings merged and checked, references resolved, kinds compared, before anything runs.
 
     load(path, sets, stages) -> Plan       behind `plan.load_plan`
-    code_of(stage class) -> {file: sha256}
+    code_of(stage class, its settings) -> {file: sha256}
 
 Every refusal names file and line, what was expected, what stands above, and what mends it.
 """
@@ -34,6 +34,7 @@ from .config import (
 )
 from .errors import UserError
 from .launch import launch_settings
+from .modules import digests
 from .plan import Plan, Ref, Row, Source
 from .stage import Slot, Stage, load_stage, slots_in, slots_out
 
@@ -270,7 +271,7 @@ class _Loading:
         config = parse_settings(cls.Config, values, f"sources.{name}", self.places)
         self._stands(name, cls, config)
         seed = self._seed(("sources", name, "seed"), int(getattr(config, "seed", seed)))
-        return Row(name, "world", target, cls, config, {}, seed, code_of(cls))
+        return Row(name, "world", target, cls, config, {}, seed, code_of(cls, config))
 
     # ------------------------------------------------------------------------------------------------- rows
 
@@ -289,7 +290,7 @@ class _Loading:
         except UserError as error:
             raise self._fail(("rows", str(index)), f"row {name}: {error}") from error
         self._stands(name, cls, config)
-        return Row(name, stage, self.stages[stage], cls, config, inputs, seed, code_of(cls))
+        return Row(name, stage, self.stages[stage], cls, config, inputs, seed, code_of(cls, config))
 
     def _load_class(self, target: str) -> type[Stage]:
         if target not in self.classes:
@@ -333,6 +334,8 @@ class _Loading:
             if slot.optional:
                 return None
             raise self._fail(keys, f"{start}, but nothing is given; {self._candidates(slot)}")
+        if slot.one_will_do and not isinstance(value, list):
+            value = [value]
         if isinstance(value, list) != slot.many:
             example = f"write [{value}]" if slot.many else "write one reference, not a list"
             raise self._fail(keys, f"{start}, but is {value!r}; {example}")
@@ -382,8 +385,9 @@ def _holds(value: Any, keys: Iterable[str]) -> bool:
     return True
 
 
-def code_of(cls: type[Stage]) -> dict[str, str]:
-    """{file: sha256} of the sources that a stage declares, of its own file and of its base classes."""
+def code_of(cls: type[Stage], config: Settings) -> dict[str, str]:
+    """{file: sha256} of the sources that a stage declares, of its own file and of its base classes, and of the modules
+    that its settings name."""
     files: dict[str, Path] = {}
     for part in cls.sources:
         found = sorted((PACKAGE / part).rglob("*.py")) if (PACKAGE / part).is_dir() else [PACKAGE / part]
@@ -392,4 +396,5 @@ def code_of(cls: type[Stage]) -> dict[str, str]:
         if issubclass(owner, Stage) and owner is not Stage and (own := sys.modules[owner.__module__].__file__):
             name = owner.__module__.removeprefix(f"{PACKAGE.name}.").replace(".", "/")
             files[f"{name}.py"] = Path(own)
-    return {name: sha256_file(path) for name, path in sorted(files.items())}
+    hashes = {name: sha256_file(path) for name, path in sorted(files.items())}
+    return hashes | digests(config.modules_named())

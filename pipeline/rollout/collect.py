@@ -16,8 +16,7 @@ from pipeline.flow.errors import UserError
 from pipeline.rollout.engine import Progress, SamplingSettings
 from pipeline.rollout.native import NativeEngine
 from pipeline.rollout.noise import NoiseKey
-from pipeline.rollout.reward import Reward
-from pipeline.rollout.scoring import score_samples
+from pipeline.rollout.reward import Scorer
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,10 @@ class Rollout:
 
 
 class Sampler:
-    """A policy's answers, scored by a reward model; the noise is keyed by seed, row, iteration, prompt and sample."""
+    """A policy's answers with their scores; the noise is keyed by seed, row, iteration, prompt and sample.
+
+    `reward` scores them: `pipeline.rollout.rewards.Rewards`, or one reward model of the policy's own tokenizer.
+    """
 
     def __init__(
         self,
@@ -97,8 +99,8 @@ class Sampler:
         settings: SamplingSettings,
         key: NoiseKey,
         *,
-        reward: Reward | None = None,
-        token_budget: int = 8192,
+        reward: Scorer | None = None,
+        token_budget: int | None = None,
     ) -> None:
         self.chat, self.settings, self.key = chat, settings, key
         self.reward, self.token_budget = reward, token_budget
@@ -118,27 +120,25 @@ class Sampler:
         key = NoiseKey(self.key.seed, self.key.row, iteration)
         my_ids = [ids[i] for i in mine]
         generated = self.engine.generate(my_ids, self.settings, key, progress, names=[prompts[i].id for i in mine])
-        scores = self._scores(my_ids, [[g.ids for g in group] for group in generated])
-        part: dict[int, list[list[Any]]] = {
-            i: [[g.ids, g.logprobs, g.raw_logprobs, g.stopped, s] for g, s in zip(group, group_scores, strict=True)]
-            for i, group, group_scores in zip(mine, generated, scores, strict=True)
-        }
-        parts = ranks.gather([[i, rows] for i, rows in part.items()]) if ranks is not None else [list(part.items())]
-        everyone = {int(i): rows for p in parts for i, rows in p}
-        samples = []
-        texts = iter(self.chat.decode_all([row[0] for i in range(len(ids)) for row in everyone[i]]))
-        for i, prompt in enumerate(prompts):
-            for k, (answer, logprobs, raw, stopped, score) in enumerate(everyone[i]):
-                kept = {} if score is None else {"proxy": score}
-                drawn = (tuple(answer), tuple(logprobs), stopped, kept, tuple(raw))
-                samples.append(Sample(prompt, k, next(texts), *drawn))
+        texts = iter(self.chat.decode_all([g.ids for group in generated for g in group]))
+        own = [
+            Sample(prompts[i], k, next(texts), g.ids, g.logprobs, g.stopped, {}, g.raw_logprobs)
+            for i, group in zip(mine, generated, strict=True)
+            for k, g in enumerate(group)
+        ]
+        scores = self.reward.score(own, my_ids, self.token_budget) if self.reward else [{} for _ in own]
+        rows = [
+            [s.text, s.ids, s.logprobs, s.raw_logprobs, s.stopped, found] for s, found in zip(own, scores, strict=True)
+        ]
+        each = self.settings.samples
+        part = [[i, rows[n * each : (n + 1) * each]] for n, i in enumerate(mine)]
+        everyone = {int(i): rows for p in (ranks.gather(part) if ranks is not None else [part]) for i, rows in p}
+        samples = [
+            Sample(prompt, k, text, tuple(answer), tuple(logprobs), stopped, found, tuple(raw))
+            for i, prompt in enumerate(prompts)
+            for k, (text, answer, logprobs, raw, stopped, found) in enumerate(everyone[i])
+        ]
         return Rollout(samples, ids, figures(samples))
-
-    def _scores(self, prompts: list[list[int]], answers: list[list[Sequence[int]]]) -> list[list[float | None]]:
-        if self.reward is None:
-            return [[None] * len(a) for a in answers]
-        raw = score_samples(self.reward.model, prompts, answers, self.token_budget)
-        return [[float(s) + self.reward.shift for s in group] for group in raw]
 
 
 def figures(samples: Sequence[Sample]) -> dict[str, float]:
@@ -153,6 +153,9 @@ def figures(samples: Sequence[Sample]) -> dict[str, float]:
     if samples and "proxy" in samples[0].scores:
         scores = np.array([s.scores["proxy"] for s in samples])
         out |= {"score": float(scores.mean()), "score_std": float(scores.std())}
+        sources = [name for name in samples[0].scores if name != "proxy"]
+        if len(sources) > 1:
+            out |= {f"score/{name}": float(np.mean([s.scores[name] for s in samples])) for name in sources}
     return out
 
 

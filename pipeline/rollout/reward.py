@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
+from typing import Protocol
 
 from pipeline.data.chat import ChatFormat
 from pipeline.data.forest import Group, build
@@ -24,6 +26,22 @@ from pipeline.rollout.scoring import frozen, score_samples
 
 PROBE = "probe.json"
 PROBED = 8  # groups whose scores are stored
+Ids = Sequence[int]
+
+
+class Scorer(Protocol):
+    """Whoever gives samples their scores by source; "proxy" is the one that counts."""
+
+    def score(
+        self, samples: Sequence[Sample], prompt_ids: Sequence[Ids] | None = None, token_budget: int | None = None
+    ) -> list[dict[str, float]]:
+        """Scores of each sample.
+
+        prompt_ids    ids of the prompts that the samples answer, the same number of samples for each, in order; None
+                      renders the prompts of the samples
+        token_budget  tokens a forward pass at most; it changes no score
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -33,6 +51,12 @@ class Reward:
     model: ScalarModel
     chat: ChatFormat
     shift: float
+
+    def score(
+        self, samples: Sequence[Sample], prompt_ids: Sequence[Ids] | None = None, token_budget: int | None = None
+    ) -> list[dict[str, float]]:
+        """A `Scorer` by itself, of samples whose ids are of this model's own tokenizer and template."""
+        return [{"proxy": score} for score in score_ids(self, samples, prompt_ids, token_budget or 8192)]
 
 
 def open_reward(artifact: RewardModel) -> Reward:
@@ -69,14 +93,35 @@ def verify_probe(model: ScalarModel, directory: Path) -> None:
         )
 
 
+def score_ids(
+    reward: Reward, samples: Sequence[Sample], prompt_ids: Sequence[Ids] | None, token_budget: int
+) -> list[float]:
+    """Normalised scores of answers by their ids, which must be of the reward model's tokenizer and template."""
+    if prompt_ids is None:
+        return _scores(reward, samples, [s.ids for s in samples], token_budget)
+    if not samples:
+        return []
+    k = len(samples) // len(prompt_ids)
+    answers_ids = [[s.ids for s in samples[at : at + k]] for at in range(0, len(samples), k)]
+    return _flat(reward, score_samples(reward.model, prompt_ids, answers_ids, token_budget))
+
+
 def score_texts(reward: Reward, samples: Sequence[Sample], token_budget: int) -> list[float]:
     """Normalised scores of answers as texts, rendered in the reward model's own format."""
-    prompts = reward.chat.prompts_ids([s.prompt.messages for s in samples])
-    ends = [[reward.chat.end_id] if s.stopped else [] for s in samples]
     texts = reward.chat.completions_ids([s.text for s in samples], finished=False)
-    answers_ids = [[text + end] for text, end in zip(texts, ends, strict=True)]
-    raw = score_samples(reward.model, prompts, answers_ids, token_budget)
-    return [float(score) + reward.shift for (score,) in raw]
+    ends = [[reward.chat.end_id] if s.stopped else [] for s in samples]
+    return _scores(reward, samples, [text + end for text, end in zip(texts, ends, strict=True)], token_budget)
+
+
+def _scores(reward: Reward, samples: Sequence[Sample], ids: Sequence[Ids], token_budget: int) -> list[float]:
+    """Scores of answers, given as ids, behind their prompts: each rendered and computed once for a run of samples."""
+    runs = [list(run) for _, run in groupby(range(len(samples)), lambda i: samples[i].prompt.messages)]
+    prompts = reward.chat.prompts_ids([samples[run[0]].prompt.messages for run in runs])
+    return _flat(reward, score_samples(reward.model, prompts, [[ids[i] for i in run] for run in runs], token_budget))
+
+
+def _flat(reward: Reward, scores: Sequence[Sequence[float]]) -> list[float]:
+    return [float(score) + reward.shift for group in scores for score in group]
 
 
 def raw_scores(model: ScalarModel, groups: Sequence[Group]) -> list[float]:

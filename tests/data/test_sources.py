@@ -203,6 +203,33 @@ def test_rated_prompts_and_documents(file: Any) -> None:
     assert dialogue[0] == Document(messages=(U("q"), A("a")), source="rows.jsonl:1")
 
 
+def test_reference_answers_of_prompts(file: Any, tmp_path: Path) -> None:
+    """Text stays text, a number becomes its text; both come back from what is written, alone and inside a sample."""
+    asked = [{"prompt": [UD("q")]} | given for given in ({}, {"answer": " 4 "}, {"answer": 4}, {"answer": 0.5})]
+    found = read_prompts(file(*({"id": str(i), "messages": a.pop("prompt")} | a for i, a in enumerate(asked))))
+    assert [p.answer for p in found] == [None, " 4 ", "4", "0.5"]
+    write_jsonl(tmp_path / "again.jsonl", found)
+    assert read_prompts(tmp_path / "again.jsonl").records == found.records
+    assert "answer" not in to_json(found[0]) and to_json(found[2])["answer"] == "4"
+    sample = Sample(found[1], 0, "x", (1,), (-0.5,), True, {"proxy": 1.0})
+    write_jsonl(tmp_path / "samples.jsonl", [sample])
+    assert read(tmp_path / "samples.jsonl", "samples").records == [sample]
+    for wrong in (True, ["4"], {"value": 4}):
+        with pytest.raises(UserError, match="answer has the wrong type: answer is .*, expected a string or a number"):
+            read_prompts(file({"id": "p", "messages": [UD("q")], "answer": wrong}))
+
+
+def test_questions_with_answers_are_prompts_where_prompts_are_wanted(file: Any) -> None:
+    """As GSM8K's files are; wanted as conversations they stay demonstrations."""
+    rows = [{"question": "2 + 2?", "answer": "It is 4.\n#### 4"}, {"question": "1 + 1?", "answer": 2}]
+    found = read_prompts(file(*rows))
+    assert found.format == "questions"
+    assert [(p.messages, p.answer) for p in found] == [((U("2 + 2?"),), rows[0]["answer"]), ((U("1 + 1?"),), "2")]
+    assert read_conversations(file(rows[0]))[0].messages == (U("2 + 2?"), A(rows[0]["answer"]))
+    with pytest.raises(UserError, match="answer has the wrong type"):
+        read_prompts(file({"question": "q", "answer": None}))
+
+
 def test_unpaired_answers_are_never_taken_for_demonstrations(file: Any) -> None:
     with pytest.raises(UserError, match="this file holds rated, but conversations are wanted"):
         read_conversations(file({"messages": TURNS, "label": False}))

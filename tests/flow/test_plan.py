@@ -15,10 +15,10 @@ import pytest
 from pipeline.flow import plan as flow_plan
 from pipeline.flow import wiring
 from pipeline.flow.artifacts import Comparisons, Documents, Policy, RewardModel
-from pipeline.flow.config import Settings, not_identity
+from pipeline.flow.config import Settings, module_names, not_identity
 from pipeline.flow.errors import Damaged, UserError
 from pipeline.flow.plan import Plan, check_sources, load_plan, request, state_of, survey
-from pipeline.flow.stage import Stage, run_stage
+from pipeline.flow.stage import OneOrMore, Stage, run_stage
 from pipeline.flow.store import Store
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,9 +28,14 @@ class Loss(Settings):
     beta: float = 0.1
 
 
+class Rewards(Settings):
+    modules: tuple[str, ...] = module_names("Modules whose source decides the result.")
+
+
 class Config(Settings):
     word: str = "w"
     loss: Loss = Loss()
+    rewards: Rewards = Rewards()
     budget: int = not_identity(1, "not part of a row's identity")
     tokenizer: str = "t"
 
@@ -115,6 +120,19 @@ class Ppo(Copy):
             raise UserError("word: cannot be bad; set ppo.word")
 
 
+class Several(Ppo):
+    name = "several"
+
+    @dataclass
+    class Inputs:
+        policy: Policy
+        reward: OneOrMore[RewardModel] = field(default_factory=list)
+
+    @classmethod
+    def boundaries(cls, config: Any) -> tuple[tuple[str, ...], ...]:
+        return () if config.word == "free" else (("policy", "reward[0]"),)
+
+
 class Judge(Copy):
     name = "evaluate"
 
@@ -129,7 +147,7 @@ class Judge(Copy):
         documents: Documents
 
 
-STAGES = {cls.name: f"{__name__}:{cls.__name__}" for cls in (World, Sft, Reward, Ppo, Judge)}
+STAGES = {cls.name: f"{__name__}:{cls.__name__}" for cls in (World, Sft, Reward, Ppo, Several, Judge)}
 
 PLAN = """
 sources:
@@ -469,6 +487,70 @@ def test_changed_code_is_named_and_accepted_only_by_an_option(folder: Path, monk
     assert "code of algo/new.py added" in _why(_plan(folder), store)["reward"]
     changed = _plan(folder, PLAN, "reward.word=z")
     assert survey(changed, store, accept_code=True)[2].status == "stale"
+
+
+def test_the_source_of_a_module_that_settings_name_is_code(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One byte of a reward function's file makes the row stale; planning never runs it."""
+    source = folder / "stated_rewards.py"
+    source.write_text("raise RuntimeError('must not run')\nx = 1\n")
+    monkeypatch.syspath_prepend(str(folder))
+    store = Store(folder / "store")
+    _run(_plan(folder), store)
+    named = ["ppo.rewards.modules=[stated_rewards]"]
+    why = _why(_plan(folder, PLAN, *named), store)["ppo"]
+    assert why == ("stale: settings.rewards.modules [] -> ['stated_rewards']; code of module stated_rewards added")
+    _run(_plan(folder, PLAN, *named), store)
+    plan = _plan(folder, PLAN, *named)
+    assert _why(plan, store)["ppo"] == "fresh: sealed"
+    source.write_text("raise RuntimeError('must not run')\nx = 2\n")
+    assert _why(_plan(folder, PLAN, *named), store)["ppo"] == "stale: code of module stated_rewards changed"
+    source.unlink()
+    with pytest.raises(UserError, match="no module 'stated_rewards' with Python source"):
+        _plan(folder, PLAN, *named)
+
+
+SEVERAL = PLAN.replace("  - ppo:", "  - reward@b: {policy: sft.policy, comparisons: pairs}\n  - several:").replace(
+    "[sft.policy, ppo.policy]", "[sft.policy, several.policy]"
+)
+
+
+@pytest.mark.parametrize(
+    ("given", "refs"),
+    [
+        ("reward.model", ["reward.model"]),
+        ("[reward.model]", ["reward.model"]),
+        ("[reward@b.model, reward.model]", ["reward@b.model", "reward.model"]),
+        ("[]", None),
+        ("null", None),
+    ],
+)
+def test_one_or_more_stand_with_and_without_brackets(folder: Path, given: str, refs: list[str] | None) -> None:
+    text = SEVERAL.replace("reward: reward.model}\n  - eval", f"reward: {given}}}\n  - eval")
+    plan = _plan(folder, text)
+    found = plan.row("several").inputs["reward"]
+    assert [ref.text for ref in found] == refs if isinstance(found, list) else refs is None
+    store = Store(folder / "store")
+    _run(plan, store)
+    if refs:
+        entries = request(plan, plan.row("several"), store).inputs["reward"]
+        assert [entry["meta"]["ref"] for entry in entries] == refs
+        assert [entry["meta"]["row"] for entry in entries] == [ref.partition(".")[0] for ref in refs]
+
+
+def test_one_reference_is_the_list_of_it(folder: Path) -> None:
+    store = Store(folder / "store")
+    _run(_plan(folder, SEVERAL), store)
+    same = SEVERAL.replace("reward: reward.model}\n  - eval", "reward: [reward.model]}\n  - eval")
+    assert same != SEVERAL and _run(_plan(folder, same), store) == []
+
+
+def test_settings_may_say_which_tokenizers_must_agree(folder: Path) -> None:
+    """Only the first reward model lends its weights to the value model; others may have tokenizers of their own."""
+    both = SEVERAL.replace("reward: reward.model}\n  - eval", "reward: [reward.model, reward@b.model]}\n  - eval")
+    _run(_plan(folder, both, "reward@b.tokenizer=other"), Store(folder / "one"))
+    with pytest.raises(UserError, match=r"row several: sft.policy and reward.model must have the same tokenizer"):
+        _run(_plan(folder, both, "reward.tokenizer=other"), Store(folder / "two"))
+    _run(_plan(folder, both, "reward.tokenizer=other", "several.word=free"), Store(folder / "three"))
 
 
 def test_the_order_and_names_of_a_list_are_identity(folder: Path) -> None:

@@ -13,6 +13,7 @@ from pipeline.flow.artifacts import Comparisons, Documents, Policy, RewardModel,
 from pipeline.flow.config import Settings
 from pipeline.flow.errors import UserError
 from pipeline.flow.stage import (
+    OneOrMore,
     Request,
     Stage,
     Workspace,
@@ -88,6 +89,19 @@ def test_slots_are_read_from_annotations() -> None:
     assert slots["models"].kinds == (Policy, RewardModel)
     assert slots["models"].expects == "a list of Policy or RewardModel"
     assert slots_out(Upper)["notes"].optional
+
+
+def test_one_or_more_is_a_list_that_takes_one() -> None:
+    class Scored(Stage):
+        @dataclass
+        class Inputs:
+            reward: OneOrMore[RewardModel]
+            others: OneOrMore[Policy] = field(default_factory=list)
+
+    slots = slots_in(Scored)
+    assert [(s.many, s.optional, s.one_will_do) for s in slots.values()] == [(True, False, True), (True, True, True)]
+    assert slots["reward"].kinds == (RewardModel,) and slots["reward"].expects == "one RewardModel or a list"
+    assert not slots_in(Upper)["models"].one_will_do
 
 
 def test_annotations_that_are_no_artifacts_are_an_error_of_the_stage() -> None:
