@@ -1,6 +1,6 @@
 """PPO with a KL penalty (Schulman et al. 2017; Ziegler et al. 2019; Ouyang et al. 2022), in five verbs.
 
-    sample     answers to a batch of prompts, scored by the reward model
+    sample     answers to a batch of prompts, scored by reward models and functions
     target     old log-probs, values and reference log-probs become rewards, advantages, returns
     optimise   a few epochs over minibatches of whole prompt groups, policy and value together
     adjust     the KL coefficient
@@ -13,17 +13,19 @@ for bit.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import shutil
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pydantic import Field
 
-from pipeline.flow.artifacts import Conversations, Documents, Judge, Policy, Prompts, RewardModel
+from pipeline.flow.artifacts import Conversations, Documents, Judge, Policy, Prompts, RewardModel, Samples
 from pipeline.flow.config import not_identity
 from pipeline.flow.errors import UserError
-from pipeline.flow.stage import Stage, Workspace
+from pipeline.flow.stage import OneOrMore, Stage, Workspace
 from pipeline.llama.adapters import LoraSettings
 from pipeline.rollout.engine import SamplingSettings
+from pipeline.rollout.reward_settings import RewardSettings
 from pipeline.train.ppo_settings import NEED_GROUPS, PpoSettings
 from pipeline.train.settings import TrainSettings
 
@@ -32,7 +34,6 @@ class Ppo(Stage):
     name = "ppo"
     version = 2
     sources = ("data", "llama", "train", "algo", "rollout", "evaluate")
-    same_tokenizer = (("policy", "reward"),)
 
     class Config(PpoSettings):
         iterations: int = Field(default=16, ge=1, description="Rounds of sampling and optimising.")
@@ -40,8 +41,8 @@ class Ppo(Stage):
         sampling: SamplingSettings = Field(
             default=SamplingSettings(samples=4, max_new_tokens=64), description="How answers are drawn."
         )
-        unfinished_score: float | None = Field(
-            default=-1.0, description="Score of an answer that does not stop; null leaves the reward model's."
+        reward: RewardSettings = Field(
+            default=RewardSettings(unfinished_score=-1.0), description="What answers are rewarded for."
         )
         kl_budget: float | None = Field(
             default=None, gt=0, description="Nats a response beyond which no weights are kept as the best on `dev`."
@@ -59,8 +60,8 @@ class Ppo(Stage):
     @dataclass
     class Inputs:
         policy: Policy
-        reward: RewardModel
         prompts: Prompts
+        reward: OneOrMore[RewardModel] = field(default_factory=list)
         dev: Prompts | None = None
         heldout_reward: RewardModel | None = None
         judge: Judge | None = None
@@ -70,12 +71,14 @@ class Ppo(Stage):
     @dataclass
     class Outputs:
         policy: Policy
+        samples: Samples
         average: Policy | None = None
 
     headline = ("score", "kl", "explained_variance", "stop_rate", "tokens")
 
     @classmethod
     def check(cls, config: Any, given: frozenset[str]) -> None:
+        config.reward.require_source("ppo", "reward" in given)
         if config.sampling.temperature == 0.0:
             raise UserError("ppo.sampling.temperature: 0 draws one answer only, so there is nothing to learn from")
         if config.sampling.truncated and not config.importance.correct:
@@ -98,14 +101,24 @@ class Ppo(Stage):
         if "dev" not in given and {"heldout_reward", "judge"} & given:
             raise UserError("ppo: heldout_reward and judge score answers to `dev`, which is not given")
 
+    @classmethod
+    def boundaries(cls, config: Any) -> tuple[tuple[str, ...], ...]:
+        """A critic that starts as the reward model reads the policy's ids; reward models themselves may read texts."""
+        return (("policy", "reward[0]"),) if config.has_critic and config.critic.start == "reward" else ()
+
+    @classmethod
+    def withheld(cls, config: Any) -> frozenset[str]:
+        return frozenset() if config.average else frozenset({"average"})
+
     def run(self, inputs: Inputs, workspace: Workspace) -> dict[str, Any]:
         from pipeline.algo.kl import controller
         from pipeline.data.reader import Reader
         from pipeline.llama.adapters import share_frozen
         from pipeline.llama.open import save_policy
-        from pipeline.rollout.collect import Sampler, encode_prompts, finished_scores
+        from pipeline.rollout.collect import Sampler, encode_prompts
         from pipeline.rollout.noise import NoiseKey
-        from pipeline.rollout.reward import open_reward
+        from pipeline.rollout.rewards import Rewards
+        from pipeline.rollout.samples import SampleLog, describe_samples, origin_of, recorded
         from pipeline.train import memory, ppo_checks, strategy
         from pipeline.train.loop import Trainer
         from pipeline.train.ppo import Learner, PromptStream, groups_each
@@ -116,9 +129,13 @@ class Ppo(Stage):
         config: Ppo.Config = self.config
         reader = Reader(workspace)
         ranks = strategy.for_row(workspace, precision=config.train.precision, clip=config.train.clip)
-        roles = open_roles(inputs.policy, inputs.reward, config, config.adapter, workspace.seed)
-        reward = open_reward(inputs.reward)
-        shared = share_frozen(roles.actor, *roles.frozen, reward.model)
+        first = inputs.reward[0] if inputs.reward else None
+        roles = open_roles(inputs.policy, first, config, config.adapter, workspace.seed)
+        rewards = Rewards.open(inputs.reward, config.reward, inputs.policy.lineage, config.train.token_budget)
+        frozen = [*roles.frozen, *rewards.networks]
+        for model in frozen:
+            model.to(ranks.device)
+        shared = share_frozen(roles.actor, *frozen)
         for caution in config.cautions():
             workspace.say(caution)
         if roles.dropout_off:
@@ -159,18 +176,21 @@ class Ppo(Stage):
             policy.chat,
             config.sampling,
             NoiseKey(workspace.seed, workspace.stage),
-            reward=reward,
+            reward=rewards,
             token_budget=config.train.token_budget,
         )
         watch = _watch(config, inputs, reader, roles.reference, workspace.seed)
         trained: list[Any] = [m for m in (roles.actor.policy, roles.actor.value) if m is not None]
-        workspace.say(
-            memory.statement(trained, [*roles.frozen, reward.model], policy.model, config.train, shared=shared)
-        )
-        progress = Progress(workspace, trainer, roles, config, watch, controller(config.kl.controller()))
-        for iteration in range(progress.resume(), config.iterations):
+        workspace.say(memory.statement(trained, frozen, policy.model, config.train, shared=shared))
+        progress = Progress(workspace, trainer, roles, config, watch, controller(config.kl.controller()), rewards)
+        start = progress.resume()
+        origin = origin_of(inputs.policy, workspace.stage, workspace.seed, temperature=temperature)
+        log = SampleLog(workspace.working("samples.jsonl"), start=start, main=ranks.main)
+        for iteration in range(start, config.iterations):
             rollout = sampler.sample(prompts.take(stream.batch(iteration)), iteration=iteration, ranks=ranks)
-            scores = finished_scores(rollout.samples, config.unfinished_score)
+            drawn = replace(origin, policy=origin.policy if iteration == 0 else None, iteration=iteration)
+            log.append(recorded(rollout.samples, rollout.prompt_ids, drawn))
+            scores = rewards.total(rollout.samples, ranks)
             targets = learner.targets(rollout.groups(scores), progress.kl.coefficient, iteration)
             if not config.sampling.truncated:
                 ppo_checks.require_sampler(targets.largest_gap, targets.figures["sampler_gap"], config.train.precision)
@@ -180,6 +200,9 @@ class Ppo(Stage):
             progress.finish(iteration, figures, samples=len(rollout.samples))
         chosen = progress.settle()
         save_policy(policy, workspace)
+        if ranks.main:
+            shutil.copyfile(log.path, workspace.slot("samples") / "data.jsonl")
+        describe_samples(workspace, "samples", [origin], rewards.digests)
         if roles.average:
             save_policy(roles.average, workspace, "average")
         return {
@@ -229,7 +252,7 @@ def _watch(config: Ppo.Config, inputs: Any, reader: Any, reference: Any, seed: i
     from pipeline.rollout.noise import NoiseKey
 
     panel = Panel.open(
-        proxy=inputs.reward,
+        proxy=inputs.reward[0] if inputs.reward else None,
         heldout=inputs.heldout_reward,
         judge=inputs.judge,
         token_budget=config.train.token_budget,

@@ -21,10 +21,11 @@ from pydantic import Field, field_validator
 from pipeline.flow.artifacts import Comparisons, Conversations, Judge, Policy, Prompts, RewardModel, Samples
 from pipeline.flow.config import Settings, not_identity
 from pipeline.flow.errors import UserError
-from pipeline.flow.stage import Stage, Workspace
+from pipeline.flow.stage import OneOrMore, Stage, Workspace
 from pipeline.llama.adapters import LoraSettings
 from pipeline.rollout.engine import SamplingSettings
 from pipeline.rollout.mining import ChooseSettings, PairSettings
+from pipeline.rollout.reward_settings import RewardSettings
 from pipeline.train.settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ class Rejection(Stage):
         score: str = Field(
             default="proxy", min_length=1, description="Name of the scores that answers are chosen by in the store."
         )
+        reward: RewardSettings = Field(default=RewardSettings(), description="What answers are scored for.")
         choose: ChooseSettings = Field(default=ChooseSettings(), description="Which answers are learnt.")
         pairs: PairSettings = Field(default=PairSettings(), description="Which pairs are written for DPO.")
         max_tokens: int = Field(
@@ -79,7 +81,7 @@ class Rejection(Stage):
     @dataclass
     class Inputs:
         policy: Policy | None = None
-        reward: RewardModel | None = None
+        reward: OneOrMore[RewardModel] = field(default_factory=list)
         prompts: Prompts | None = None
         samples: list[Samples] = field(default_factory=list)
         judge: Judge | None = None
@@ -101,9 +103,9 @@ class Rejection(Stage):
         if config.train and "policy" not in given:
             raise UserError("input policy: nothing to train; wire a policy, or set train: null to write data alone")
         if "prompts" in given:
-            for slot in ("policy", "reward"):
-                if slot not in given:
-                    raise UserError(f"input {slot}: not given, but answers to prompts are drawn and scored; wire it")
+            if "policy" not in given:
+                raise UserError("input policy: not given, but answers to prompts are drawn; wire it")
+            config.reward.require_source("rejection", "reward" in given)
 
     @classmethod
     def withheld(cls, config: Any) -> frozenset[str]:
@@ -195,21 +197,28 @@ class Rejection(Stage):
     def _score(
         self, answers: list[Sample], inputs: Inputs, workspace: Workspace, ranks: Strategy
     ) -> tuple[list[Sample], dict[str, str]]:
-        """Every answer scored by the reward model, or as it is in the store; and by source who scored."""
-        from pipeline.rollout.reward import open_reward
-        from pipeline.rollout.samples import note_rendering, score_again
+        """Every answer scored by all sources, or as it is in the store; and by source the reward model that scored."""
+        from pipeline.rollout.reward_settings import PROXY
+        from pipeline.rollout.rewards import Rewards
+        from pipeline.rollout.samples import note_rendering, score_again, with_scores
 
         config: Rejection.Config = self.config
         scored_by = {name: d for a in inputs.samples for name, d in a.lineage.get("scored_by", {}).items()}
-        if inputs.reward is None:
+        if not (inputs.reward or config.reward.functions):
             return answers, scored_by
-        reward = open_reward(inputs.reward)
-        reward.model.to(ranks.device)
-        note_rendering(workspace, "samples", answers, inputs.reward.lineage, "the reward model")
-        found = score_again(
-            answers, config.score, reward, inputs.reward.lineage, token_budget=config.token_budget, ranks=ranks
-        )
-        return found, scored_by | {config.score: inputs.reward.digest}
+        rewards = Rewards.open(inputs.reward, config.reward, {}, config.token_budget)
+        called = {name: name if len(rewards.names) > 1 else config.score for name in rewards.names}
+        for artifact, model in zip(inputs.reward, rewards.models, strict=True):
+            source, budget = called[model.name], config.token_budget
+            model.reward.model.to(ranks.device)
+            note_rendering(workspace, "samples", answers, artifact.lineage, f"the reward model {model.name}")
+            answers = score_again(answers, source, model.reward, artifact.lineage, token_budget=budget, ranks=ranks)
+            scored_by |= {source: artifact.digest}
+        for function in rewards.functions:
+            answers = with_scores(answers, called[function.name], function.scores(answers))
+        found = {name: [s.scores[own] for s in answers] for name, own in called.items()}
+        together = with_scores(answers, PROXY, rewards.together(found, len(answers)))
+        return with_scores(answers, config.score, rewards.total(together, ranks)), scored_by
 
     def _learn(
         self,

@@ -231,6 +231,11 @@ class Workspace:
         """Where a stage keeps its state while it works; still there when the same row is tried again."""
         return self.partial / "checkpoints"
 
+    def working(self, name: str) -> Path:
+        """A file of a stage's own beside its checkpoints: it too is there when the same row is tried again."""
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        return self.checkpoints / name
+
     def metrics_size(self) -> int:
         """Bytes of metrics.jsonl so far: what `rewind_metrics` goes back to."""
         path = self.partial / "metrics.jsonl"

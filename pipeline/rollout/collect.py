@@ -157,8 +157,3 @@ def figures(samples: Sequence[Sample]) -> dict[str, float]:
         if len(sources) > 1:
             out |= {f"score/{name}": float(np.mean([s.scores[name] for s in samples])) for name in sources}
     return out
-
-
-def finished_scores(samples: Sequence[Sample], unfinished: float | None) -> list[float]:
-    """Each sample's score; one that did not stop gets `unfinished`, where that is given."""
-    return [s.scores["proxy"] if s.stopped or unfinished is None else unfinished for s in samples]

@@ -114,6 +114,7 @@ class Rewards:
         self.models, self.functions = list(models), list(functions)
         self.settings, self.token_budget = settings, token_budget
         self.running = RunningMoments()
+        self.digests: dict[str, str] = {}  # of the reward models, by what their scores are called
         self._check_names()
 
     @classmethod
@@ -134,7 +135,10 @@ class Rewards:
             name = str(artifact.meta.get("row") or artifact.kind)
             shared = all(policy.get(fact) and policy.get(fact) == artifact.lineage.get(fact) for fact in BOUNDARY)
             sources.append(ModelSource(name, settings.weights.get(name, 1.0), open_reward(artifact), shared))
-        return cls(sources, [FunctionSource.open(f) for f in settings.functions], settings, token_budget)
+        made = cls(sources, [FunctionSource.open(f) for f in settings.functions], settings, token_budget)
+        several = len(made.names) > 1
+        made.digests = {s.name if several else PROXY: m.digest for s, m in zip(sources, models, strict=True)}
+        return made
 
     @property
     def names(self) -> list[str]:
@@ -154,7 +158,7 @@ class Rewards:
     def score(
         self, samples: Sequence[Sample], prompt_ids: Sequence[Ids] | None = None, token_budget: int | None = None
     ) -> list[dict[str, float]]:
-        """Raw scores of each sample by source, and all of them together under "proxy"; as `Scorer` says.
+        """Raw scores of each sample by source where there are several, together under "proxy"; as `Scorer` says.
 
         Raises NonFinite for a reward model's score, UserError for a function's, that is not a finite number.
         """
@@ -162,8 +166,8 @@ class Rewards:
         found = {source.name: source.scores(samples, prompt_ids, budget) for source in self.models}
         found |= {source.name: source.scores(samples) for source in self.functions}
         return [
-            {PROXY: together, **{name: scores[i] for name, scores in found.items()}}
-            for i, together in enumerate(self._together(found, len(samples)))
+            {PROXY: together, **({name: scores[i] for name, scores in found.items()} if len(found) > 1 else {})}
+            for i, together in enumerate(self.together(found, len(samples)))
         ]
 
     def total(self, samples: Sequence[Sample], ranks: Any = None) -> list[float]:
@@ -211,7 +215,8 @@ class Rewards:
         if state:
             self.running = RunningMoments.from_state(state)
 
-    def _together(self, found: Mapping[str, Sequence[float]], size: int) -> list[float]:
+    def together(self, found: Mapping[str, Sequence[float]], size: int) -> list[float]:
+        """The combined score of each of `size` samples from their scores by source."""
         total_N = torch.zeros(size, dtype=torch.float64)
         if self.models:
             weighted = [[source.weight * x for x in found[source.name]] for source in self.models]

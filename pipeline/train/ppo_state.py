@@ -35,6 +35,13 @@ class Watch(Protocol):
     def load(self, state: Mapping[str, Any]) -> None: ...
 
 
+class Running(Protocol):
+    """`pipeline.rollout.rewards.Rewards`: its running statistics."""
+
+    def state(self) -> dict[str, float]: ...
+    def load_state(self, state: Mapping[str, float]) -> None: ...
+
+
 class Progress:
     """`kl` is the controller, `figures` those of the last finished iteration, `tokens` sampled and trained so far."""
 
@@ -46,7 +53,9 @@ class Progress:
         config: Any,
         watch: Watch | None,
         kl: KLController,
+        rewards: Running,
     ) -> None:
+        self.rewards = rewards
         self.workspace, self.trainer, self.roles, self.config, self.watch = workspace, trainer, roles, config, watch
         self.kl = kl
         self.figures: dict[str, Any] = {}
@@ -71,6 +80,7 @@ class Progress:
             for name, tensor in self.roles.followed().items():
                 tensor.copy_(found.tensors[name])
         self.kl = controller(state["kl"])
+        self.rewards.load_state(state["rewards"])
         self.figures, self.dev, self.tokens = _back(state["figures"]), state["dev"], state["tokens"]
         if self.best and state["best"]:
             self.best.value, self.best.step = state["best"]["value"], state["best"]["step"]
@@ -126,6 +136,7 @@ class Progress:
         state = {
             "updates": self.trainer.done,
             "kl": self.kl.state(),
+            "rewards": self.rewards.state(),
             "figures": {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in self.figures.items()},
             "dev": self.dev,
             "tokens": self.tokens,

@@ -10,7 +10,7 @@ from pipeline.data.forest import build
 from pipeline.data.groups import answers
 from pipeline.data.records import Prompt, Sample
 from pipeline.flow.errors import UserError
-from pipeline.rollout.collect import EncodedPrompts, Sampler, encode_prompts, figures, finished_scores, fitting
+from pipeline.rollout.collect import EncodedPrompts, Sampler, encode_prompts, figures, fitting
 from pipeline.rollout.engine import SamplingSettings
 from pipeline.rollout.mining import best_of
 from pipeline.rollout.noise import NoiseKey
@@ -126,14 +126,6 @@ def test_figures_by_hand():
         "length": 5.0, "stop_rate": 0.75, "sampled_tokens": 20, "samples": 4, "score": 2.0, "score_std": 0.5**0.5,
     }  # fmt: skip
     assert "score" not in figures([sample(None, 2, True)])
-
-
-def test_an_answer_without_an_end_gets_exactly_the_configured_score():
-    """T41."""
-    samples = [sample(3.0, 4, True), sample(5.0, 4, False), sample(-7.0, 4, False)]
-    assert finished_scores(samples, -1.0) == [3.0, -1.0, -1.0]
-    assert finished_scores(samples, 0.0) == [3.0, 0.0, 0.0]
-    assert finished_scores(samples, None) == [3.0, 5.0, -7.0]
 
 
 @pytest.mark.parametrize("tokens", [1, 3])

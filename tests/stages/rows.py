@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.data.records import Conversation, Message, Prompt
 from pipeline.data.sources import write_jsonl
 from pipeline.flow.artifacts import KINDS
-from pipeline.flow.stage import Request, run_stage
+from pipeline.flow.stage import Request, load_stage, run_stage, slots_in
 from stages import STAGES
 from tests.small import artifact, ask, comparison
 
@@ -43,7 +43,9 @@ class Place:
         return artifact(directory, kind)
 
     def run(self, stage: str, inputs: dict[str, Any], *, again: Path | None = None, **config: Any) -> Row:
-        """`again` is the directory of an earlier try of the same row, left by `prepare`."""
+        """As a plan wires it: one artifact will do for a list. `again`: what an earlier try of the row has left."""
+        slots = slots_in(load_stage(STAGES[stage]))
+        given = {k: [v] if slots[k].many and not isinstance(v, list) else v for k, v in inputs.items()}
         self.count += 1
         partial = again or self.root / f"row{self.count}"
         partial.mkdir(exist_ok=True)
@@ -54,7 +56,7 @@ class Place:
             fingerprint="0" * 64,
             config=config,
             inputs={k: [v.entry() for v in value] if isinstance(value, list) else value.entry()
-                    for k, value in inputs.items()},
+                    for k, value in given.items()},
             identity={},
             seed=0,
             partial=str(partial),

@@ -16,6 +16,7 @@ from pipeline.flow.errors import Damaged, NonFinite, UserError
 from pipeline.flow.stage import Workspace
 from pipeline.llama.open import new_classifier
 from pipeline.rollout.reward import write_probe
+from pipeline.rollout.rewards import Rewards
 from pipeline.train.ppo_settings import PpoSettings
 from stages.ppo import Ppo
 from tests.small import policy, save
@@ -23,7 +24,8 @@ from tests.stages.rows import Place, Row, train
 
 SHORT = {"samples": 4, "max_new_tokens": 6}
 SMALL: dict[str, Any] = {
-    "iterations": 2, "prompts": 4, "minibatch": 8, "sampling": SHORT, "unfinished_score": None, "train": train(),
+    "iterations": 2, "prompts": 4, "minibatch": 8, "sampling": SHORT,
+    "reward": {"unfinished_score": None}, "train": train(),
 }  # fmt: skip
 
 
@@ -168,7 +170,8 @@ def test_a_row_that_was_stopped_goes_on_to_the_same_bits(
     shutil.rmtree(broken / "out", ignore_errors=True)
     again = place.run("ppo", watched, again=broken, **MOVING)
     assert "goes on after iteration 2 of 4" in again.said
-    for slot in ("policy", "average"):
+    assert len(again.rows("samples")) == 4 * 4 * 4
+    for slot in ("policy", "average", "samples"):
         assert again.out[slot].digest == whole.out[slot].digest
     assert timeless(again.metrics) == timeless(whole.metrics)
     assert lines(again) == lines(whole) and len(lines(again)) == 4
@@ -185,7 +188,7 @@ def lines(row: Row) -> list[dict[str, Any]]:
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(place: Place, inputs: dict[str, Any]):
     row = place.run("ppo", inputs, **{**SMALL, "iterations": 3})
     checkpoints = row.partial / "checkpoints"
-    assert sorted(p.name for p in checkpoints.iterdir()) == ["step-000002", "step-000003"]
+    assert sorted(p.name for p in checkpoints.glob("step-*")) == ["step-000002", "step-000003"]
     damage(checkpoints / "step-000003" / "tensors.safetensors")
     again = place.run("ppo", inputs, again=row.partial, **{**SMALL, "iterations": 3})
     assert again.out["policy"].digest == row.out["policy"].digest
@@ -228,17 +231,15 @@ def test_numbers_that_are_not_finite_stop_the_row(
     place: Place, inputs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ):
     """T23: at that step, weights untouched, the last good checkpoint named."""
-    import pipeline.rollout.collect as collect
-
-    scores = collect.finished_scores
+    total = Rewards.total
     seen: list[int] = []
 
-    def poisoned(samples: Any, unfinished: float | None) -> list[float]:
+    def poisoned(self: Rewards, samples: Any, ranks: Any = None) -> list[float]:
         seen.append(1)
-        found = scores(samples, unfinished)
+        found = total(self, samples, ranks)
         return [float("nan"), *found[1:]] if len(seen) == 2 else found
 
-    monkeypatch.setattr(collect, "finished_scores", poisoned)
+    monkeypatch.setattr(Rewards, "total", poisoned)
     with pytest.raises(NonFinite, match="1 of 16 scores are not finite"):
         place.run("ppo", inputs, **{**SMALL, "minibatch": 16})
 

@@ -15,7 +15,7 @@ from pipeline.rollout.mining import drop_useless
 from pipeline.rollout.native import NativeEngine
 from pipeline.rollout.samples import read_samples
 from tests.small import artifact, ask, comparison, policy, save
-from tests.stages.test_adapters import ANSWERS, QUESTIONS, Place, Row, train
+from tests.stages.rows import ANSWERS, QUESTIONS, Place, Row, train
 
 SHORT = {"samples": 8, "max_new_tokens": 12}
 

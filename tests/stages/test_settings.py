@@ -24,8 +24,8 @@ def test_ppo_refuses_samplers_that_are_not_the_policy(sampling: dict[str, Any]) 
     """T34."""
     stage = load_stage(STAGES["ppo"])
     with pytest.raises(UserError, match=r"ppo\.sampling"):
-        stage.check(config("ppo", sampling=sampling), frozenset())
-    stage.check(config("ppo", sampling={"temperature": 0.7, "samples": 2}), frozenset())
+        stage.check(config("ppo", sampling=sampling), frozenset({"reward"}))
+    stage.check(config("ppo", sampling={"temperature": 0.7, "samples": 2}), frozenset({"reward"}))
 
 
 @pytest.mark.parametrize(
@@ -70,9 +70,12 @@ def test_an_adapter_is_asked_for_by_its_settings_alone() -> None:
 
 
 def test_ids_and_weights_cross_only_between_one_tokenizer() -> None:
-    """Rejection takes texts: what another tokenizer's reward model or store holds is rendered again there."""
-    assert load_stage(STAGES["rejection"]).same_tokenizer == ()
-    assert ("policy", "reward") in load_stage(STAGES["ppo"]).same_tokenizer
+    """Texts are rendered again for another tokenizer's reward model; a critic that starts as one reads ids."""
+    rejection, ppo = (load_stage(STAGES[name]) for name in ("rejection", "ppo"))
+    assert rejection.boundaries(config("rejection")) == ()
+    assert ppo.boundaries(config("ppo")) == (("policy", "reward[0]"),)
+    for without in ({"critic": {"start": "policy"}}, {"advantage": "rloo"}):
+        assert ppo.boundaries(config("ppo", **without)) == ()
 
 
 @pytest.mark.parametrize(
@@ -80,7 +83,7 @@ def test_ids_and_weights_cross_only_between_one_tokenizer() -> None:
     [
         ({}, {"policy", "reward"}, "input prompts: nothing to draw answers for"),
         ({}, {"samples", "reward"}, "input policy: nothing to train"),
-        ({}, {"prompts", "policy"}, "input reward: not given"),
+        ({}, {"prompts", "policy"}, "rejection: nothing rewards an answer"),
         (
             {"train": None},
             {"prompts", "reward", "samples"},
