@@ -179,7 +179,7 @@ CHOSEN, REJECTED = [-4.0] * 3, [-3.0] * 5  # sums -12 and -15
 
 
 def dpo(group: list[Segment], sft: float = 0.0, **settings: float):
-    return preference(make_loss("sigmoid", **{"beta": 0.1, **settings}), sft)(Told(), build([group]))
+    return preference(make_loss("sigmoid", **{"beta": 0.1, "sft_coefficient": sft, **settings}))(Told(), build([group]))
 
 
 def test_dpo_compares_sums_over_tokens():

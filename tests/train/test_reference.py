@@ -25,7 +25,8 @@ from tests.small import Listener, chat, comparison, outputs, policy
 from tests.train.tiny import Tiny
 
 SETTINGS = {"learning_rate": 1e-2, "batch": 3, "token_budget": 64, "warmup": 0.0}
-LOSS = preference(make_loss("sigmoid"), 0.0)
+SIGMOID = make_loss("sigmoid")
+LOSS = preference(SIGMOID)
 
 
 def groups(n: int = 7):
@@ -60,7 +61,7 @@ def test_the_first_loss_is_ln_2_and_training_moves_it():
     trainer, plan = make(policy().module, groups())
     annotated = with_reference(trainer, plan, Listener())
     first = Plan(annotated, trainer.settings, seed=0, strategy=trainer.strategy, weigh=weigh_pairs("pair"))
-    require_start(trainer, first.batch(0).groups, math.log(2), "fp32")
+    require_start(trainer, first.batch(0).groups, SIGMOID.start, "fp32")
     batch = first.batch(0)
     figures = trainer.step(batch.groups, batch.weights)
     assert figures["loss"] == pytest.approx(math.log(2), abs=1e-7) and figures["margin"] == 0.0
@@ -76,7 +77,7 @@ def test_another_reference_is_refused():
     with torch.no_grad():
         next(trainer.module.parameters()).mul_(1.05)
     with pytest.raises(RowFailed, match="policy and reference are not the same"):
-        require_start(trainer, annotated[:3], math.log(2), "fp32")
+        require_start(trainer, annotated[:3], SIGMOID.start, "fp32")
 
 
 def test_dropout_does_not_reach_the_reference():
@@ -86,7 +87,7 @@ def test_dropout_does_not_reach_the_reference():
     annotated = with_reference(trainer, plan, Listener())
     assert trainer.module.training and trainer.module.dropout.training
     assert references(annotated) == references(with_reference(again, plan, Listener()))
-    require_start(trainer, annotated, math.log(2), "fp32")
+    require_start(trainer, annotated, SIGMOID.start, "fp32")
     batch = Plan(annotated, trainer.settings, seed=0, strategy=trainer.strategy, weigh=weigh_pairs("pair")).batch(0)
     assert without_dropout(trainer.module) and not without_dropout(trainer.module)
     assert trainer.module.training
