@@ -38,8 +38,8 @@ def stand_in(**settings: Any) -> SimpleNamespace:
     accelerator = SimpleNamespace(device="cpu", gather=lambda x: x, gather_for_metrics=lambda x: x)
     return SimpleNamespace(
         accelerator=accelerator, model=SimpleNamespace(training=True), aux_loss_enabled=False,
-        precompute_ref_logps=True, ld_alpha=None, f_divergence_type="reverse_kl", use_weighting=False, loss_weights=[1.0],
-        _tp_size=1, _metrics={"train": defaultdict(list)}, _total_train_tokens=0, **settings,
+        precompute_ref_logps=True, ld_alpha=None, f_divergence_type="reverse_kl", use_weighting=False,
+        loss_weights=[1.0], _tp_size=1, _metrics={"train": defaultdict(list)}, _total_train_tokens=0, **settings,
     )  # fmt: skip
 
 
