@@ -39,7 +39,7 @@ class Dpo(Stage):
         loss: AnyLoss = Field(
             default=default_loss("sigmoid"),
             description="What is minimised: a loss by name with its hyperparameters; beta, label_smoothing and "
-            "sft_coefficient may also stand beside it.",
+            "sft_coefficient may also stand beside it, where null leaves them to the loss.",
         )
         max_tokens: int = Field(
             default=512, ge=8, description="Longest prompt with its answer; longer pairs are dropped."

@@ -90,7 +90,6 @@ class UnpairedTrainer(Trainer):
 
     def step(self, work: Any, weights: Mapping[str, float], filler: Group | Forest | None = None) -> dict[str, float]:
         point = self._measure(work)
-        filler = filler if filler is None or isinstance(filler, Forest) else only(filler, "answer")
         figures = super().step([only(group, "answer") for group in work], weights, filler)
         return figures | {"reference_point": point[0], TOKENS: figures[TOKENS] + point[1]}
 
