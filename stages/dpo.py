@@ -1,23 +1,33 @@
-"""Direct preference optimisation (Rafailov et al. 2023): from comparisons straight to a policy.
+"""Preference optimisation without a reward model: from comparisons, or from rated answers, straight to a policy.
 
-The reference is the policy that the row starts from. Its log-probs are computed once, on the forests of the first
-pass, so that the first loss is exactly ln 2.
+DPO (Rafailov et al. 2023) and its family; pipeline/algo/preference.py lists them with their formulas. The reference is
+the policy that the row starts from. Its log-probs are computed once, on the forests of the first pass, so that the
+first loss is exactly what policy and reference being equal makes it: ln 2 for DPO.
+
+    dpo: {beta: 0.1}                                  DPO; short for {loss: {beta: 0.1}}
+    dpo: {loss: {name: simpo, beta: 2.0, gamma: 1.0}}
+    dpo: {loss: {name: kto, undesirable_weight: 1.5}} with `rated`, or with `comparisons`, which are split
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from pipeline.flow.artifacts import Comparisons, Policy
+from pipeline.flow.artifacts import Comparisons, Policy, Rated
 from pipeline.flow.config import Settings
+from pipeline.flow.errors import UserError
 from pipeline.flow.stage import Stage, Workspace
 from pipeline.llama.adapters import LoraSettings
+from pipeline.train.losses import AnyLoss, default_loss
 from pipeline.train.settings import TrainSettings
+
+SHORT = ("beta", "label_smoothing", "sft_coefficient")  # of the loss's own settings, as they are most often set
+FIGURES = ("loss", "accuracy", "margin", "reward_desirable", "reward_undesirable", "reference_point")
 
 
 class Dpo(Stage):
@@ -26,10 +36,10 @@ class Dpo(Stage):
     sources = ("data", "llama", "train", "algo")
 
     class Config(Settings):
-        beta: float = Field(default=0.1, gt=0, description="Strength of the pull to the reference.")
-        label_smoothing: float = Field(default=0.0, ge=0, lt=0.5, description="Assumed share of flipped labels.")
-        sft_coefficient: float = Field(
-            default=0.0, ge=0, description="Weight of the chosen answer's own loss (nats a token) beside the pair's."
+        loss: AnyLoss = Field(
+            default=default_loss("sigmoid"),
+            description="What is minimised: a loss by name with its hyperparameters; beta, label_smoothing and "
+            "sft_coefficient may also stand beside it, where null leaves them to the loss.",
         )
         max_tokens: int = Field(
             default=512, ge=8, description="Longest prompt with its answer; longer pairs are dropped."
@@ -37,14 +47,32 @@ class Dpo(Stage):
         adapter: LoraSettings | None = Field(default=None, description="Train a LoRA adapter instead of all weights.")
         train: TrainSettings = Field(
             default=TrainSettings(learning_rate=1e-4, batch=64, epochs=1, betas=(0.9, 0.999)),
-            description="Optimiser, schedule and batches; a record is a comparison.",
+            description="Optimiser, schedule and batches; a record is a comparison, or a rated answer.",
         )
+
+        @model_validator(mode="before")
+        @classmethod
+        def _short(cls, values: Any) -> Any:
+            """`beta: 0.1` is `loss: {beta: 0.1}`; null leaves it to the loss."""
+            if not isinstance(values, Mapping) or not any(key in values for key in SHORT):
+                return values
+            loss = values.get("loss", {})
+            if not isinstance(loss, Mapping):
+                return values
+            short = {key: values[key] for key in SHORT if values.get(key) is not None}
+            if twice := [key for key in short if key in loss]:
+                raise ValueError(
+                    f"{twice[0]} and loss.{twice[0]} are the same setting: keep one (null unsets the first)"
+                )
+            return {key: value for key, value in values.items() if key not in SHORT} | {"loss": {**loss, **short}}
 
     @dataclass
     class Inputs:
         policy: Policy
-        comparisons: Comparisons
+        comparisons: Comparisons | None = None
+        rated: Rated | None = None
         heldout: Comparisons | None = None
+        heldout_rated: Rated | None = None
 
     @dataclass
     class Outputs:
@@ -52,48 +80,70 @@ class Dpo(Stage):
 
     headline = ("loss", "accuracy", "margin", "tokens")
 
+    @classmethod
+    def check(cls, config: Any, given: frozenset[str]) -> None:
+        loss = config.loss.made()
+        if loss.paired and (rated := sorted(given & {"rated", "heldout_rated"})):
+            raise UserError(
+                f"dpo: the loss {loss.name} compares two answers to a prompt, which {' and '.join(rated)} do not have; "
+                "use loss: {name: kto}, or give comparisons"
+            )
+        if not given & {"comparisons", "rated"}:
+            wanted = "comparisons" if loss.paired else "rated answers, or comparisons to split"
+            raise UserError(f"dpo: the loss {loss.name} needs {wanted}: give the row {wanted.split()[0]}")
+
     def run(self, inputs: Inputs, workspace: Workspace) -> dict[str, Any]:
-        from pipeline.algo.preference import make_loss
-        from pipeline.data.groups import comparison_groups
         from pipeline.data.reader import Reader
         from pipeline.llama.open import open_trainable, save_policy
         from pipeline.train import strategy
-        from pipeline.train.batches import Plan
-        from pipeline.train.loop import Trainer, fit
-        from pipeline.train.objectives import preference, weigh_pairs
+        from pipeline.train.loop import fit
+        from pipeline.train.preferences import imbalance, training_of
         from pipeline.train.reference import held_with_reference, require_start, with_reference, without_dropout
 
         config: Dpo.Config = self.config
+        loss = config.loss.made()
+        training = training_of(loss)
         reader = Reader(workspace)
         policy = open_trainable(inputs.policy, config.adapter, workspace.seed)
-        if without_dropout(policy.module):
+        if loss.needs_reference and without_dropout(policy.module):
             workspace.say("dropout is off: the ratio to the reference would measure it")
-        encode = lambda slot, artifact: comparison_groups(
-            reader.read(slot, artifact, "comparisons"), policy.chat, config.max_tokens
-        ).required(slot, config.max_tokens)
-        encoded = encode("comparisons", inputs.comparisons)
+
+        def encode(**slots: Comparisons | Rated | None) -> Any:
+            given = {slot: artifact for slot, artifact in slots.items() if artifact}
+            records = [
+                record for slot, artifact in given.items() for record in reader.read(slot, artifact, artifact.kind)
+            ]
+            return training.encode(records, policy.chat, config.max_tokens).required(
+                " and ".join(given), config.max_tokens
+            )
+
+        encoded = encode(comparisons=inputs.comparisons, rated=inputs.rated)
+        if uneven := imbalance(loss, encoded.groups):
+            workspace.say(uneven)
         ranks = strategy.for_row(workspace, precision=config.train.precision, clip=config.train.clip)
-        loss = preference(
-            make_loss("sigmoid", beta=config.beta, label_smoothing=config.label_smoothing), config.sft_coefficient
+        make_plan = partial(
+            training.plan, settings=config.train, seed=workspace.seed, strategy=ranks, weigh=training.weigh
         )
-        make_plan = partial(Plan, settings=config.train, seed=workspace.seed, strategy=ranks, weigh=weigh_pairs("pair"))
         plan = make_plan(encoded.groups)
-        trainer = Trainer(policy.module, loss, config.train, ranks, total=len(plan), seed=workspace.seed)
-        plan = make_plan(with_reference(trainer, plan, workspace))
-        require_start(trainer, plan.batch(0).groups, math.log(2), config.train.precision)
+        trainer = training.trainer(policy.module, config.train, ranks, total=len(plan), seed=workspace.seed)
+        if loss.needs_reference:
+            plan = make_plan(with_reference(trainer, plan, workspace, training.parts))
+            require_start(trainer, plan.batch(0).groups, loss.start, config.train.precision)
         evaluate = None
-        if inputs.heldout:
-            held = held_with_reference(trainer, encode("heldout", inputs.heldout).groups, workspace)
-            evaluate = lambda: trainer.evaluate(held)
+        if inputs.heldout or inputs.heldout_rated:
+            held = encode(heldout=inputs.heldout, heldout_rated=inputs.heldout_rated).groups
+            if loss.needs_reference:
+                held = held_with_reference(trainer, held, workspace, training.parts)
+            else:
+                held = trainer.share(held)
+            evaluate = lambda: trainer.evaluate(held, training.weigh(held))
         outcome = fit(trainer, plan, workspace, evaluate=evaluate, figures=("loss", "accuracy", "margin"))
         save_policy(policy, workspace)
         return {
-            "loss": outcome.last.get("loss"),
-            "accuracy": outcome.last.get("accuracy"),
-            "margin": outcome.last.get("margin"),
+            **{name: outcome.last[name] for name in FIGURES if name in outcome.last},
             "heldout_loss": outcome.kept.get("loss"),
             "heldout_accuracy": outcome.kept.get("accuracy"),
-            "comparisons": len(plan.groups),
+            "comparisons" if loss.paired else "rated": len(plan.groups),
             "dropped_too_long": encoded.dropped,
             "steps": outcome.steps,
             "tokens": outcome.tokens,

@@ -122,6 +122,7 @@ class ChatFormat:
         self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys((self.end_id, self.eos_id)))
         named = [t for t in CONTROL_TOKENS if t in vocabulary] + list(tokenizer.all_special_tokens)
         self._control = frozenset(vocabulary[t] for t in named)
+        self.control_ids = self._control | {*self.stop_ids}
         self._headers = {role: vocabulary.get(token) for role, token in HEADERS.items()}
 
     # Conversations

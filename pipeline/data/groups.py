@@ -7,14 +7,15 @@ with all of its samples. The prompt is one segment and is computed once for ever
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from pipeline.algo.output import keep
 from pipeline.data.chat import ChatFormat, require_trained
 from pipeline.data.forest import Forest, Group, Segment
-from pipeline.data.records import Comparison, Conversation, Document, Message
+from pipeline.data.records import Comparison, Conversation, Document, Message, Rated
 from pipeline.flow.errors import UserError
 
 
@@ -73,12 +74,16 @@ def conversation_groups(
     return encoded
 
 
-def comparison_groups(comparisons: Sequence[Comparison], chat: ChatFormat, max_tokens: int) -> Encoded:
+def comparison_groups(
+    comparisons: Sequence[Comparison], chat: ChatFormat, max_tokens: int, *, mark_control: bool = False
+) -> Encoded:
     """[prompt] <- [y1] ... [yK], every completion's tokens with weight 1.
 
     Facts: `answer` 1 marks completions, `worth` is their place from the worst, 0, up, ties sharing one (not the score:
     facts are float32, in which close scores become ties). A comparison whose prompt and longest completion exceed
     `max_tokens` is dropped and counted: cutting an answer would change what was judged. So is one of ties alone.
+    With `mark_control` the control tokens of answers (end of turn) are 1 in the tokens' value `control`, which leaves
+    them out of `answer_sums`.
     """
     encoded = Encoded()
     prompts = chat.prompts_ids([c.prompt for c in comparisons])
@@ -94,8 +99,87 @@ def comparison_groups(comparisons: Sequence[Comparison], chat: ChatFormat, max_t
         worth = comparison.worth()
         places = {w: float(place) for place, w in enumerate(sorted(set(worth)))}
         facts = [{"answer": 1.0, "worth": places[w]} for w in worth]
-        encoded.add(number, continuations(prompt, answers, facts))
+        group = continuations(prompt, answers, facts)
+        encoded.add(number, [_marked(s, chat) for s in group] if mark_control else group)
     return encoded
+
+
+def _marked(segment: Segment, chat: ChatFormat) -> Segment:
+    return replace(segment, tokens={**segment.tokens, "control": [float(i in chat.control_ids) for i in segment.ids]})
+
+
+def rated_groups(records: Sequence[Rated | Comparison], chat: ChatFormat, max_tokens: int) -> Encoded:
+    """[prompt] <- [answer] [unrelated answer]: what KTO trains on, and what it measures its reference point with.
+
+    Facts: `answer` 1 and `desirable` 1 or 0 on the answer; `unrelated` 1 on the answer to another prompt, which follows
+    from the records alone (`unrelated_answers`) and is cut to `max_tokens`. An answer that does not fit is dropped and
+    counted.
+
+    A comparison is split as the paper splits pairs: its best answers are desirable, its worst ones undesirable, what
+    stands between them says neither and is left out. One of ties alone is left out and counted. UserError where all
+    answers are to one prompt.
+    """
+    encoded = Encoded()
+    singles: list[tuple[int, Rated]] = []
+    for number, record in enumerate(records):
+        parts = split_comparison(record) if isinstance(record, Comparison) else [record]
+        encoded.ties += not parts
+        singles += [(number, part) for part in parts]
+    prompts = chat.prompts_ids([r.prompt for _, r in singles])
+    answers = chat.completions_ids([r.completion for _, r in singles])
+    fits = [i for i in range(len(singles)) if len(prompts[i]) + len(answers[i]) <= max_tokens]
+    encoded.dropped = len(singles) - len(fits)
+    others = unrelated_answers([prompts[i] for i in fits])
+    for i, other in zip(fits, others, strict=True):
+        unrelated = answers[fits[other]][: max_tokens - len(prompts[i])]
+        number, record = singles[i]
+        facts = [
+            {"answer": 1.0, "desirable": float(record.desirable), "unrelated": 0.0},
+            {"answer": 0.0, "desirable": 0.0, "unrelated": 1.0},
+        ]
+        encoded.add(number, continuations(prompts[i], [answers[i], unrelated], facts))
+    return encoded
+
+
+def split_comparison(comparison: Comparison) -> list[Rated]:
+    """Its best answers as desirable, its worst as undesirable ones; nothing where all are tied."""
+    worth = comparison.worth()
+    best, worst = max(worth), min(worth)
+    if best == worst:
+        return []
+    return [
+        Rated(comparison.prompt, y.text, w == best, comparison.source)
+        for y, w in zip(comparison.completions, worth, strict=True)
+        if w in (best, worst)
+    ]
+
+
+def unrelated_answers(prompts: Sequence[Sequence[int]]) -> list[int]:
+    """For each record the number of another one, whose prompt differs: the next of all the others in turn.
+
+    Where every prompt has equally many answers this is a permutation, so the unrelated answers are the answers
+    themselves in another order; with one answer each it is the cyclic shift of the KTO paper. UserError for one prompt.
+    """
+    blocks: dict[tuple[int, ...], list[int]] = {}
+    for number, prompt in enumerate(prompts):
+        blocks.setdefault(tuple(prompt), []).append(number)
+    if len(blocks) == 1:
+        raise UserError(
+            f"all {len(prompts)} rated answers are to one prompt: the reference point of KTO is measured with answers "
+            "to other prompts; give records of at least two"
+        )
+    order = [number for block in blocks.values() for number in block]
+    found, end = [0] * len(order), 0
+    for block in blocks.values():
+        end += len(block)
+        for place, number in enumerate(block):
+            found[number] = order[(end + place % (len(order) - len(block))) % len(order)]
+    return found
+
+
+def only(group: Group, fact: str) -> Group:
+    """The roots of a group and those of their children that have the fact (`answer`, `unrelated`)."""
+    return [s for s in group if s.parent < 0 or s.facts.get(fact)]
 
 
 def continuations(
@@ -119,6 +203,14 @@ def continuations(
 def answers(forest: Forest) -> Tensor:
     """[N] segment numbers of the answers, in order."""
     return torch.nonzero(forest.facts["answer"] > 0).squeeze(1)
+
+
+def answer_sums(logprobs_T: Tensor, forest: Forest) -> tuple[Tensor, Tensor]:
+    """[S] summed log-probs of each segment and [S] how many tokens that are, without marked control tokens."""
+    if "control" not in forest.tokens:
+        return sum_by_segment(logprobs_T, forest), forest.length_S
+    text_T = forest.tokens["control"] == 0
+    return sum_by_segment(keep(logprobs_T, text_T), forest), sum_by_segment(text_T.long(), forest)
 
 
 def sum_by_segment(values_T: Tensor, forest: Forest) -> Tensor:

@@ -334,12 +334,18 @@ def _load(path: Path, above: tuple[Path, ...]) -> Document:
         if not target.is_file():
             raise UserError(f"{path}:{lines[('extends',)]}: extends {item!r}, but there is no file {target}")
         part = _load(target, (*above, own))
-        merged = merge(merged, part.values)
+        merged = _merge_documents(merged, part.values)
         places.update(part.places.lines)
         files.extend(part.files)
-    merged = merge(merged, absolute_paths(values, path.parent))
+    merged = _merge_documents(merged, absolute_paths(values, path.parent))
     places.update({keys: f"{path}:{line}" for keys, line in lines.items()})
     return Document(merged, Places(places), (*files, path))
+
+
+def _merge_documents(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """A plan's `name` is no tag: a plan with another one still extends what stands below."""
+    unnamed = {key: value for key, value in below.items() if key != "name" or key not in above}
+    return dict(merge(unnamed, above))
 
 
 def _text(path: Path) -> str:
@@ -361,10 +367,10 @@ def load_plan_file(path: Path, sets: Iterable[str] = ()) -> dict[str, Any]:
 
 
 def merge(below: Any, above: Any) -> Any:
-    """Mappings merge key by key, anything else is replaced; a mapping of another `kind` replaces all."""
+    """Mappings merge key by key, anything else is replaced; a mapping of another `kind` or `name` replaces all."""
     if not isinstance(below, Mapping) or not isinstance(above, Mapping):
         return above
-    if "kind" in below and "kind" in above and below["kind"] != above["kind"]:
+    if any(tag in below and tag in above and below[tag] != above[tag] for tag in ("kind", "name")):
         return dict(above)
     merged = dict(below)
     for key, value in above.items():

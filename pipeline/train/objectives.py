@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.algo.preference import PairLogps, PreferenceLoss
+from pipeline.algo.output import sums
+from pipeline.algo.preference import Kto, PairLogps, PairLoss, UnpairedLogps
 from pipeline.algo.reward import Pairs, centring_penalty, ranking_loss, ranking_pairs
 from pipeline.data.forest import Forest, Group
-from pipeline.data.groups import answers, sum_by_segment
+from pipeline.data.groups import answer_sums, answers, sum_by_segment
 from pipeline.llama.heads import at_last
 from pipeline.train.loop import LossFunction, LossSums
 from pipeline.train.metrics import Number
@@ -85,34 +86,60 @@ def pairwise_ranking(weight_by: str, centring: float) -> LossFunction:
     return loss
 
 
-def preference(loss_fn: PreferenceLoss, sft_coefficient: float) -> LossFunction:
-    """A preference loss on summed log-probs of whole answers; the reference's stand in the fact `reference`."""
+def preference(loss_fn: PairLoss) -> LossFunction:
+    """A loss on pairs of whole answers; reference log-probs, where it needs them, stand in the fact `reference`."""
 
     def loss(module: Callable[..., Any], forest: Forest) -> LossSums:
         logprobs_T = module(forest).logprobs_T
-        summed_S = sum_by_segment(logprobs_T, forest)
         at, pairs = _pairs_of(forest, "pair")
-        policy, reference, length = summed_S[at], forest.facts["reference"][at], forest.length_S[at]
+        policy, length = (x_S[at] for x_S in answer_sums(logprobs_T, forest))
+        nll = -sum_by_segment(logprobs_T, forest)[at] / forest.length_S[at].clamp(min=1)
+        reference = forest.facts["reference"][at] if loss_fn.needs_reference else None
         better, worse = pairs.better_P, pairs.worse_P
         out = loss_fn(
             PairLogps(
                 policy_chosen=policy[better],
                 policy_rejected=policy[worse],
-                reference_chosen=reference[better],
-                reference_rejected=reference[worse],
+                reference_chosen=None if reference is None else reference[better],
+                reference_rejected=None if reference is None else reference[worse],
                 length_chosen=length[better],
                 length_rejected=length[worse],
+                nll_chosen=nll[better],
             )
         )
-        terms = {"pairs": out.losses.sum() + 0.0 * policy.sum()}
-        metrics: dict[str, tuple[Number, Number]] = dict(out.metrics)
-        if sft_coefficient:
-            chosen = -(policy[better] / length[better].clamp(min=1)).sum()
-            terms["pairs"] = terms["pairs"] + sft_coefficient * chosen
-            metrics["sft_nll"] = (chosen.detach(), better.numel())
-        return LossSums(terms, metrics)
+        return LossSums({"pairs": out.losses.sum() + 0.0 * policy.sum()}, out.metrics)  # a graph without any pair too
 
     return loss
+
+
+def unpaired(loss_fn: Kto, reference_point: float) -> LossFunction:
+    """A loss on single rated answers, given the reference point of the whole step."""
+
+    def loss(module: Callable[..., Any], forest: Forest) -> LossSums:
+        summed_S = sum_by_segment(module(forest).logprobs_T, forest)
+        at = answers(forest)
+        logps = UnpairedLogps(
+            policy=summed_S[at],
+            reference=forest.facts["reference"][at],
+            desirable=forest.facts["desirable"][at] > 0,
+            reference_point=reference_point,
+        )
+        out = loss_fn(logps)
+        return LossSums({"answers": out.losses.sum()}, out.metrics)
+
+    return loss
+
+
+def weigh_answers(groups: Sequence[Group]) -> dict[str, float]:
+    """{"answers": how many answers these groups hold}."""
+    return {"answers": float(sum(bool(s.facts.get("answer")) for group in groups for s in group))}
+
+
+def unrelated_log_ratio(module: Callable[..., Any], forest: Forest) -> LossSums:
+    """No loss: the mean log ratio of policy to reference of answers to other prompts, nats an answer."""
+    at = torch.nonzero(forest.facts["unrelated"] > 0).squeeze(1)
+    ratio = sum_by_segment(module(forest).logprobs_T, forest)[at] - forest.facts["reference"][at]
+    return LossSums({}, {"log_ratio": sums(ratio)})
 
 
 @torch.no_grad()

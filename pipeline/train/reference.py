@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -10,21 +10,25 @@ import torch
 from torch import nn
 
 from pipeline.data.forest import Group, size
-from pipeline.data.groups import sum_by_segment
+from pipeline.data.groups import answer_sums, only
 from pipeline.flow.errors import RowFailed
 
 if TYPE_CHECKING:
     from pipeline.train.batches import Plan
     from pipeline.train.loop import Trainer
 
-EXACT = {"fp32": 1e-7, "bf16": 1e-2}  # of the first loss; the forests are the same, so the bits should be too
+EXACT = {"fp32": 1e-7, "bf16": 1e-2}  # of the first loss, relative above 1/4: the forests are the same, so the bits are
 
 
-def with_reference(trainer: Trainer, plan: Plan, workspace: Any) -> list[Group]:
+PAIRS = ("answer",)
+
+
+def with_reference(trainer: Trainer, plan: Plan, workspace: Any, parts: Sequence[str] = PAIRS) -> list[Group]:
     """The plan's groups, every segment with the fact `reference`: its summed log-prob under the current weights.
 
     Each is taken on the micro-batch that first trains it, so that the first loss compares equal bits. A record that
-    the plan never reaches gets 0.
+    the plan never reaches gets 0. `parts` are the facts of answers that go through the model together: those of
+    comparisons all do, rated ones without their unrelated answers (see `only`).
     """
     left = set(range(len(plan.groups)))
     batches = []
@@ -33,46 +37,63 @@ def with_reference(trainer: Trainer, plan: Plan, workspace: Any) -> list[Group]:
         if new:  # a step may reach into the next epoch: what it sees again keeps its first value
             batches.append((plan.mine(step), new))
             left -= new
-    return _annotate(trainer, plan.groups, batches, workspace)
+    return _annotate(trainer, plan.groups, batches, workspace, parts)
 
 
-def held_with_reference(trainer: Trainer, groups: Sequence[Group], workspace: Any) -> list[Group]:
+def held_with_reference(
+    trainer: Trainer, groups: Sequence[Group], workspace: Any, parts: Sequence[str] = PAIRS
+) -> list[Group]:
     """This rank's share of held-out groups, with the same fact."""
     mine = trainer.strategy.share([size(g) for g in groups])
-    annotated = _annotate(trainer, groups, [(mine, set(mine))], workspace)
+    annotated = _annotate(trainer, groups, [(mine, set(mine))], workspace, parts)
     return [annotated[i] for i in mine]
 
 
 @torch.no_grad()
 def _annotate(
-    trainer: Trainer, groups: Sequence[Group], batches: Iterable[tuple[Sequence[int], set[int]]], workspace: Any
+    trainer: Trainer,
+    groups: Sequence[Group],
+    batches: Iterable[tuple[Sequence[int], set[int]]],
+    workspace: Any,
+    parts: Sequence[str],
 ) -> list[Group]:
     """`batches`: records computed together, and those of them whose values are kept."""
     if trainer.done:
         raise RuntimeError("reference log-probs must be taken before the first update")
-    found: dict[int, list[float]] = {}
+    found: dict[str, dict[int, list[float]]] = {part: {} for part in parts}
     with trainer.inference():
         for batch, wanted in batches:
-            order = sorted(batch, key=lambda i: size(groups[i]), reverse=True)  # as the loop cuts micro-batches
-            at = 0
-            for forest in trainer.forests([groups[i] for i in order]):
-                sums: list[list[float]] = [[] for _ in range(forest.groups)]
-                summed = sum_by_segment(trainer.engine(forest).logprobs_T, forest).tolist()
-                for owner, value in zip(forest.group_S.tolist(), summed, strict=True):
-                    sums[owner].append(value)
-                found |= {order[at + g]: values for g, values in enumerate(sums) if order[at + g] in wanted}
-                at += forest.groups
-            workspace.progress(len(found) * trainer.strategy.world, len(groups), "references")
-    everyone: dict[int, list[float]] = {}
-    for part in trainer.strategy.gather([[i, values] for i, values in found.items()]):
-        everyone |= dict(part)
-    return [
-        [
-            replace(s, facts={**s.facts, "reference": r})
-            for s, r in zip(group, everyone.get(i, [0.0] * len(group)), strict=True)
-        ]
-        for i, group in enumerate(groups)
-    ]
+            for part in parts:
+                values = _summed(trainer, [only(groups[i], part) for i in batch])
+                found[part] |= {i: v for i, v in zip(batch, values, strict=True) if i in wanted}
+            workspace.progress(len(found[parts[0]]) * trainer.strategy.world, len(groups), "references")
+    everyone: dict[str, dict[int, list[float]]] = {part: {} for part in parts}
+    for rank in trainer.strategy.gather({part: list(values.items()) for part, values in found.items()}):
+        for part, items in rank.items():
+            everyone[part] |= dict(items)
+    return [_with_facts(group, {part: everyone[part].get(i) for part in parts}) for i, group in enumerate(groups)]
+
+
+def _summed(trainer: Trainer, groups: Sequence[Group]) -> list[list[float]]:
+    """The summed log-probs of every group's segments."""
+    order = sorted(range(len(groups)), key=lambda i: size(groups[i]), reverse=True)  # as the loop cuts micro-batches
+    out: list[list[float]] = [[] for _ in groups]
+    at = 0
+    for forest in trainer.forests([groups[i] for i in order]):
+        summed_S, _ = answer_sums(trainer.engine(forest).logprobs_T, forest)
+        for owner, value in zip(forest.group_S.tolist(), summed_S.tolist(), strict=True):
+            out[order[at + owner]].append(value)
+        at += forest.groups
+    return out
+
+
+def _with_facts(group: Group, values: Mapping[str, list[float] | None]) -> Group:
+    """The group with what was found of each part: a value for every segment of `only(group, part)`, or None."""
+    known = dict.fromkeys(range(len(group)), 0.0)
+    for part, found in values.items():
+        if found is not None:
+            known |= zip((i for i, s in enumerate(group) if s.parent < 0 or s.facts.get(part)), found, strict=True)
+    return [replace(s, facts={**s.facts, "reference": known[i]}) for i, s in enumerate(group)]
 
 
 def without_dropout(module: nn.Module) -> bool:
@@ -90,10 +111,20 @@ def without_dropout(module: nn.Module) -> bool:
     return found
 
 
-def require_start(trainer: Trainer, groups: Sequence[Group], expected: float, precision: str) -> None:
-    """With policy and reference equal the loss has a known value; anything else is a wrong reference."""
-    found = trainer.evaluate(groups)["loss"]
-    if not abs(found - expected) <= EXACT[precision]:
+def require_start(
+    trainer: Trainer,
+    groups: Sequence[Group],
+    start: Callable[[Mapping[str, float]], float | None],
+    precision: str,
+) -> None:
+    """With policy and reference equal the loss has a known value, `start` of its figures; anything else is a wrong
+    reference. RowFailed then.
+    """
+    figures = trainer.evaluate(groups)
+    found, expected = figures["loss"], start(figures)
+    if expected is None:
+        return
+    if not abs(found - expected) <= EXACT[precision] * max(1.0, 4 * expected):
         raise RowFailed(
             f"at step 0 the loss is {found:.9g}, expected {expected:.9g}: policy and reference are not the same "
             "(dropout active? an adapter merged or left out? another precision?)"

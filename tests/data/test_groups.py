@@ -8,15 +8,19 @@ import torch
 from pipeline.data.chat import NothingToTrain
 from pipeline.data.forest import build, size
 from pipeline.data.groups import (
+    answer_sums,
     answers,
     as_conversation,
     comparison_groups,
     continuations,
     conversation_groups,
     document_groups,
+    only,
+    rated_groups,
     sum_by_segment,
+    unrelated_answers,
 )
-from pipeline.data.records import Comparison, Completion, Conversation, Document, Message
+from pipeline.data.records import Comparison, Completion, Conversation, Document, Message, Rated
 from pipeline.flow.errors import UserError
 from tests.small import ask, chat, comparison
 
@@ -126,3 +130,79 @@ def test_what_is_left_over_is_counted_and_nothing_left_is_said():
     none = comparison_groups([tie, comparison("a" * 99, "b", "c")], chat(), 99)
     with pytest.raises(UserError, match=r"heldout: no record is left to use \(1 longer than max_tokens=99, 1 ties"):
         none.required("heldout", 99)
+
+
+# Rated answers
+
+
+def rated(prompt: str, text: str, desirable: bool = True) -> Rated:
+    return Rated(ask(prompt), text, desirable)
+
+
+def test_a_rated_answer_stands_beside_one_to_another_prompt():
+    records = [rated("a", "yes"), rated("bb", "no", False), rated("c", "what")]
+    encoded = rated_groups(records, chat(), 99)
+    assert encoded.kept == [0, 1, 2] and (encoded.dropped, encoded.ties) == (0, 0)
+    for group, record, other in zip(encoded.groups, records, ("no", "what", "yes"), strict=True):
+        prompt, answer, unrelated = group
+        assert list(prompt.ids) == chat().prompt_ids(record.prompt)
+        assert list(answer.ids) == chat().completion_ids(record.completion)
+        assert list(unrelated.ids) == chat().completion_ids(other)
+        assert answer.parent == unrelated.parent == 0
+        assert answer.facts == {"answer": 1, "desirable": record.desirable, "unrelated": 0}
+        assert unrelated.facts == {"answer": 0, "desirable": 0, "unrelated": 1}
+        assert only(group, "answer") == [prompt, answer] and only(group, "unrelated") == [prompt, unrelated]
+
+
+def test_rated_answers_that_do_not_fit_are_dropped_and_unrelated_ones_cut():
+    """A prompt of one character has 5 tokens: 5 + 4 + 1 = 10 fits, 5 + 6 does not; "longer" is cut beside bb to 4."""
+    records = [rated("a", "long"), rated("b", "longer"), rated("bb", "no"), rated("a", "four")]
+    encoded = rated_groups(records, chat(), 10)
+    assert (encoded.kept, encoded.dropped) == ([0, 2, 3], 1)
+    assert all(len(g[0].ids) + len(s.ids) <= 10 for g in encoded.groups for s in g[1:])
+    assert [len(g[2].ids) for g in encoded.groups] == [3, 4, 3]  # "no", "long" or "four" without its end, "no"
+
+
+def test_unrelated_answers_are_to_other_prompts():
+    """The cyclic shift where prompts differ, a permutation where all have as many answers, and never the own prompt."""
+    assert unrelated_answers([[1], [2], [3]]) == [1, 2, 0]
+    pairs = unrelated_answers([[1], [1], [2], [2], [3], [3]])
+    assert pairs == [2, 3, 4, 5, 0, 1]
+    assert unrelated_answers([[1], [2], [1], [2]]) == [1, 0, 3, 2]
+    for prompts in ([7, 7, 7, 7, 8], [1, 2, 2, 3, 3, 3, 4], [5, 6, 5, 6, 5, 9]):
+        found = unrelated_answers([[p] for p in prompts])
+        assert all(prompts[other] != p for other, p in zip(found, prompts, strict=True))
+    assert unrelated_answers([]) == []
+    with pytest.raises(UserError, match="all 2 rated answers are to one prompt"):
+        unrelated_answers([[1], [1]])
+
+
+def test_comparisons_are_split_into_their_best_and_their_worst():
+    """Ranked 0, 1, 2: the middle says neither; a tie at the top makes two desirable ones; ties alone are counted."""
+    records = [
+        comparison("a", "best", "middle", "worst"),
+        comparison("b", "x", "y", "z", scores=[1.0, 1.0, 0.0]),
+        comparison("c", "x", "y", scores=[1.0, 1.0]),
+        rated("d", "liked"),
+    ]
+    encoded = rated_groups(records, chat(), 99)
+    assert (encoded.kept, encoded.ties) == ([0, 0, 1, 1, 1, 3], 1)
+    texts = [chat().decode(list(g[1].ids)) for g in encoded.groups]
+    assert texts == ["best", "worst", "x", "y", "z", "liked"]
+    assert [g[1].facts["desirable"] for g in encoded.groups] == [1, 0, 1, 1, 0, 1]
+
+
+def test_control_tokens_are_marked_where_asked_for_and_left_out_of_sums():
+    """Answers "yes" and "no" with their end: 3 and 2 tokens of text; a control token spelled in text is text."""
+    pair = comparison("q", "yes", "no", "<|end|>")
+    (plain,) = comparison_groups([pair], chat(), 99).groups
+    assert "control" not in plain[1].tokens
+    (marked,) = comparison_groups([pair], chat(), 99, mark_control=True).groups
+    assert [list(s.tokens["control"]) for s in marked[1:]] == [[0, 0, 0, 1], [0, 0, 1], [0] * 7 + [1]]
+    for group, lengths in ((plain, [4, 3, 8]), (marked, [3, 2, 7])):
+        forest = build([group])
+        logprobs = torch.full((len(forest),), -2.0)
+        if group is marked:
+            logprobs[forest.tokens["control"] > 0] = torch.nan
+        total, length = answer_sums(logprobs, forest)
+        assert length[1:].tolist() == lengths and total[1:].tolist() == [-2.0 * n for n in lengths]

@@ -168,6 +168,15 @@ def test_assign_makes_mappings_and_refuses_to_go_below_a_value() -> None:
         assign(document, ("n", "b"), 1, "--set n.b=1")
 
 
+def test_another_name_is_another_thing_but_not_another_plan(tmp_path: Path) -> None:
+    below = {"loss": {"name": "simpo", "gamma": 1.0, "beta": 2.0}}
+    assert merge(below, {"loss": {"name": "ipo", "beta": 0.5}}) == {"loss": {"name": "ipo", "beta": 0.5}}
+    assert merge(below, {"loss": {"name": "simpo", "beta": 0.5}})["loss"]["gamma"] == 1.0
+    (tmp_path / "below.yaml").write_text("name: below\nstages: {sft: {x: 1}}\n")
+    (tmp_path / "plan.yaml").write_text("extends: [below.yaml]\nname: plan\n")
+    assert load_document(tmp_path / "plan.yaml").values == {"name": "plan", "stages": {"sft": {"x": 1}}}
+
+
 def test_merge_leaves_its_arguments_alone() -> None:
     below = {"a": {"b": 1}}
     assert merge(below, {"a": {"c": 2}}) == {"a": {"b": 1, "c": 2}}

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.data.groups import conversation_groups
-from pipeline.data.records import Message, Prompt
+from pipeline.data.records import Message, Prompt, Rated
 from pipeline.flow.errors import RowFailed, UserError
 from pipeline.llama.open import open_frozen
 from pipeline.rollout.collect import Sampler, encode_prompts
@@ -264,3 +264,71 @@ def test_rejection_trains_on_the_sample_alone(
     row = place.run("rejection", inputs, sampling={"samples": 64, "max_new_tokens": 6}, train=train())
     (text,) = [c["messages"][-1]["content"] for c in row.rows("conversations")]
     assert trained == [len(chat().completion_ids(text))]
+
+
+LOSSES = {  # loss -> what it starts at, None where that depends on the policy
+    "sigmoid": 0.6931471806,
+    "robust": 0.6931471806,
+    "ipo": 25.0,
+    "hinge": 1.0,
+    "sigmoid_norm": 0.6931471806,
+    "apo_zero": 1.0,
+    "llama3": None,
+    "simpo": None,
+    "orpo": None,
+    "kto": 0.5,
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_preference_loss_trains(
+    place: Place, base: Any, pairs: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two steps of half the records each, from the loss that policy = reference gives; the second is lower."""
+    from pipeline.algo.preference import LOSSES as known
+    from pipeline.train import reference
+
+    assert set(LOSSES) == set(known)
+    taken: list[Any] = []
+    found = reference._summed
+    monkeypatch.setattr(reference, "_summed", lambda *a: taken.append(a) or found(*a))
+    count = 16 if name == "kto" else 8  # comparisons are split for it
+    inputs = {"policy": base, "comparisons": pairs, "heldout": pairs}
+    gentle = train(learning_rate=1e-3, batch=count // 2)
+    row = place.run("dpo", inputs, loss={"name": name}, train=gentle)
+    start = LOSSES[name]
+    assert len(row.log) == 2
+    assert start is None or row.log[0]["loss"] == pytest.approx(start, rel=2e-7)
+    assert row.metrics["heldout_loss"] < row.log[0]["loss"]
+    assert row.metrics["rated" if name == "kto" else "comparisons"] == count
+    assert bool(taken) == known[name].needs_reference  # else nothing was computed for one
+    assert ("margin" in row.log[1]) == known[name].paired and ("reference_point" in row.log[1]) == (name == "kto")
+
+
+@pytest.fixture(scope="module")
+def rated(place: Place) -> Any:
+    texts = [f"{a} sir" if i % 2 else "go away" for i, a in enumerate(ANSWERS)]
+    records = [Rated(ask(q), text, text != "go away") for q, text in zip(QUESTIONS, texts, strict=True)]
+    return place.data("rated", records)
+
+
+def test_kto_learns_from_ratings_and_comparisons_together(place: Place, base: Any, rated: Any, pairs: Any) -> None:
+    inputs = {"policy": base, "rated": rated, "comparisons": pairs, "heldout_rated": rated}
+    row = place.run("dpo", inputs, loss={"name": "kto", "beta": 0.3}, train=train(epochs=3), **LORA)
+    assert row.metrics["rated"] == 8 + 16 and row.metrics["heldout_accuracy"] == 1.0
+    assert row.metrics["reward_desirable"] > 0 > row.metrics["reward_undesirable"]
+    assert row.log[0]["loss"] == 0.5 and row.log[-1]["loss"] < 0.4
+    assert row.metrics["read"]["rated"]["records"] == 8 and row.metrics["read"]["comparisons"]["records"] == 8
+    assert not any("answers are desirable" in text for text in row.said)  # 12 of 24
+    with pytest.raises(UserError, match="comparisons and rated: no record is left"):
+        place.run("dpo", inputs, loss={"name": "kto"}, max_tokens=8, train=train())
+
+
+def test_the_short_settings_are_the_losss_own(place: Place, base: Any, pairs: Any) -> None:
+    """`beta` beside the loss and within it are the same run, to the bit."""
+    inputs = {"policy": base, "comparisons": pairs}
+    short = place.run("dpo", inputs, beta=0.3, sft_coefficient=0.2, train=train())
+    long = place.run("dpo", inputs, loss={"beta": 0.3, "sft_coefficient": 0.2}, train=train())
+    assert short.out["policy"].digest == long.out["policy"].digest
+    assert short.log[0]["preference_loss"] == pytest.approx(0.6931471806, abs=1e-7)
+    assert short.log[0]["loss"] == pytest.approx(0.6931471806 + 0.2 * short.log[0]["sft_nll"], rel=1e-6)

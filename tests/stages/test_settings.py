@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pipeline.algo.preference import make_loss
 from pipeline.flow.config import parse_settings
 from pipeline.flow.errors import UserError
 from pipeline.flow.plan import load_plan
@@ -33,6 +35,11 @@ def test_ppo_refuses_samplers_that_are_not_the_policy(sampling: dict[str, Any]) 
     [
         ("dpo", {"beta": 0}, "beta"),
         ("dpo", {"label_smoothing": 0.5}, "label_smoothing"),
+        ("dpo", {"loss": {"name": "simpo", "gamma": -1}}, r"dpo\.loss\.gamma"),
+        ("dpo", {"loss": {"name": "sompi"}}, "dpo.loss: Input tag 'sompi'"),
+        ("dpo", {"loss": {"name": "simpo", "lambda": 1}}, "simpo has no lambda; it has: beta, gamma, sft_coefficient"),
+        ("dpo", {"loss": {"name": "kto"}, "sft_coefficient": 0.5}, "kto has no sft_coefficient"),
+        ("dpo", {"loss": {"beta": 0.2}, "beta": 0.1}, "beta and loss.beta are the same setting"),
         ("reward", {"weight_by": "rank"}, "weight_by"),
         ("sft", {"train_on": "everything"}, "train_on"),
         ("sft", {"train": {"epochs": 0}}, "epochs"),
@@ -52,6 +59,34 @@ def test_ppo_refuses_samplers_that_are_not_the_policy(sampling: dict[str, Any]) 
 def test_values_out_of_range_are_named(stage: str, values: dict[str, Any], named: str) -> None:
     with pytest.raises(UserError, match=named):
         config(stage, **values)
+
+
+@pytest.mark.parametrize(
+    ("loss", "given", "message"),
+    [
+        ("sigmoid", ["comparisons", "heldout"], None),
+        ("simpo", ["comparisons"], None),
+        ("kto", ["rated", "heldout_rated"], None),
+        ("kto", ["comparisons", "heldout"], None),
+        ("kto", ["comparisons", "rated"], None),
+        ("sigmoid", [], "the loss sigmoid needs comparisons: give the row comparisons"),
+        ("kto", ["heldout_rated"], "the loss kto needs rated answers, or comparisons to split: give the row rated"),
+        ("ipo", ["rated"], r"ipo compares two answers to a prompt, which rated do not have; use loss: \{name: kto\}"),
+        ("orpo", ["comparisons", "heldout_rated"], "orpo compares two answers to a prompt, which heldout_rated"),
+    ],
+)
+def test_losses_and_inputs_go_together(loss: str, given: list[str], message: str | None) -> None:
+    stage = load_stage(STAGES["dpo"])
+    with pytest.raises(UserError, match=message) if message else nullcontext():
+        stage.check(config("dpo", loss={"name": loss}), frozenset(["policy", *given]))
+
+
+def test_short_settings_of_dpo_reach_whatever_loss_there_is() -> None:
+    smooth = make_loss("sigmoid", beta=0.3, label_smoothing=0.1)
+    assert config("dpo", beta=0.3, label_smoothing=0.1).loss.made() == smooth
+    assert config("dpo", beta=0.3, loss={"name": "ipo"}).loss.made() == make_loss("ipo", beta=0.3)
+    assert config("dpo", sft_coefficient=None, loss={"name": "kto"}).loss.made() == make_loss("kto")
+    assert config("dpo", beta=0.3).identity()["loss"] == config("dpo", loss={"beta": 0.3}).identity()["loss"]
 
 
 @pytest.mark.parametrize("name", STAGES)

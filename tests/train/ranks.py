@@ -1,6 +1,6 @@
 """Trains the tiny model as one rank of several and writes what came out as JSON.
 
-torchrun --nproc_per_node 2 tests/train/ranks.py OUT STRATEGY
+torchrun --nproc_per_node 2 tests/train/ranks.py OUT STRATEGY [ZERO_STAGE [records|ratings]]
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:
@@ -16,10 +17,15 @@ if str(ROOT) not in sys.path:
 
 import torch  # noqa: E402
 
+from pipeline.algo.preference import Kto  # noqa: E402
+from pipeline.data.records import Rated  # noqa: E402
 from pipeline.train.batches import Plan, weigh_tokens  # noqa: E402
 from pipeline.train.loop import Trainer, fit  # noqa: E402
+from pipeline.train.preferences import PARTS, training_of  # noqa: E402
+from pipeline.train.reference import with_reference  # noqa: E402
 from pipeline.train.settings import TrainSettings  # noqa: E402
 from pipeline.train.strategy import Strategy, build  # noqa: E402
+from tests.small import ask, chat, policy  # noqa: E402
 from tests.train.tiny import Listener, Tiny, next_token, records  # noqa: E402
 
 
@@ -46,9 +52,35 @@ def train(strategy: Strategy) -> dict[str, object]:
     }
 
 
-def main(out: str, strategy: str, stage: str = "2") -> None:
+def ratings(n: int) -> list[Rated]:
+    """Answers of unequal lengths, two of three desirable."""
+    return [Rated(ask("q" * (i % 4 + 1)), "good" * (i + 1) if i % 3 else "bad" * (i + 1), i % 3 != 0) for i in range(n)]
+
+
+def train_ratings(strategy: Strategy) -> dict[str, object]:
+    """KTO on 7 answers in batches of 3, 3 and 1, several passes a step."""
+    training = training_of(Kto(desirable_weight=4.0))
+    settings = TrainSettings(batch=3, token_budget=70, learning_rate=1e-3, warmup=0.0, schedule="constant", clip=0)
+
+    def plan_of(groups: Any) -> Plan:
+        return training.plan(groups, settings, seed=1, strategy=strategy, weigh=training.weigh)
+
+    plan = plan_of(training.encode(ratings(7), chat(), 99).groups)
+    trainer = training.trainer(policy().module, settings, strategy, total=len(plan), seed=3)
+    plan = plan_of(with_reference(trainer, plan, Listener(), PARTS))
+    steps = [trainer.step(batch.groups, batch.weights, batch.filler) for batch in plan]
+    return {
+        "rank": strategy.rank,
+        "world": strategy.world,
+        "points": [step["reference_point"] for step in steps],
+        "losses": [step["loss"] for step in steps],
+        "weights": {name: tensor.flatten().tolist() for name, tensor in trainer.engine.weights().items()},
+    }
+
+
+def main(out: str, strategy: str, stage: str = "2", what: str = "records") -> None:
     torch.set_num_threads(1)
-    found = train(
+    found = (train if what == "records" else train_ratings)(
         build(
             processes=int(os.environ["WORLD_SIZE"]),
             strategy=strategy,

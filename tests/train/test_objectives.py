@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from pipeline.algo.preference import make_loss
 from pipeline.algo.reward import ranking_pairs
 from pipeline.data.forest import Forest, Segment, build
-from pipeline.data.groups import answers, comparison_groups, continuations
+from pipeline.data.groups import answers, comparison_groups, continuations, only
 from pipeline.train.batches import weigh_tokens
 from pipeline.train.loop import Trainer
 from pipeline.train.objectives import (
@@ -21,6 +22,9 @@ from pipeline.train.objectives import (
     per_round,
     preference,
     summed_logprobs,
+    unpaired,
+    unrelated_log_ratio,
+    weigh_answers,
     weigh_pairs,
 )
 from pipeline.train.settings import TrainSettings
@@ -179,7 +183,7 @@ CHOSEN, REJECTED = [-4.0] * 3, [-3.0] * 5  # sums -12 and -15
 
 
 def dpo(group: list[Segment], sft: float = 0.0, **settings: float):
-    return preference(make_loss("sigmoid", **{"beta": 0.1, **settings}), sft)(Told(), build([group]))
+    return preference(make_loss("sigmoid", **{"beta": 0.1, "sft_coefficient": sft, **settings}))(Told(), build([group]))
 
 
 def test_dpo_compares_sums_over_tokens():
@@ -223,6 +227,34 @@ def test_the_sft_term_is_the_mean_over_the_chosen_answer():
     assert means(out)["sft_nll"] == 4.0
 
 
+def test_a_loss_without_a_reference_asks_for_none():
+    """SimPO on means -4 and -3 (its margin 1): log(1 + exp(2 * 4 - 2 * 3 + 1)); no fact `reference` anywhere."""
+    group = told(
+        ([math.nan], {}, 0.0),
+        (REJECTED, {"answer": 1.0, "worth": 0.0}, 1.0),
+        (CHOSEN, {"answer": 1.0, "worth": 1.0}, 1.0),
+    )
+    simpo = preference(make_loss("simpo", beta=2.0, gamma=1.0))
+    same(simpo(Told(), build([group])).terms["pairs"], math.log1p(math.exp(3.0)), atol=1e-5)
+    with pytest.raises(KeyError, match="reference"):
+        preference(make_loss("sigmoid"))(Told(), build([group]))
+
+
+def test_llama_3_leaves_control_tokens_out_of_the_pair_and_keeps_them_in_the_nll():
+    """The last token of each answer is its end, log-probs -1 and -2: sums over text -8 and -12, references -9 and -11.
+
+    h = (-8 + 9) - (-12 + 11) = 2, as in correctness.md 4.2; the NLL is (4 + 4 + 1) / 3 = 3 nats a token.
+    """
+    group = pair([-4.0, -4.0, -1.0], [-3.0] * 4 + [-2.0], (-9.0, -11.0))
+    ends = [[0.0], [0.0] * 4 + [1.0], [0.0, 0.0, 1.0]]
+    group = [replace(s, tokens={**s.tokens, "control": c}) for s, c in zip(group, ends, strict=True)]
+    out = preference(make_loss("llama3"))(Told(), build([group]))
+    same(out.terms["pairs"], 0.5981388694 + 0.2 * 3)
+    assert means(out)["sft_nll"] == 3.0 and means(out)["logp_chosen"] == -8.0
+    averaged = preference(make_loss("sigmoid_norm", beta=1.0))(Told(), build([group]))
+    same(averaged.terms["pairs"], math.log1p(math.exp(-(1 / 2 + 1 / 4))))  # lengths without them too
+
+
 def test_pairs_of_a_ranking_are_separate_records_of_the_sum():
     group = told(
         ([0.0], {}, 0.0),
@@ -256,6 +288,31 @@ def test_a_step_does_not_depend_on_how_comparisons_were_cut(budget: int):
     # prompts have 4 to 6 tokens, the largest group 6 + 4 * 2
     for one, other in zip(gradient(1000), gradient(max(budget, 14)), strict=True):
         same(other, one, atol=1e-5)
+
+
+def rating(answer: list[float], desirable: float, reference: float, unrelated: tuple[list[float], float]):
+    """A rated answer and one to another prompt, with told log-probs by token and reference sums; NaN in the prompt."""
+    other = {"answer": 0.0, "desirable": 0.0, "unrelated": 1.0, "reference": unrelated[1]}
+    return told(
+        ([math.nan, math.nan], {}, 0.0),
+        (answer, {"answer": 1.0, "desirable": desirable, "unrelated": 0.0, "reference": reference}, 1.0),
+        (unrelated[0], other, 1.0),
+    )
+
+
+def test_rated_answers_are_held_against_the_reference_point():
+    """beta 0.5, z0 1: log ratios 3 (liked) and -1 (disliked) both give 1 - s(1); unrelated ones mean 1.5."""
+    groups = [rating([-3.0, -4.0], 1.0, -10.0, ([-1.0], -3.5)), rating([-5.0], 0.0, -4.0, ([-1.0, -1.0], -2.5))]
+    answered = build([only(g, "answer") for g in groups])
+    out = unpaired(make_loss("kto", beta=0.5), 1.0)(Told(), answered)
+    same(out.terms["answers"], 2 * 0.2689414214)
+    assert weigh_answers(groups) == {"answers": 2.0} and means(out)["accuracy"] == 1.0
+    found = unrelated_log_ratio(Told(), build([only(g, "unrelated") for g in groups]))
+    assert means(found) == {"log_ratio": 1.5} and not found.terms
+    empty = unpaired(make_loss("kto"), 0.0)(
+        Told(), build([only(groups[0], "unrelated")])
+    )  # a rank without its own work
+    assert empty.terms["answers"].item() == 0.0 and empty.terms["answers"].requires_grad
 
 
 def test_weigh_tokens_agrees_with_the_loss():

@@ -11,21 +11,24 @@ from torch import nn
 
 from pipeline.algo.preference import make_loss
 from pipeline.data.forest import Forest, build
-from pipeline.data.groups import comparison_groups, continuations
+from pipeline.data.groups import comparison_groups, continuations, rated_groups
+from pipeline.data.records import Rated
 from pipeline.flow.errors import RowFailed
 from pipeline.llama.adapters import LoraSettings, add_lora
 from pipeline.llama.heads import PolicyModel, TokenOutputs
 from pipeline.train.batches import Plan
 from pipeline.train.loop import Trainer
-from pipeline.train.objectives import preference, weigh_pairs
+from pipeline.train.objectives import preference, weigh_answers, weigh_pairs
 from pipeline.train.reference import held_with_reference, require_start, with_reference, without_dropout
 from pipeline.train.settings import TrainSettings
 from pipeline.train.strategy import build as build_strategy
-from tests.small import Listener, chat, comparison, outputs, policy
+from tests.small import Listener, ask, chat, comparison, outputs, policy
 from tests.train.tiny import Tiny
 
+LN2 = math.log(2)
 SETTINGS = {"learning_rate": 1e-2, "batch": 3, "token_budget": 64, "warmup": 0.0}
-LOSS = preference(make_loss("sigmoid"), 0.0)
+SIGMOID = make_loss("sigmoid")
+LOSS = preference(SIGMOID)
 
 
 def groups(n: int = 7):
@@ -60,7 +63,7 @@ def test_the_first_loss_is_ln_2_and_training_moves_it():
     trainer, plan = make(policy().module, groups())
     annotated = with_reference(trainer, plan, Listener())
     first = Plan(annotated, trainer.settings, seed=0, strategy=trainer.strategy, weigh=weigh_pairs("pair"))
-    require_start(trainer, first.batch(0).groups, math.log(2), "fp32")
+    require_start(trainer, first.batch(0).groups, SIGMOID.start, "fp32")
     batch = first.batch(0)
     figures = trainer.step(batch.groups, batch.weights)
     assert figures["loss"] == pytest.approx(math.log(2), abs=1e-7) and figures["margin"] == 0.0
@@ -76,7 +79,37 @@ def test_another_reference_is_refused():
     with torch.no_grad():
         next(trainer.module.parameters()).mul_(1.05)
     with pytest.raises(RowFailed, match="policy and reference are not the same"):
-        require_start(trainer, annotated[:3], math.log(2), "fp32")
+        require_start(trainer, annotated[:3], SIGMOID.start, "fp32")
+
+
+@pytest.mark.parametrize(("name", "expected"), [("ipo", 25.0), ("hinge", 1.0), ("apo_zero", 1.0), ("llama3", LN2)])
+def test_every_known_start_is_asserted(name: str, expected: float):
+    """The right reference passes, one that is 5 % off does not, and where nothing is known nothing is asked."""
+    loss = make_loss(name)
+    trainer, plan = make(policy().module, groups())
+    trainer.loss_fn = preference(loss)
+    annotated = with_reference(trainer, plan, Listener())
+    assert trainer.evaluate(annotated[:3])["loss"] == pytest.approx(expected, rel=2e-7)
+    require_start(trainer, annotated[:3], loss.start, "fp32")
+    with torch.no_grad():
+        next(trainer.module.parameters()).mul_(1.05)
+    with pytest.raises(RowFailed, match=f"expected {expected:.9g}"):
+        require_start(trainer, annotated[:3], loss.start, "fp32")
+    require_start(trainer, annotated[:3], make_loss("simpo").start, "fp32")
+
+
+def test_parts_are_taken_apart_each_as_it_is_trained():
+    """Two parts: answers (2 groups together, so -2 a token) never share a pass with unrelated ones (the same)."""
+    records = rated_groups([Rated(ask(q), a, True) for q, a in (("x", "yes"), ("y", "no"))], chat(), 99).groups
+    strategy = build_strategy(device="cpu")
+    plan = Plan(records, TrainSettings(**SETTINGS), seed=0, strategy=strategy, weigh=weigh_answers)
+    trainer = Trainer(Company(), LOSS, plan_settings := TrainSettings(**SETTINGS), strategy, total=1, seed=0)
+    assert plan_settings.batch == 3
+    annotated = with_reference(trainer, plan, Listener(), ("answer", "unrelated"))
+    assert references(annotated) == [[-2.0 * 4, -2.0 * 3], [-2.0 * 3, -2.0 * 4]]
+    assert all(group[0].facts["reference"] == 0.0 for group in annotated)
+    without = with_reference(trainer, plan, Listener(), ("answer",))
+    assert references(without) == [[-8.0, 0.0], [-6.0, 0.0]]
 
 
 def test_dropout_does_not_reach_the_reference():
@@ -86,7 +119,7 @@ def test_dropout_does_not_reach_the_reference():
     annotated = with_reference(trainer, plan, Listener())
     assert trainer.module.training and trainer.module.dropout.training
     assert references(annotated) == references(with_reference(again, plan, Listener()))
-    require_start(trainer, annotated, math.log(2), "fp32")
+    require_start(trainer, annotated, SIGMOID.start, "fp32")
     batch = Plan(annotated, trainer.settings, seed=0, strategy=trainer.strategy, weigh=weigh_pairs("pair")).batch(0)
     assert without_dropout(trainer.module) and not without_dropout(trainer.module)
     assert trainer.module.training
