@@ -18,7 +18,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from pipeline.flow.artifacts import Comparisons, Policy, Rated
+from pipeline.flow.artifacts import Comparisons, Judge, Policy, Prompts, Rated, RewardModel
 from pipeline.flow.config import Settings
 from pipeline.flow.errors import UserError
 from pipeline.flow.stage import Stage, Workspace
@@ -33,7 +33,7 @@ FIGURES = ("loss", "accuracy", "margin", "reward_desirable", "reward_undesirable
 class Dpo(Stage):
     name = "dpo"
     version = 1
-    sources = ("data", "llama", "train", "algo")
+    sources = ("data", "llama", "train", "algo", "rollout", "evaluate")
 
     class Config(Settings):
         loss: AnyLoss = Field(
@@ -43,6 +43,10 @@ class Dpo(Stage):
         )
         max_tokens: int = Field(
             default=512, ge=8, description="Longest prompt with its answer; longer pairs are dropped."
+        )
+        max_new_tokens: int = Field(default=64, ge=1, description="Longest answer to the prompts of `dev`.")
+        kl_budget: float | None = Field(
+            default=None, gt=0, description="Nats a response beyond which no weights are kept as the best on `dev`."
         )
         adapter: LoraSettings | None = Field(default=None, description="Train a LoRA adapter instead of all weights.")
         train: TrainSettings = Field(
@@ -73,6 +77,10 @@ class Dpo(Stage):
         rated: Rated | None = None
         heldout: Comparisons | None = None
         heldout_rated: Rated | None = None
+        dev: Prompts | None = None
+        reward: RewardModel | None = None
+        heldout_reward: RewardModel | None = None
+        judge: Judge | None = None
 
     @dataclass
     class Outputs:
@@ -137,9 +145,20 @@ class Dpo(Stage):
             else:
                 held = trainer.share(held)
             evaluate = lambda: trainer.evaluate(held, training.weigh(held))
-        outcome = fit(trainer, plan, workspace, evaluate=evaluate, figures=("loss", "accuracy", "margin"))
+        watch = self._watch(inputs, reader, workspace)
+        outcome = fit(
+            trainer,
+            plan,
+            workspace,
+            evaluate=evaluate,
+            look=(lambda: watch(policy)) if watch else None,
+            best_by="choice" if watch and watch.chosen_by else "loss",
+            higher_is_better=bool(watch and watch.chosen_by),
+            figures=("loss", "accuracy", "margin"),
+        )
         save_policy(policy, workspace)
         return {
+            **(watch.chosen(outcome.kept_step, outcome.steps, outcome.looks) if watch else {}),
             **{name: outcome.last[name] for name in FIGURES if name in outcome.last},
             "heldout_loss": outcome.kept.get("loss"),
             "heldout_accuracy": outcome.kept.get("accuracy"),
@@ -149,3 +168,24 @@ class Dpo(Stage):
             "tokens": outcome.tokens,
             "read": reader.counts,
         }
+
+    def _watch(self, inputs: Inputs, reader: Any, workspace: Workspace) -> Any:
+        """What is looked at on `dev`; None without it."""
+        if inputs.dev is None:
+            return None
+        from pipeline.evaluate.watch import open_watch
+
+        config: Dpo.Config = self.config
+        return open_watch(
+            reader.read("dev", inputs.dev, "prompts"),
+            proxy=inputs.reward,
+            heldout=inputs.heldout_reward,
+            judge=inputs.judge,
+            start=inputs.policy,
+            seed=workspace.seed,
+            max_new_tokens=config.max_new_tokens,
+            max_tokens=config.max_tokens,
+            token_budget=config.train.token_budget,
+            kl_budget=config.kl_budget,
+            say=workspace.say,
+        )

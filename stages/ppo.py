@@ -179,7 +179,7 @@ class Ppo(Stage):
             reward=rewards,
             token_budget=config.train.token_budget,
         )
-        watch = _watch(config, inputs, reader, roles.reference, workspace.seed)
+        watch = _watch(config, inputs, reader, workspace)
         trained: list[Any] = [m for m in (roles.actor.policy, roles.actor.value) if m is not None]
         workspace.say(memory.statement(trained, frozen, policy.model, config.train, shared=shared))
         progress = Progress(workspace, trainer, roles, config, watch, controller(config.kl.controller()), rewards)
@@ -242,28 +242,22 @@ def _mix(config: Ppo.Config, inputs: Any, reader: Any, chat: Any, seed: int) -> 
     return streams
 
 
-def _watch(config: Ppo.Config, inputs: Any, reader: Any, reference: Any, seed: int) -> Any:
+def _watch(config: Ppo.Config, inputs: Any, reader: Any, workspace: Workspace) -> Any:
     """What is looked at on `dev`; None without it."""
     if inputs.dev is None:
         return None
-    from pipeline.evaluate.panel import Panel
-    from pipeline.evaluate.watch import Watch
-    from pipeline.llama.open import open_frozen
-    from pipeline.rollout.noise import NoiseKey
+    from pipeline.evaluate.watch import open_watch
 
-    panel = Panel.open(
+    return open_watch(
+        reader.read("dev", inputs.dev, "prompts"),
         proxy=inputs.reward[0] if inputs.reward else None,
         heldout=inputs.heldout_reward,
         judge=inputs.judge,
+        start=inputs.policy,
+        seed=workspace.seed,
+        max_new_tokens=config.sampling.max_new_tokens,
+        max_tokens=config.max_tokens,
         token_budget=config.train.token_budget,
-    )
-    return Watch(
-        reader.read("dev", inputs.dev, "prompts"),
-        panel,
-        reference if config.reference.kind == "start" else open_frozen(inputs.policy),
-        SamplingSettings(samples=1, max_new_tokens=config.sampling.max_new_tokens),
-        NoiseKey(seed, "dev"),
-        config.max_tokens,
-        config.train.token_budget,
-        config.kl_budget,
+        kl_budget=config.kl_budget,
+        say=workspace.say,
     )

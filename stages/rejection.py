@@ -41,7 +41,7 @@ class Rejection(Stage):
     version = 2
     sources = (
         "data", "llama", "train", "algo", "rollout",
-        *(f"evaluate/{part}.py" for part in ("bestofn", "compare", "judges", "scorecard")),
+        "evaluate",
     )  # fmt: skip
 
     class Config(Settings):
@@ -65,6 +65,9 @@ class Rejection(Stage):
             default=512, ge=8, description="Longest prompt with its answer; longer prompts are dropped."
         )
         token_budget: int = not_identity(8192, "Tokens a scoring pass at most.", ge=1)
+        kl_budget: float | None = Field(
+            default=None, gt=0, description="Nats a response beyond which no weights are kept as the best on `dev`."
+        )
         adapter: LoraSettings | None = Field(default=None, description="Train a LoRA adapter instead of all weights.")
         train: TrainSettings | None = Field(
             default=TrainSettings(learning_rate=2e-4, batch=64, epochs=1),
@@ -84,6 +87,8 @@ class Rejection(Stage):
         reward: OneOrMore[RewardModel] = field(default_factory=list)
         prompts: Prompts | None = None
         samples: list[Samples] = field(default_factory=list)
+        dev: Prompts | None = None
+        heldout_reward: RewardModel | None = None
         judge: Judge | None = None
 
     @dataclass
@@ -139,7 +144,9 @@ class Rejection(Stage):
             workspace.say(
                 f"no two answers to a prompt differ enough to compare ({dict(pairs.skipped)}): no comparisons"
             )
-        learnt = self._learn(policy, answers, chosen, inputs, workspace, ranks) if policy and config.train else {}
+        learnt = {}
+        if policy and config.train:
+            learnt = self._learn(policy, answers, chosen, inputs, reader, workspace, ranks)
         judge = GoldJudge.open(inputs.judge.data_files[0]) if inputs.judge else None
         return {
             **summary(answers, drawn, config.score),
@@ -226,6 +233,7 @@ class Rejection(Stage):
         answers: list[Sample],
         chosen: Mined[Conversation],
         inputs: Inputs,
+        reader: Reader,
         workspace: Workspace,
         ranks: Strategy,
     ) -> dict[str, Any]:
@@ -250,9 +258,41 @@ class Rejection(Stage):
         encoded.required("the chosen answers", config.max_tokens)
         plan = Plan(encoded.groups, config.train, seed=workspace.seed, strategy=ranks)
         trainer = Trainer(policy.module, next_token, config.train, ranks, total=len(plan), seed=workspace.seed)
-        outcome = fit(trainer, plan, workspace, figures=("loss", "nll"))
+        watch = self._watch(inputs, reader, workspace)
+        outcome = fit(
+            trainer,
+            plan,
+            workspace,
+            look=(lambda: watch(policy)) if watch else None,
+            best_by="choice",
+            higher_is_better=True,
+            figures=("loss", "nll"),
+        )
         save_policy(policy, workspace)
-        return {"loss": outcome.last.get("nll"), "steps": outcome.steps, "trained_tokens": outcome.tokens}
+        watched = watch.chosen(outcome.kept_step, outcome.steps, outcome.looks) if watch else {}
+        return watched | {"loss": outcome.last.get("nll"), "steps": outcome.steps, "trained_tokens": outcome.tokens}
+
+    def _watch(self, inputs: Inputs, reader: Reader, workspace: Workspace) -> Any:
+        """What is looked at on `dev` while the policy learns; None without it."""
+        if inputs.dev is None:
+            return None
+        from pipeline.evaluate.watch import open_watch
+
+        config: Rejection.Config = self.config
+        assert config.train and inputs.policy
+        return open_watch(
+            reader.read("dev", inputs.dev, "prompts"),
+            proxy=inputs.reward[0] if inputs.reward else None,
+            heldout=inputs.heldout_reward,
+            judge=inputs.judge,
+            start=inputs.policy,
+            seed=workspace.seed,
+            max_new_tokens=config.sampling.max_new_tokens,
+            max_tokens=config.max_tokens,
+            token_budget=config.train.token_budget,
+            kl_budget=config.kl_budget,
+            say=workspace.say,
+        )
 
 
 def _name(inputs: Rejection.Inputs) -> str | None:

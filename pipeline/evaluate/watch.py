@@ -1,8 +1,9 @@
 """What a policy stage looks at while it trains: its answers to prompts that it does not train on.
 
-    watch = Watch(prompts, panel, reference, sampling, key, max_tokens=512, token_budget=8192)
-    figures = watch(policy)                # {"proxy": .., "heldout": .., "gold": .., "kl": .., "stop_rate": ..}
-    watch.choice(figures)                  # what the best checkpoint is chosen by; the judge never is
+    watch = open_watch(inputs.dev, inputs.reward, inputs.heldout_reward, inputs.judge, start=inputs.policy, ...)
+    figures = watch(policy)        # {"proxy": .., "heldout": .., "gold": .., "kl": .., "stop_rate": .., "choice": ..}
+
+`choice` is what the best checkpoint is chosen by; the judge never is.
 
 The best checkpoint is the one with the highest score of the held-out reward model (of the one trained against where
 there is no other) within a KL budget. Proxy and held-out part where the one rises while the other falls (Gao et al.
@@ -12,7 +13,7 @@ there is no other) within a KL budget. Proxy and held-out part where the one ris
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,11 +23,34 @@ from pipeline.data.records import Prompt
 from pipeline.evaluate.compare import Floats
 from pipeline.evaluate.panel import Panel
 from pipeline.evaluate.policies import answer, kl_to
-from pipeline.llama.open import Trainable
+from pipeline.flow.artifacts import Judge, Policy, RewardModel
+from pipeline.llama.open import Trainable, open_frozen
 from pipeline.rollout.engine import SamplingSettings
 from pipeline.rollout.noise import NoiseKey
 
 ERRORS_APART = 2.0  # standard errors of the paired difference
+CHOICE = "choice"
+
+
+def open_watch(
+    dev: Sequence[Prompt],
+    *,
+    proxy: RewardModel | None,
+    heldout: RewardModel | None,
+    judge: Judge | None,
+    start: Policy,
+    seed: int,
+    max_new_tokens: int,
+    max_tokens: int,
+    token_budget: int,
+    kl_budget: float | None,
+    say: Callable[[str], None],
+) -> Watch:
+    """`start` is the policy that the row starts from: KL is to it. Answers are drawn at temperature 1."""
+    panel = Panel.open(proxy=proxy, heldout=heldout, judge=judge, token_budget=token_budget)
+    sampling = SamplingSettings(samples=1, max_new_tokens=max_new_tokens)
+    key = NoiseKey(seed, "dev")
+    return Watch(dev, panel, open_frozen(start), sampling, key, max_tokens, token_budget, kl_budget, say)
 
 
 @dataclass
@@ -41,6 +65,7 @@ class Watch:
     max_tokens: int
     token_budget: int
     kl_budget: float | None = None
+    say: Callable[[str], None] = print
     _best: tuple[float, Floats, Floats] | None = field(default=None)  # held-out mean; proxy and held-out by prompt
     parted: str | None = None
 
@@ -53,7 +78,17 @@ class Watch:
         if self.sampling.temperature == 1.0 and not self.sampling.truncated:
             figures["kl"] = kl_to(self.reference, policy, found.samples, self.token_budget)
         self._compare(found.scores)
-        return figures
+        return figures if self.chosen_by is None else figures | {CHOICE: self.choice(figures)}
+
+    def chosen(self, kept_step: int, last_step: int, evaluated: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+        """What a row records of its choice; says so where no look was within the budget."""
+        found = {"parted": self.parted, "kl_budget": self.kl_budget, "kept_step": kept_step}
+        if self.chosen_by is None:
+            return found
+        if not any(math.isfinite(figures.get(CHOICE, -math.inf)) for figures in evaluated):
+            self.say("no look at dev was within kl_budget: the last weights are kept")
+            return found | {"kept_step": last_step}
+        return found | {"chosen_by": self.chosen_by}
 
     def state(self) -> dict[str, Any]:
         """JSON values that `load` takes back, so that a row can be stopped and go on."""
@@ -88,6 +123,7 @@ class Watch:
                     f"proxy and held-out reward part: {self._best[1].mean():.3f} -> {proxy.mean():.3f} by the model "
                     f"trained against, {self._best[0]:.3f} -> {heldout.mean():.3f} by the held-out one"
                 )
+                self.say(self.parted)
 
 
 def _errors(difference: Floats) -> float:

@@ -266,6 +266,11 @@ class Outcome:
     tokens: int
 
     @property
+    def looks(self) -> list[dict[str, float]]:
+        """The figures of `look` alone, as it gave them."""
+        return [{k[4:]: v for k, v in e.items() if k.startswith("dev/")} for e in self.evaluations]
+
+    @property
     def kept(self) -> dict[str, float]:
         """The evaluation of the kept weights, empty where there is none."""
         return next((e for e in self.evaluations if e["step"] == self.kept_step), {})
@@ -277,6 +282,7 @@ def fit(
     workspace: Any,
     *,
     evaluate: Callable[[], Mapping[str, float]] | None = None,
+    look: Callable[[], Mapping[str, float]] | None = None,
     best_by: str = "loss",
     higher_is_better: bool = False,
     figures: Sequence[str] = ("loss", "learning_rate"),
@@ -284,16 +290,18 @@ def fit(
     """Run the plan. Logs every step, evaluates `settings.evaluations` times, ends on the best or the last
     weights.
 
-    evaluate   figures of the current weights, the same on every rank; logged as heldout/<name>
-    best_by    which of them decides under `keep: best`
+    evaluate   figures of the current weights on held-out records, the same on every rank; logged as heldout/<name>
+    look       figures of what the current weights answer; logged as dev/<name>
+    best_by    which of them all decides under `keep: best`; of `look` one that is not finite is never the best
     """
     if len(plan) < FEW_STEPS and trainer.strategy.main:
         workspace.say(
             f"only {len(plan)} optimiser steps from {len(plan.groups)} records: hardly anything can be learnt; "
             "give more data, more train.epochs, or a smaller train.batch"
         )
-    due = evaluation_steps(len(plan), trainer.settings.evaluations) if evaluate else set()
-    best = Best(best_by, higher_is_better) if evaluate and trainer.settings.keep == "best" else None
+    looks = evaluate or look
+    due = evaluation_steps(len(plan), trainer.settings.evaluations) if looks else set()
+    best = Best(best_by, higher_is_better) if looks and trainer.settings.keep == "best" else None
     evaluations: list[dict[str, float]] = []
     tokens, last = 0, {}
     for batch in plan:
@@ -302,14 +310,15 @@ def fit(
         seconds = time.perf_counter() - started
         tokens += int(last[TOKENS])
         report = last | {"time/tokens_per_second": last[TOKENS] / seconds}
-        if evaluate and trainer.done in due:
-            found = dict(evaluate())
+        if trainer.done in due:
+            found, seen = dict(evaluate() if evaluate else {}), dict(look() if look else {})
             if not math.isfinite(found.get(best_by, 0.0)):
                 raise NonFinite(f"after step {trainer.done}: held-out {best_by} is {found[best_by]}")
-            evaluations.append(found | {"step": trainer.done})
+            evaluations.append(found | {f"dev/{k}": v for k, v in seen.items()} | {"step": trainer.done})
             report |= {f"heldout/{name}": value for name, value in found.items()}
+            report |= {f"dev/{name}": value for name, value in seen.items() if math.isfinite(value)}
             if best:
-                best.offer(trainer, found)
+                best.offer(trainer, found | seen)
         if trainer.strategy.main:
             workspace.log(step=trainer.done, **report)
             workspace.progress(tokens, plan.tokens, "tokens", **{k: report[k] for k in figures if k in report})

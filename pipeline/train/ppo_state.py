@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -25,12 +25,10 @@ CHOICE = "choice"
 class Watch(Protocol):
     """`pipeline.evaluate.watch.Watch`: a stage passes it in."""
 
-    parted: str | None
-
     @property
     def chosen_by(self) -> str | None: ...
     def __call__(self, policy: Any) -> dict[str, float]: ...
-    def choice(self, figures: Mapping[str, float]) -> float: ...
+    def chosen(self, kept_step: int, last_step: int, evaluated: Sequence[Mapping[str, float]]) -> dict[str, Any]: ...
     def state(self) -> dict[str, Any]: ...
     def load(self, state: Mapping[str, Any]) -> None: ...
 
@@ -60,7 +58,6 @@ class Progress:
         self.kl = kl
         self.figures: dict[str, Any] = {}
         self.tokens = 0
-        self.said_parted = False
         keeps = watch is not None and watch.chosen_by is not None and config.train.keep == "best"
         self.best = Best(CHOICE, higher_is_better=True) if keeps else None
         self.best_iteration: int | None = None
@@ -103,13 +100,10 @@ class Progress:
         report = dict(figures)
         if self.watch and done in self.due:
             self.dev = self.watch(self.roles.policy)
-            report |= {f"dev/{name}": value for name, value in self.dev.items()}
+            report |= {f"dev/{name}": value for name, value in self.dev.items() if math.isfinite(value)}
             if self.best:
-                self.best.offer(self.trainer, {CHOICE: self.watch.choice(self.dev)})
+                self.best.offer(self.trainer, self.dev)
                 self.best_iteration = done if self.best.step == self.trainer.done else self.best_iteration
-            if self.watch.parted and not self.said_parted:
-                self.workspace.say(f"iteration {done}: {self.watch.parted}")
-                self.said_parted = True
         self.workspace.log(step=done, **report)
         shown = {k: figures[k] for k in SHOWN if k in figures}
         self.workspace.progress(done, self.config.iterations, "iterations", **shown)
@@ -137,8 +131,8 @@ class Progress:
             "updates": self.trainer.done,
             "kl": self.kl.state(),
             "rewards": self.rewards.state(),
-            "figures": {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in self.figures.items()},
-            "dev": self.dev,
+            "figures": _finite(self.figures),
+            "dev": _finite(self.dev),
             "tokens": self.tokens,
             "best": best,
             "watch": self.watch.state() if self.watch else {},
@@ -150,18 +144,16 @@ class Progress:
         """The weights to keep are those of the best look at dev, where there was one; returns what to record."""
         if self.watch is None:
             return {}
-        found: dict[str, Any] = {
-            "dev": self.dev,
-            "parted": self.watch.parted,
-            "kl_budget": self.config.kl_budget,
-            "kept_step": self.config.iterations,
-        }
         if self.best and self.best.step:
             self.best.restore(self.trainer)
-            found |= {"kept_step": self.best_iteration, "chosen_by": self.watch.chosen_by}
-        elif self.best:
-            self.workspace.say("no look at dev was within kl_budget: the last weights are kept")
-        return found
+        kept, last = self.best_iteration or self.config.iterations, self.config.iterations
+        seen = [{CHOICE: self.best.value}] if self.best else []
+        return {"dev": _finite(self.dev)} | self.watch.chosen(kept, last, seen)
+
+
+def _finite(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has no numbers that are not finite."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in figures.items()}
 
 
 def _back(figures: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,7 +25,8 @@ def watch(*names: str, budget: float | None = None) -> Watch:
 
 def test_a_policy_is_seen_with_its_scores_and_its_kl():
     found = watch("proxy", "heldout")(forget_gradients(policy()))
-    assert set(found) == {"proxy", "heldout", "length", "stop_rate", "kl"}
+    assert set(found) == {"proxy", "heldout", "length", "stop_rate", "kl", "choice"}
+    assert found["choice"] == found["heldout"]
     assert found["kl"] == 0.0  # the reference itself
     assert watch("proxy")(forget_gradients(policy(3)))["kl"] > 0
 
@@ -57,6 +58,18 @@ def test_it_says_when_proxy_and_heldout_part():
     assert seen(made, [0.6, 0.7, 0.5], [1.2, 1.4, 1.2]) is None  # within chance
     said = seen(made, [1.5, 1.8, 1.7], [0.9, 0.8, 1.0])
     assert said is not None and "0.600 -> 1.667" in said and "1.300 -> 0.900" in said
+
+
+def test_a_row_records_its_choice_and_says_where_there_was_none():
+    said: list[str] = []
+    made = watch("heldout", budget=2.0)
+    made.say = said.append
+    within, beyond = {"choice": 0.5}, {"choice": -math.inf}
+    assert made.chosen(4, 8, [within, beyond]) == {
+        "parted": None, "kl_budget": 2.0, "kept_step": 4, "chosen_by": "heldout",
+    }  # fmt: skip
+    assert not said and made.chosen(0, 8, [beyond])["kept_step"] == 8 and "within kl_budget" in said[0]
+    assert "chosen_by" not in watch().chosen(8, 8, [])
 
 
 def test_a_stopped_row_remembers_what_it_saw():

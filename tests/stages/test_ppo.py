@@ -266,3 +266,22 @@ def test_estimators_with_a_wrong_gradient_are_warned_of():
         assert word in said
     assert not PpoSettings(kl={"where": "loss", "estimator": "exact"}).cautions()
     assert not PpoSettings().cautions()
+
+
+def test_every_policy_stage_records_and_chooses_on_dev(place: Place, inputs: dict[str, Any]):
+    """Rejection and DPO as PPO does: the best of four looks by the held-out model is what is saved."""
+    seen = {"dev": place.prompts(), "heldout_reward": other_reward(place)}
+    settings = {"train": {**train(epochs=4), "evaluations": 4, "keep": "best"}, "max_new_tokens": 6}
+    pairs = place.pairs()
+    rows = {
+        "dpo": place.run("dpo", {"policy": inputs["policy"], "comparisons": pairs, **seen}, **settings),
+        "rejection": place.run(
+            "rejection", {**inputs, **seen}, train={**settings["train"], "batch": 1}, sampling=SHORT
+        ),
+    }
+    for name, row in rows.items():
+        looks = [line for line in row.log if "dev/heldout" in line]
+        best = max(looks, key=lambda line: line["dev/heldout"])
+        assert len(looks) == 4 and row.metrics["chosen_by"] == "heldout", name
+        assert row.log.index(best) + 1 == row.metrics["kept_step"]
+        assert all(line["dev/kl"] > 0 for line in looks)
