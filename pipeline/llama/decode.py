@@ -32,10 +32,10 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from pipeline.flow.errors import UserError
+from pipeline.llama.choosing import NEVER
 
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # angles that depend on the position alone
 MATMUL_UP_TO = 192  # tokens of a prompt up to which a CPU uses plain products instead of SDPA
-NEVER = float("-inf")
 
 
 # --- the cache ----------------------------------------------------------------------------------------------
@@ -353,7 +353,7 @@ def _is_plain(layer: nn.Module) -> bool:
     return bare and not hasattr(layer.weight, "ds_id")  # ZeRO-3 gathers a weight only when its layer is called
 
 
-# --- choosing -----------------------------------------------------------------------------------------------
+# --- which runner --------------------------------------------------------------------------------------------
 
 
 def base_model(model: nn.Module) -> Any:
@@ -434,76 +434,3 @@ def sampling_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
         if base.config._attn_implementation != attention:
             base.set_attn_implementation(attention)
-
-
-# --- choosing a token ---------------------------------------------------------------------------------------
-
-
-def truncate(scores_NV: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """Scores with -inf outside the `top_k` highest and outside the smallest set of probability `top_p`.
-
-    In transformers' order: top_k first, top_p of what is left. Scores equal to the last of the top_k all
-    stay. At least one token stays. 0 and 1.0 leave everything in.
-    """
-    if 0 < top_k < scores_NV.shape[-1]:
-        least = scores_NV.topk(top_k, -1).values[..., -1:]
-        scores_NV = scores_NV.masked_fill(scores_NV < least, NEVER)
-    if top_p < 1.0:
-        ordered, index = scores_NV.sort(dim=-1, descending=True, stable=True)
-        probs = torch.softmax(ordered, -1)
-        before = probs.cumsum(-1) - probs  # probability of everything ranked higher
-        out = before >= top_p
-        out[..., 0] = False
-        scores_NV = scores_NV.masked_fill(torch.zeros_like(out).scatter_(-1, index, out), NEVER)
-    return scores_NV
-
-
-def sampling_scores(
-    logits_NV: Tensor,
-    temperature: float,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    forbidden_NV: Tensor | None = None,
-) -> Tensor:
-    """The scores whose softmax is the sampling distribution: forbidden tokens out, temperature, then
-    truncation."""
-    scores = logits_NV if forbidden_NV is None else logits_NV.masked_fill(forbidden_NV, NEVER)
-    if temperature not in (0.0, 1.0):
-        scores = scores / temperature
-    return truncate(scores, top_k, top_p) if temperature else scores
-
-
-def inverse_cdf(probs_NV: Tensor, noise_N: Tensor) -> Tensor:
-    """The first token whose cumulative probability exceeds the noise in [0, 1): never one of probability 0.
-
-    The noise is stretched to the rounded total, so that a total just below 1 loses no noise. Softmax,
-    cumulative sum and search take a twentieth of the time of `torch.multinomial` on a CPU.
-    """
-    cdf = probs_NV.cumsum(-1)
-    ids = torch.searchsorted(cdf, noise_N[:, None] * cdf[:, -1:], right=True)
-    return ids[:, 0].clamp_(max=probs_NV.shape[-1] - 1)
-
-
-def choose(
-    logits_NV: Tensor,
-    noise_N: Tensor,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    forbidden_NV: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Next tokens [N], their log-probs under the sampling distribution and under the raw one (temperature 1).
-
-    Temperature 0 takes the highest score (the lowest id of a tie); the sampling log-prob is then 0: it was
-    certain.
-    """
-    raw_NV = torch.log_softmax(logits_NV, -1)
-    scores_NV = sampling_scores(logits_NV, temperature, top_k, top_p, forbidden_NV)
-    if temperature == 0.0:
-        ids_N = scores_NV.argmax(-1)
-        raw_N = raw_NV.gather(1, ids_N[:, None])[:, 0]
-        return ids_N, torch.zeros_like(raw_N), raw_N
-    own_NV = raw_NV if scores_NV is logits_NV else torch.log_softmax(scores_NV, -1)
-    ids_N = inverse_cdf(own_NV.exp(), noise_N)
-    at = ids_N[:, None]
-    return ids_N, own_NV.gather(1, at)[:, 0], raw_NV.gather(1, at)[:, 0]
