@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import accelerate
@@ -138,14 +139,12 @@ def test_merged_weights_are_sent_and_the_base_is_put_back_bit_for_bit(monkeypatc
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
     assert not any(getattr(m, "merged", False) for m in model.modules())
     if not fail:
-        merged = dict(adapted(copy.deepcopy(plain)).named_parameters())
         assert set(recorder.loaded) == {n for n, _ in plain.named_parameters()}
         name = "model.layers.1.mlp.down_proj"
         a, b = (before[f"base_model.model.{name}.lora_{x}.default.weight"] for x in "AB")
         scale = model.peft_config["default"].lora_alpha / 4
         expected = before[f"base_model.model.{name}.base_layer.weight"] + scale * b @ a
         torch.testing.assert_close(recorder.loaded[f"{name}.weight"], expected)
-        assert merged.keys() == before.keys()
 
 
 def test_unmerging_alone_leaves_rounding_errors():
@@ -161,8 +160,6 @@ def test_unmerging_alone_leaves_rounding_errors():
 @pytest.mark.parametrize("with_adapter", [False, True])
 def test_vllm_gets_a_directory_to_open(with_adapter):
     """Config, tokenizer and weights under plain names, there for as long as vLLM reads it."""
-    from pathlib import Path
-
     plain = new_model(tie_word_embeddings=True)
     model = adapted(copy.deepcopy(plain)) if with_adapter else plain
     before = model.name_or_path
