@@ -162,8 +162,11 @@ class _Session:
         while waiting or self.active:
             if waiting:
                 self._admit(waiting)
+            idle = 0
             while self.active:
-                idle = self._idle()
+                before, idle = idle, self._idle()
+                if idle != before:  # an ended row may have been the longest
+                    self._measure()
                 free = rows - self.active + idle
                 if waiting and (free >= max(waiting[-1].count, rows // REFILL) or idle == self.active):
                     break
@@ -190,33 +193,34 @@ class _Session:
         logits = self.runner.step(self.tokens_R[:n], self.positions_R[:n], self.columns)
         self.positions_R[:n] += self.alive_R[:n]
         self.engine.usage.steps += 1
-        self._take(logits, self.runner.cache.row_R[:n])
-        self._measure()
+        self._take(logits, slice(n))
+        self.columns += 1
 
     def _measure(self) -> None:
         """The columns that living rows need. Ended rows read fewer than they hold, which harms nobody."""
         n = self.active
         self.columns = int((self.positions_R[:n] * self.alive_R[:n]).max()) + 1 if n else 0
 
-    def _take(self, logits_NV: Tensor, rows_N: Tensor) -> None:
+    def _take(self, logits_NV: Tensor, rows_N: Tensor | slice) -> None:
         """Draw the next token of each row, write it down, and note which rows have ended."""
         s = self.settings
+        at_N = self.runner.cache.row_R[rows_N]  # their numbers; a slice reads and writes the state in place
         count = self.count_R[rows_N]
         early = count < s.min_new_tokens if self.bars else None
         seen = None if self.seen_RV is None else self.seen_RV[rows_N]
-        ids, logprobs, raw = self.choose(logits_NV, self.noise_RN[rows_N, count], early, seen)
-        self.ids_RN[rows_N, count] = ids
-        self.logprobs_RN[rows_N, count] = logprobs
-        self.raw_RN[rows_N, count] = raw
+        ids, logprobs, raw = self.choose(logits_NV, self.noise_RN[at_N, count], early, seen)
+        self.ids_RN[at_N, count] = ids
+        self.logprobs_RN[at_N, count] = logprobs
+        self.raw_RN[at_N, count] = raw
         self.tokens_R[rows_N] = ids
         if self.seen_RV is not None:
-            self.seen_RV[rows_N, ids] = True
+            self.seen_RV[at_N, ids] = True
         alive = self.alive_R[rows_N]
         count = count + alive
         self.count_R[rows_N] = count
-        stopped = (ids[:, None] == self.stop_ids).any(-1)
+        stopped = torch.isin(ids, self.stop_ids)
         if s.stop_strings:
-            stopped |= self._says_stop(rows_N, count, alive & ~stopped)
+            stopped |= self._says_stop(at_N, count, alive & ~stopped)
         self.stopped_R[rows_N] |= stopped & alive
         self.alive_R[rows_N] = alive & ~(stopped | (count >= s.max_new_tokens))
 
