@@ -32,10 +32,10 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from pipeline.flow.errors import UserError
+from pipeline.llama.choosing import NEVER
 
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # angles that depend on the position alone
 MATMUL_UP_TO = 192  # tokens of a prompt up to which a CPU uses plain products instead of SDPA
-NEVER = float("-inf")
 
 
 # --- the cache ----------------------------------------------------------------------------------------------
@@ -208,34 +208,35 @@ class LayerRunner:
         self.cache = cache
         self.embed = inner.embed_tokens
         self.layers = [_Layer(layer, base.config, linear_dtype) for layer in inner.layers]
-        self.norm = inner.norm
-        self.head = fused([base.lm_head], linear_dtype)
-        like = next(p for p in inner.parameters() if p.is_floating_point())
-        positions = torch.arange(cache.columns, device=like.device)[None]
-        cos, sin = _rotary(inner, positions, like.dtype)
-        half = sin.shape[-1] // 2
-        self.cos_CW = cos[0]
-        self.sin_CW = torch.cat([-sin[0, :, :half], sin[0, :, half:]], -1)  # sign of rotate_half folded in
+        self.norm = normed(inner.norm)
+        self.head = Linears([base.lm_head], linear_dtype)
+        first = self.layers[0]
+        positions = torch.arange(cache.columns, device=cache.row_R.device)[None]
+        cos, sin = _rotary(inner, positions, torch.float32)
+        half = first.width // 2
+        self.turn_CW = torch.complex(cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous())
+        scales = [first.width**-0.5] * first.query_heads + [1.0] * first.key_heads
+        self.scale_X1 = torch.tensor(scales, device=positions.device)[:, None]  # of the scores, with the queries
 
     def prefill(self, ids_PT: Tensor, lengths_P: Tensor, slots_PK: Tensor) -> Tensor:
         tokens = ids_PT.shape[1]
         x = self.embed(ids_PT)
-        cos, sin = self.cos_CW[:tokens, None], self.sin_CW[:tokens, None]
+        turn = self.turn_CW[:tokens, None] * self.scale_X1
         last_P = lengths_P - 1
         mask = causal(tokens, x) if x.device.type == "cpu" and tokens <= MATMUL_UP_TO else None
         for number, layer in enumerate(self.layers[:-1]):
-            x = layer.prompts(x, cos, sin, mask, self.cache.slot(number), slots_PK)
+            x = layer.prompts(x, turn, mask, self.cache.slot(number), slots_PK)
         number = len(self.layers) - 1
-        x = self.layers[-1].last_tokens(x, cos, sin, last_P, self.cache.slot(number), slots_PK)
+        x = self.layers[-1].last_tokens(x, turn, last_P, self.cache.slot(number), slots_PK)
         return self.head(self.norm(x)).float()
 
     def step(self, tokens_N: Tensor, positions_N: Tensor, columns: int) -> Tensor:
         x = self.embed(tokens_N)
-        cos, sin = self.cos_CW[positions_N, None], self.sin_CW[positions_N, None]
+        turn = self.turn_CW[positions_N, None] * self.scale_X1
         rows_N = self.cache.row_R[: tokens_N.shape[0]]
-        mask = visible(positions_N, columns, x.dtype)
+        mask = self.layers[0].visible(positions_N, columns, x.dtype)
         for number, layer in enumerate(self.layers):
-            x = layer.step(x, cos, sin, mask, self.cache.slot(number), rows_N, positions_N)
+            x = layer.step(x, turn, mask, self.cache.slot(number), rows_N, positions_N)
         return self.head(self.norm(x)).float()
 
 
@@ -247,41 +248,43 @@ def _rotary(inner: Any, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, 
 
 
 class _Layer:
-    """One decoder layer: its modules, with plain linear layers that read the same input joined into one
-    product."""
+    """One decoder layer: its modules, with plain linear layers that read the same input joined into one product.
+
+    The pair (i, i + W/2) of every query and key head is moved to (2i, 2i + 1), where it turns as one complex number.
+    Scores do not change when both are permuted alike; the cache holds the keys so permuted.
+    """
 
     def __init__(self, layer: Any, config: Any, dtype: torch.dtype | None) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self.width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.key_heads = config.num_key_value_heads
         self.query_heads = config.num_attention_heads
-        self.scale = self.width**-0.5
-        self.norm_in, self.norm_mlp = layer.input_layernorm, layer.post_attention_layernorm
-        self.qkv = fused([attention.q_proj, attention.k_proj, attention.v_proj], dtype)
-        self.out = fused([attention.o_proj], dtype)
-        self.gate_up = fused([mlp.gate_proj, mlp.up_proj], dtype)
-        self.down = fused([mlp.down_proj], dtype)
+        self.turned = self.query_heads + self.key_heads
+        rows = torch.arange((self.turned + self.key_heads) * self.width, device=layer.input_layernorm.weight.device)
+        paired = rows.unflatten(0, (-1, 2, self.width // 2)).transpose(1, 2).flatten()
+        order = torch.cat((paired[: self.turned * self.width], rows[self.turned * self.width :]))
+        self.norm_in, self.norm_mlp = normed(layer.input_layernorm), normed(layer.post_attention_layernorm)
+        self.qkv = Linears([attention.q_proj, attention.k_proj, attention.v_proj], dtype, order)
+        self.out = Linears([attention.o_proj], dtype)
+        self.gate_up = Linears([mlp.gate_proj, mlp.up_proj], dtype)
+        self.down = Linears([mlp.down_proj], dtype)
         self.activation = mlp.act_fn
 
-    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated queries [..., H*G, W] (already scaled), rotated keys and values [..., H, W] of x [...,
-        hidden]."""
+    def project(self, x: Tensor, turn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Turned queries [..., H*G, W] (already scaled), turned keys and values [..., H, W] of x [..., hidden]."""
         heads = self.qkv(self.norm_in(x)).unflatten(-1, (-1, self.width))
-        turning = heads[..., : self.query_heads + self.key_heads, :]
-        turned = turning * cos + turning.roll(self.width // 2, -1) * sin
-        queries, keys = turned.split([self.query_heads, self.key_heads], -2)
-        return queries * self.scale, keys, heads[..., self.query_heads + self.key_heads :, :]
+        pairs = heads[..., : self.turned, :].float().unflatten(-1, (-1, 2))
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * turn).flatten(-2).to(heads.dtype)
+        return turned[..., : self.query_heads, :], turned[..., self.query_heads :, :], heads[..., self.turned :, :]
 
     def rest(self, x: Tensor, attended: Tensor) -> Tensor:
-        x = x + self.out(attended)
+        x = self.out.onto(x, attended)
         gate, up = self.gate_up(self.norm_mlp(x)).chunk(2, -1)
-        return x + self.down(self.activation(gate) * up)
+        return self.down.onto(x, self.activation(gate) * up)
 
-    def prompts(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask_TT: Tensor | None, slot: SlotLayer, slots_PK: Tensor
-    ) -> Tensor:
+    def prompts(self, x: Tensor, turn: Tensor, mask_TT: Tensor | None, slot: SlotLayer, slots_PK: Tensor) -> Tensor:
         prompts, tokens, _ = x.shape
-        q, k, v = (y.transpose(1, 2) for y in self.project(x, cos, sin))
+        q, k, v = (y.transpose(1, 2) for y in self.project(x, turn))
         slot.store(slots_PK, k, v)
         if mask_TT is None:
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0, enable_gqa=True)
@@ -291,61 +294,83 @@ class _Layer:
         out = torch.matmul(torch.softmax(scores, -1).flatten(2, 3), v).unflatten(2, (-1, tokens))
         return self.rest(x, out.permute(0, 3, 1, 2, 4).reshape(prompts, tokens, -1))
 
-    def last_tokens(
-        self, x: Tensor, cos: Tensor, sin: Tensor, last_P: Tensor, slot: SlotLayer, slots_PK: Tensor
-    ) -> Tensor:
+    def last_tokens(self, x: Tensor, turn: Tensor, last_P: Tensor, slot: SlotLayer, slots_PK: Tensor) -> Tensor:
         """Keys and values of every token, the layer's output [P, hidden] at the last one only."""
-        queries, keys, values = self.project(x, cos, sin)
+        queries, keys, values = self.project(x, turn)
         keys, values = keys.transpose(1, 2), values.transpose(1, 2)
         slot.store(slots_PK, keys, values)
         at = torch.arange(x.shape[0], device=x.device)
-        mask = visible(last_P, x.shape[1], x.dtype)
+        mask = self.visible(last_P, x.shape[1], x.dtype)
         return self.rest(x[at, last_P], self.attend(queries[at, last_P], keys, values, mask))
 
     def step(
-        self,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        mask: Tensor,
-        slot: SlotLayer,
-        rows_N: Tensor,
-        positions_N: Tensor,
+        self, x: Tensor, turn: Tensor, mask: Tensor, slot: SlotLayer, rows_N: Tensor, positions_N: Tensor
     ) -> Tensor:
-        queries, keys, values = self.project(x, cos, sin)
+        queries, keys, values = self.project(x, turn)
         slot.append(rows_N, positions_N, keys, values)
         n, columns = x.shape[0], mask.shape[-1]
         seen = slot.keys[:n, :, :columns], slot.values[:n, :, :columns]
         return self.rest(x, self.attend(queries, *seen, mask))
 
+    def visible(self, positions_N: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+        """`visible` as `attend` takes it, for every key head: [N*H, 1, columns]."""
+        return visible(positions_N, columns, dtype)[:, 0].repeat_interleave(self.key_heads, 0)
+
     def attend(self, queries_N: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-        """One query token a row against its keys [N, H, C, W]; queries that share a key head are one
-        product."""
-        grouped = queries_N.unflatten(1, (self.key_heads, -1))
-        scores = torch.matmul(grouped, keys.transpose(-1, -2)).add_(mask)
-        return torch.matmul(torch.softmax(scores, -1, dtype=torch.float32).to(values.dtype), values).flatten(1)
+        """One query token a row against its keys [N, H, C, W]; queries that share a key head are one product."""
+        grouped = queries_N.unflatten(1, (self.key_heads, -1)).flatten(0, 1)
+        scores = torch.baddbmm(mask, grouped, keys.flatten(0, 1).transpose(1, 2))
+        probs = torch.softmax(scores, -1, dtype=torch.float32).to(values.dtype)
+        return torch.bmm(probs, values.flatten(0, 1)).view(len(queries_N), -1)
 
 
-def fused(linears: list[nn.Module], dtype: torch.dtype | None = None) -> Callable[[Tensor], Tensor]:
-    """One function for linear layers that read the same input, outputs side by side; computed in `dtype` if
-    given.
+class Linears:
+    """Linear layers that read the same input, outputs side by side (in `order`); computed in `dtype` if given.
 
     Anything that is not exactly `nn.Linear` (an adapter, a quantised layer) is called as it is.
     """
-    if not all(_is_plain(m) for m in linears):
-        if len(linears) == 1:
-            return linears[0]
-        return lambda x: torch.cat([m(x) for m in linears], -1)
-    plain = [m for m in linears if isinstance(m, nn.Linear)]
-    weight = torch.cat([m.weight.detach() for m in plain]) if len(plain) > 1 else plain[0].weight.detach()
-    bias = None
-    if any(m.bias is not None for m in plain):
-        bias = torch.cat([weight.new_zeros(m.out_features) if m.bias is None else m.bias.detach() for m in plain])
-    if dtype is None or dtype == weight.dtype:
-        return lambda x: F.linear(x, weight, bias)
-    own, weight = weight.dtype, weight.to(dtype)
-    bias = None if bias is None else bias.to(dtype)
-    return lambda x: F.linear(x.to(dtype), weight, bias).to(own)
+
+    def __init__(self, layers: list[nn.Module], dtype: torch.dtype | None = None, order: Tensor | None = None) -> None:
+        self.called, self.order = layers, order
+        self.weight: Tensor | None = None
+        self.bias: Tensor | None = None
+        if not all(_is_plain(m) for m in layers):
+            return
+        plain = [m for m in layers if isinstance(m, nn.Linear)]
+        weight = torch.cat([m.weight.detach() for m in plain]) if len(plain) > 1 else plain[0].weight.detach()
+        if any(m.bias is not None for m in plain):
+            biases = [weight.new_zeros(m.out_features) if m.bias is None else m.bias.detach() for m in plain]
+            self.bias = torch.cat(biases) if order is None else torch.cat(biases)[order]
+        self.weight = weight if order is None else weight[order]
+        self.own, self.dtype = weight.dtype, dtype or weight.dtype
+        if self.dtype != self.own:
+            self.weight = self.weight.to(self.dtype)
+            self.bias = None if self.bias is None else self.bias.to(self.dtype)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.weight is None:
+            out = torch.cat([m(x) for m in self.called], -1) if len(self.called) > 1 else self.called[0](x)
+            return out if self.order is None else out.index_select(-1, self.order)
+        if self.dtype == self.own:
+            return F.linear(x, self.weight, self.bias)
+        return F.linear(x.to(self.dtype), self.weight, self.bias).to(self.own)
+
+    def onto(self, base: Tensor, x: Tensor) -> Tensor:
+        """base + self(x)."""
+        if self.weight is None or self.bias is not None or self.dtype != self.own or x.ndim != 2:
+            return base + self(x)
+        return torch.addmm(base, x, self.weight.t())
+
+
+def normed(layer: nn.Module) -> Callable[[Tensor], Tensor]:
+    """An RMSNorm of float32 weights as the fused function, which takes half the time of a module; others are called."""
+    weight = getattr(layer, "weight", None)
+    if type(layer).__name__ != "LlamaRMSNorm" or layer._forward_hooks or layer._forward_pre_hooks:
+        return layer
+    if not isinstance(weight, Tensor) or weight.dtype != torch.float32 or hasattr(weight, "ds_id"):
+        return layer
+    weight, eps = weight.detach(), float(layer.variance_epsilon)  # type: ignore[arg-type]
+    return lambda x: F.rms_norm(x, weight.shape, weight, eps)
 
 
 def _is_plain(layer: nn.Module) -> bool:
@@ -353,7 +378,7 @@ def _is_plain(layer: nn.Module) -> bool:
     return bare and not hasattr(layer.weight, "ds_id")  # ZeRO-3 gathers a weight only when its layer is called
 
 
-# --- choosing -----------------------------------------------------------------------------------------------
+# --- which runner --------------------------------------------------------------------------------------------
 
 
 def base_model(model: nn.Module) -> Any:
@@ -434,76 +459,3 @@ def sampling_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
         if base.config._attn_implementation != attention:
             base.set_attn_implementation(attention)
-
-
-# --- choosing a token ---------------------------------------------------------------------------------------
-
-
-def truncate(scores_NV: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """Scores with -inf outside the `top_k` highest and outside the smallest set of probability `top_p`.
-
-    In transformers' order: top_k first, top_p of what is left. Scores equal to the last of the top_k all
-    stay. At least one token stays. 0 and 1.0 leave everything in.
-    """
-    if 0 < top_k < scores_NV.shape[-1]:
-        least = scores_NV.topk(top_k, -1).values[..., -1:]
-        scores_NV = scores_NV.masked_fill(scores_NV < least, NEVER)
-    if top_p < 1.0:
-        ordered, index = scores_NV.sort(dim=-1, descending=True, stable=True)
-        probs = torch.softmax(ordered, -1)
-        before = probs.cumsum(-1) - probs  # probability of everything ranked higher
-        out = before >= top_p
-        out[..., 0] = False
-        scores_NV = scores_NV.masked_fill(torch.zeros_like(out).scatter_(-1, index, out), NEVER)
-    return scores_NV
-
-
-def sampling_scores(
-    logits_NV: Tensor,
-    temperature: float,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    forbidden_NV: Tensor | None = None,
-) -> Tensor:
-    """The scores whose softmax is the sampling distribution: forbidden tokens out, temperature, then
-    truncation."""
-    scores = logits_NV if forbidden_NV is None else logits_NV.masked_fill(forbidden_NV, NEVER)
-    if temperature not in (0.0, 1.0):
-        scores = scores / temperature
-    return truncate(scores, top_k, top_p) if temperature else scores
-
-
-def inverse_cdf(probs_NV: Tensor, noise_N: Tensor) -> Tensor:
-    """The first token whose cumulative probability exceeds the noise in [0, 1): never one of probability 0.
-
-    The noise is stretched to the rounded total, so that a total just below 1 loses no noise. Softmax,
-    cumulative sum and search take a twentieth of the time of `torch.multinomial` on a CPU.
-    """
-    cdf = probs_NV.cumsum(-1)
-    ids = torch.searchsorted(cdf, noise_N[:, None] * cdf[:, -1:], right=True)
-    return ids[:, 0].clamp_(max=probs_NV.shape[-1] - 1)
-
-
-def choose(
-    logits_NV: Tensor,
-    noise_N: Tensor,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    forbidden_NV: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Next tokens [N], their log-probs under the sampling distribution and under the raw one (temperature 1).
-
-    Temperature 0 takes the highest score (the lowest id of a tie); the sampling log-prob is then 0: it was
-    certain.
-    """
-    raw_NV = torch.log_softmax(logits_NV, -1)
-    scores_NV = sampling_scores(logits_NV, temperature, top_k, top_p, forbidden_NV)
-    if temperature == 0.0:
-        ids_N = scores_NV.argmax(-1)
-        raw_N = raw_NV.gather(1, ids_N[:, None])[:, 0]
-        return ids_N, torch.zeros_like(raw_N), raw_N
-    own_NV = raw_NV if scores_NV is logits_NV else torch.log_softmax(scores_NV, -1)
-    ids_N = inverse_cdf(own_NV.exp(), noise_N)
-    at = ids_N[:, None]
-    return ids_N, own_NV.gather(1, at)[:, 0], raw_NV.gather(1, at)[:, 0]

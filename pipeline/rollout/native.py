@@ -3,7 +3,7 @@
 Prompts enter in batches, longest first, each computed once for all of its samples. All active rows then
 advance one token a step. Rows whose answer has ended wait, masked, until enough of them can be replaced by
 waiting prompts in one batch, or, when none wait, until it pays to close the gaps; doing either at every step
-costs more than the idle rows.
+costs more than the idle rows. Beam search has a loop of its own (`pipeline/rollout/beams.py`).
 
 Shapes: R rows of the cache, N active rows, P prompts of a batch, K samples a prompt, V vocabulary.
 """
@@ -18,10 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.flow.errors import UserError
 from pipeline.llama import decode
+from pipeline.llama.choosing import Chooser, seen_tokens
 from pipeline.rollout import noise
-from pipeline.rollout.engine import Generated, Progress, SamplingSettings, Usage
+from pipeline.rollout.beams import search
+from pipeline.rollout.engine import Generated, Progress, SamplingSettings, ToText, Usage, check_prompts, require_text
 from pipeline.rollout.noise import NoiseKey
 
 REFILL = 12  # a twelfth of the rows idle: let waiting prompts in
@@ -45,6 +46,7 @@ class NativeEngine:
     cache_bytes     memory for keys and values, kept between calls (`release()` gives it back)
     prefill_tokens  prompt tokens of one batch
     linear_dtype    computes the linear layers in bfloat16, say; None keeps the model's own precision
+    to_text         texts of answers, for `stop_strings`
     """
 
     def __init__(
@@ -57,12 +59,13 @@ class NativeEngine:
         cache_bytes: int = 1 << 30,
         prefill_tokens: int = 4096,
         linear_dtype: torch.dtype | None = None,
+        to_text: ToText | None = None,
     ) -> None:
         self.model = model
         self.stop_ids = tuple(stop_ids)
         self.pad_id = pad_id
         self.rows, self.cache_bytes, self.prefill_tokens = rows, cache_bytes, prefill_tokens
-        self.linear_dtype = linear_dtype
+        self.linear_dtype, self.to_text = linear_dtype, to_text
         self.usage = Usage()
         self._cache: decode.SlotCache | None = None
 
@@ -78,32 +81,25 @@ class NativeEngine:
         """See `Engine.generate`. Raises UserError where a prompt is empty or does not fit the model."""
         if not prompts:
             return []
-        columns = self._columns(prompts, settings)
-        streams_PK = noise.streams(key, noise.content_names(prompts) if names is None else names, settings.samples)
+        require_text(self.to_text, settings)
+        columns = check_prompts(prompts, settings, decode.base_model(self.model).config)
+        beams = settings.num_beams
         with decode.sampling_mode(self.model):
-            cache = self._room(columns, len(prompts) * settings.samples)
+            cache = self._room(columns, len(prompts) * max(settings.samples, beams), at_least=beams)
             runner = decode.new_runner(self.model, cache, self.linear_dtype)
+            if beams > 1:
+                return search(self, runner, prompts, settings, progress)
+            names = noise.content_names(prompts) if names is None else names
+            streams_PK = noise.streams(key, names, settings.samples)
             return _Session(self, runner, prompts, settings, streams_PK, progress).run()
 
     def release(self) -> None:
         """Give the cache's memory back."""
         self._cache = None
 
-    def _columns(self, prompts: Sequence[Sequence[int]], settings: SamplingSettings) -> int:
-        if not all(prompts):
-            raise UserError("sampling: a prompt without tokens; a prompt needs at least its begin token")
-        columns = max(map(len, prompts)) + settings.max_new_tokens
-        limit = getattr(decode.base_model(self.model).config, "max_position_embeddings", columns)
-        if columns > limit:
-            raise UserError(
-                f"sampling: the longest prompt and {settings.max_new_tokens} new tokens need {columns} "
-                f"positions, the model has {limit}: lower sampling.max_new_tokens or leave long prompts out"
-            )
-        return columns
-
-    def _room(self, columns: int, sequences: int) -> decode.SlotCache:
+    def _room(self, columns: int, sequences: int, at_least: int = 1) -> decode.SlotCache:
         affordable = self.cache_bytes // (columns * decode.column_bytes(self.model))
-        rows = max(1, min(self.rows, sequences, affordable))
+        rows = max(at_least, min(self.rows, sequences, affordable))
         like = next(decode.base_model(self.model).parameters())
         cache = self._cache
         if cache is None or not cache.fits(rows, columns, like):
@@ -141,7 +137,18 @@ class _Session:
         self.positions_R = room(rows)  # and its position
         self.count_R = room(rows)  # new tokens so far
         self.alive_R = room(rows, dtype=torch.bool)
+        self.stopped_R = room(rows, dtype=torch.bool)  # ended by a stop token or a stop string
+        self.seen_RV: Tensor | None = None  # tokens of prompt and answer, where repetition is penalised
         self.stop_ids = torch.tensor(engine.stop_ids, dtype=torch.int64, device=self.device)
+        self.choose = Chooser(
+            settings.temperature,
+            settings.top_k,
+            settings.top_p,
+            settings.min_p,
+            settings.repetition_penalty,
+            self.stop_ids,
+        )
+        self.bars = bool(settings.min_new_tokens and engine.stop_ids)
         self.owner: list[tuple[int, int] | None] = [None] * rows  # (prompt, sample) of each row in use
         self.active = 0  # rows 0 .. active - 1 are stepped
         self.columns = 0  # one more than any living row's position
@@ -155,8 +162,11 @@ class _Session:
         while waiting or self.active:
             if waiting:
                 self._admit(waiting)
+            idle = 0
             while self.active:
-                idle = self._idle()
+                before, idle = idle, self._idle()
+                if idle != before:  # an ended row may have been the longest
+                    self._measure()
                 free = rows - self.active + idle
                 if waiting and (free >= max(waiting[-1].count, rows // REFILL) or idle == self.active):
                     break
@@ -183,33 +193,47 @@ class _Session:
         logits = self.runner.step(self.tokens_R[:n], self.positions_R[:n], self.columns)
         self.positions_R[:n] += self.alive_R[:n]
         self.engine.usage.steps += 1
-        self._take(logits, self.runner.cache.row_R[:n])
-        self._measure()
+        self._take(logits, slice(n))
+        self.columns += 1
 
     def _measure(self) -> None:
         """The columns that living rows need. Ended rows read fewer than they hold, which harms nobody."""
         n = self.active
         self.columns = int((self.positions_R[:n] * self.alive_R[:n]).max()) + 1 if n else 0
 
-    def _take(self, logits_NV: Tensor, rows_N: Tensor) -> None:
+    def _take(self, logits_NV: Tensor, rows_N: Tensor | slice) -> None:
         """Draw the next token of each row, write it down, and note which rows have ended."""
         s = self.settings
+        at_N = self.runner.cache.row_R[rows_N]  # their numbers; a slice reads and writes the state in place
         count = self.count_R[rows_N]
-        forbidden = None
-        if s.min_new_tokens and self.stop_ids.numel():
-            forbidden = torch.zeros_like(logits_NV, dtype=torch.bool)
-            forbidden[:, self.stop_ids] = (count < s.min_new_tokens)[:, None]
-        drawn = self.noise_RN[rows_N, count]
-        ids, logprobs, raw = decode.choose(logits_NV, drawn, s.temperature, s.top_k, s.top_p, forbidden)
-        self.ids_RN[rows_N, count] = ids
-        self.logprobs_RN[rows_N, count] = logprobs
-        self.raw_RN[rows_N, count] = raw
+        early = count < s.min_new_tokens if self.bars else None
+        seen = None if self.seen_RV is None else self.seen_RV[rows_N]
+        ids, logprobs, raw = self.choose(logits_NV, self.noise_RN[at_N, count], early, seen)
+        self.ids_RN[at_N, count] = ids
+        self.logprobs_RN[at_N, count] = logprobs
+        self.raw_RN[at_N, count] = raw
         self.tokens_R[rows_N] = ids
+        if self.seen_RV is not None:
+            self.seen_RV[at_N, ids] = True
         alive = self.alive_R[rows_N]
         count = count + alive
         self.count_R[rows_N] = count
-        ended = (ids[:, None] == self.stop_ids).any(-1) | (count >= s.max_new_tokens)
-        self.alive_R[rows_N] = alive & ~ended
+        stopped = torch.isin(ids, self.stop_ids)
+        if s.stop_strings:
+            stopped |= self._says_stop(at_N, count, alive & ~stopped)
+        self.stopped_R[rows_N] |= stopped & alive
+        self.alive_R[rows_N] = alive & ~(stopped | (count >= s.max_new_tokens))
+
+    def _says_stop(self, rows_N: Tensor, count_N: Tensor, asked_N: Tensor) -> Tensor:
+        """[N] whether the text of an answer holds a stop string; of its own ids alone, whatever stands beside it."""
+        asked = asked_N.nonzero()[:, 0]
+        counts = count_N[asked].tolist()
+        answers = [ids[:n] for ids, n in zip(self.ids_RN[rows_N[asked]].tolist(), counts, strict=True)]
+        texts = self.engine.to_text(answers)  # type: ignore[misc]  # required with stop strings
+        said = [any(stop in text for stop in self.settings.stop_strings) for text in texts]
+        found = torch.zeros_like(asked_N)
+        found[asked] = torch.tensor(said, dtype=torch.bool, device=self.device)
+        return found
 
     def _idle(self) -> int:
         return self.active - int(self.alive_R[: self.active].sum())
@@ -225,12 +249,12 @@ class _Session:
         counts = self.count_R[at].tolist()
         longest = max(counts)
         columns = [x[at, :longest].tolist() for x in (self.ids_RN, self.logprobs_RN, self.raw_RN)]
-        stops = set(self.engine.stop_ids)
-        for row, n, ids, logprobs, raw in zip(ended, counts, *columns, strict=True):
+        stopped = self.stopped_R[at].tolist()
+        for row, n, end, ids, logprobs, raw in zip(ended, counts, stopped, *columns, strict=True):
             prompt, sample = self.owner[row]  # type: ignore[misc]
             self.owner[row] = None
             self.results[prompt][sample] = Generated(
-                prompt, sample, tuple(ids[:n]), tuple(logprobs[:n]), tuple(raw[:n]), ids[n - 1] in stops
+                prompt, sample, tuple(ids[:n]), tuple(logprobs[:n]), tuple(raw[:n]), end
             )
         self.positions_R[at] = 0  # free rows are stepped along at little cost
         self.done += len(ended)
@@ -257,8 +281,10 @@ class _Session:
             self.runner.cache.move(source, target, self.columns)
             for state in (self.ids_RN, self.logprobs_RN, self.raw_RN, self.noise_RN):
                 state[target] = state[source]
-            for state in (self.tokens_R, self.positions_R, self.count_R, self.alive_R):
+            for state in (self.tokens_R, self.positions_R, self.count_R, self.alive_R, self.stopped_R):
                 state[target] = state[source]
+            if self.seen_RV is not None:
+                self.seen_RV[target] = self.seen_RV[source]
             for old, new in zip(movers, gaps, strict=True):
                 self.owner[new], self.owner[old] = self.owner[old], None
         self.active = living
@@ -297,7 +323,8 @@ class _Session:
 
         lengths_P = torch.tensor(lengths, device=self.device)
         slots_PK = torch.tensor(slots, device=self.device)
-        logits = self.runner.prefill(torch.from_numpy(ids).to(self.device), lengths_P, slots_PK)
+        ids_PT = torch.from_numpy(ids).to(self.device)
+        logits = self.runner.prefill(ids_PT, lengths_P, slots_PK)
         self.engine.usage.prompt_tokens += sum(lengths)
 
         rows, samples = slots_PK.flatten(), slots_PK.shape[1]
@@ -305,6 +332,12 @@ class _Session:
         self.positions_R[rows] = lengths_P.repeat_interleave(samples)
         self.count_R[rows] = 0
         self.alive_R[rows] = True
+        self.stopped_R[rows] = False
+        if self.settings.repetition_penalty != 1.0:
+            seen_PV = seen_tokens(ids_PT, lengths_P, logits.shape[1])
+            if self.seen_RV is None:
+                self.seen_RV = seen_PV.new_zeros(self.runner.cache.rows, logits.shape[1])
+            self.seen_RV[rows] = seen_PV.repeat_interleave(samples, 0)
         for w, own in zip(batch, slots, strict=True):
             for offset, row in enumerate(own):
                 self.owner[row] = (w.prompt, w.first + offset)

@@ -3,12 +3,14 @@ from __future__ import annotations
 import math
 import random
 
+import numpy as np
 import pytest
 import torch
 import transformers
 
 from pipeline.flow.errors import UserError
 from pipeline.llama import decode, modeling
+from pipeline.llama.choosing import truncate
 from pipeline.llama.heads import PolicyModel
 from pipeline.rollout import native
 from pipeline.rollout.engine import SamplingSettings
@@ -84,67 +86,170 @@ OPTIONS = [
     {"temperature": 2.0},
     {"top_k": 4},
     {"top_p": 0.8},
+    {"min_p": 0.25},
+    {"repetition_penalty": 1.8},
+    {"repetition_penalty": 0.6, "temperature": 1.5},
     {"temperature": 0.7, "top_k": 6, "top_p": 0.9},
+    {"top_k": 5, "top_p": 0.95, "min_p": 0.1},
     {"min_new_tokens": 1},
+    {
+        "min_new_tokens": 1,
+        "temperature": 1.3,
+        "top_k": 6,
+        "top_p": 0.97,
+        "min_p": 0.05,
+        "repetition_penalty": 1.4,
+    },
+    {"stop_strings": ("\x06\x03",)},
 ]
+
+
+def text_of(answers):
+    """Token i is the character i."""
+    return ["".join(map(chr, ids)) for ids in answers]
+
+
+def exact_distribution(logits: np.ndarray, ids: list[int], new: int, s: SamplingSettings, stops) -> np.ndarray:
+    """Probabilities of the next token in float64, by the definitions, one token at a time."""
+    scores = {t: float(x) for t, x in enumerate(logits)}
+    for t in set(ids):
+        scores[t] = scores[t] / s.repetition_penalty if scores[t] > 0 else scores[t] * s.repetition_penalty
+    left = {t: x / s.temperature for t, x in scores.items() if not (t in stops and new < s.min_new_tokens)}
+    ranked = sorted(left, key=lambda t: -left[t])
+    if s.top_k:
+        ranked = ranked[: s.top_k]
+    weights = {t: math.exp(left[t]) for t in ranked}
+    total, mass, nucleus = sum(weights.values()), 0.0, []
+    for t in ranked:
+        if mass / total < s.top_p:
+            nucleus.append(t)
+        mass += weights[t]
+    kept = [t for t in nucleus if weights[t] >= s.min_p * weights[ranked[0]]]
+    probs = np.zeros(len(logits))
+    for t in kept:
+        probs[t] = weights[t] / sum(weights[u] for u in kept)
+    return probs
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_sampling_frequencies_are_the_exact_distribution(options):
-    """Two tokens of a vocabulary of 7: joint frequencies of all answers against exact probabilities."""
-    model, prompt, n = new_model(vocab=7, spread=0.5), [5, 6, 1], 3000
-    engine = NativeEngine(model, (2,), 0, rows=1000)
-    settings = SamplingSettings(max_new_tokens=2, samples=n, **options)
+    """Three tokens of a vocabulary of 7: joint frequencies of all answers against exact probabilities."""
+    model, prompt, n = new_model(vocab=7, spread=0.5), [5, 6, 1], 4000
+    engine = NativeEngine(model, (2,), 0, rows=1000, to_text=text_of)
+    settings = SamplingSettings(max_new_tokens=3, samples=n, **options)
     (answers,) = engine.generate([prompt], settings, KEY)
     exact: dict[tuple[int, ...], float] = {}
+    ended: set[tuple[int, ...]] = set()
 
-    def walk(ids: list[int], p: float) -> None:
-        logits = full_logits(model, prompt + ids)[-1:] / settings.temperature
-        if len(ids) < settings.min_new_tokens:
-            logits[:, 2] = -math.inf
-        probs = torch.softmax(decode.truncate(logits, settings.top_k, settings.top_p), -1)[0].tolist()
-        for token, q in enumerate(probs):
-            longer = [*ids, token]
-            if q and (token == 2 or len(longer) == 2):
-                exact[tuple(longer)] = p * q
-            elif q:
-                walk(longer, p * q)
+    def walk(ids: tuple[int, ...], p: float) -> None:
+        logits = full_logits(model, [*prompt, *ids])[-1].numpy()
+        probs = exact_distribution(logits, [*prompt, *ids], len(ids), settings, {2})
+        for token in probs.nonzero()[0].tolist():
+            longer = (*ids, token)
+            stopped = token == 2 or any(x in text_of([longer])[0] for x in settings.stop_strings)
+            ended.update({longer} if stopped else ())
+            if stopped or len(longer) == 3:
+                exact[longer] = p * probs[token]
+            else:
+                walk(longer, p * probs[token])
 
-    walk([], 1.0)
+    walk((), 1.0)
     counts = dict.fromkeys(exact, 0)
     for g in answers:
         counts[g.ids] += 1  # a KeyError is an answer of probability 0
+        assert g.stopped == (g.ids in ended)
     assert math.isclose(sum(exact.values()), 1.0, abs_tol=1e-5)
     rare = [a for a, p in exact.items() if n * p < 5]
     cells = [(counts[a], n * p) for a, p in exact.items() if a not in rare]
     cells += [(sum(counts[a] for a in rare), n * sum(exact[a] for a in rare))] if rare else []
     chi2 = sum((c - e) ** 2 / max(e, 1e-9) for c, e in cells if e > 0)
     free = len(cells) - 1
+    assert free > 3
     assert chi2 < free + 4 * math.sqrt(2 * free) + 4
     for g in answers[:50]:
         assert math.exp(sum(g.logprobs)) == pytest.approx(exact[g.ids], rel=1e-4)
 
 
-def test_samples_do_not_depend_on_the_batch():
+EVERY = [
+    {},
+    {"temperature": 0.0},
+    {"temperature": 0.8, "top_k": 30, "top_p": 0.9, "min_p": 0.02},
+    {"repetition_penalty": 1.3, "min_new_tokens": 3},
+    {"temperature": 0.0, "repetition_penalty": 1.5},
+    {"stop_strings": ("A", "\x13\x14", "5")},
+    {"temperature": 0.0, "num_beams": 3},
+    {"temperature": 0.0, "num_beams": 4, "early_stopping": True, "length_penalty": 0.5, "stop_strings": ("A", "5")},
+]
+
+
+@pytest.mark.parametrize("options", EVERY, ids=str)
+def test_samples_do_not_depend_on_the_batch(options):
     """Alone, with others, in another order, in other numbers of rows, and whichever K: the same ids."""
     model, prompts = new_model(), some_prompts(7)
-    settings = SamplingSettings(max_new_tokens=8, samples=2)
+    settings = SamplingSettings(max_new_tokens=8, samples=2, **options)
 
     def ids(engine, prompts, settings=settings):
         return [[g.ids for g in group] for group in engine.generate(prompts, settings, KEY)]
 
-    engine = NativeEngine(model, STOPS, 0)
+    def new_engine(**changes):
+        return NativeEngine(model, STOPS, 0, to_text=text_of, **changes)
+
+    engine = new_engine()
     together = ids(engine, prompts)
-    assert ids(NativeEngine(model, STOPS, 0, rows=3), prompts) == together
-    assert ids(NativeEngine(model, STOPS, 0, prefill_tokens=1), prompts) == together
-    assert ids(NativeEngine(model, STOPS, 0, cache_bytes=1), prompts[:2]) == together[:2]  # row by row
+    assert ids(new_engine(rows=3), prompts) == together
+    assert ids(new_engine(prefill_tokens=1), prompts) == together
+    assert ids(new_engine(cache_bytes=1), prompts[:2]) == together[:2]  # row by row
     assert ids(engine, prompts[::-1]) == together[::-1]
     assert ids(engine, prompts[3:4]) == together[3:4]
-    more = ids(engine, prompts, SamplingSettings(max_new_tokens=8, samples=4))
+    more = ids(engine, prompts, SamplingSettings(max_new_tokens=8, samples=3, **options))
     assert [group[:2] for group in more] == together
-    longer = ids(engine, prompts, SamplingSettings(max_new_tokens=12, samples=2))
-    assert [[a[:8] for a in group] for group in longer] == together
-    assert len({a for group in together for a in group}) == 14
+    if settings.num_beams == 1:
+        longer = ids(engine, prompts, SamplingSettings(max_new_tokens=12, samples=2, **options))
+        assert [[a[:8] for a in group] for group in longer] == together
+    if settings.temperature or settings.num_beams > 1:
+        assert len({a for group in together for a in group}) >= 12
+
+
+def test_an_answer_ends_with_the_token_that_completes_a_stop_string():
+    """Token i is the character i: "23" is the ids 50, 51. The prompt's own text does not count."""
+    model, prompts = new_model(spread=0.02), [[50, 51, 50]] * 60
+    engine = NativeEngine(model, (2,), 0, to_text=text_of, rows=16)
+    plain = engine.generate(prompts, SamplingSettings(max_new_tokens=40), KEY)
+    stops = ("23", "W", "!?")
+    for (free,), (got,) in zip(
+        plain, engine.generate(prompts, SamplingSettings(max_new_tokens=40, stop_strings=stops), KEY), strict=True
+    ):
+        text = text_of([free.ids])[0]
+        ends = [text.index(stop) + len(stop) for stop in stops if stop in text]
+        assert got.ids == free.ids[: min(ends, default=40)]
+        assert got.stopped == (bool(ends) or free.stopped)
+        assert (len(got.logprobs), len(got.raw_logprobs)) == (len(got.ids),) * 2
+        assert got.raw_logprobs == pytest.approx(free.raw_logprobs[: len(got.ids)], abs=1e-5)
+    with pytest.raises(UserError, match="stop_strings"):
+        NativeEngine(model, (2,), 0).generate(prompts, SamplingSettings(stop_strings=("x",)), KEY)
+
+
+@pytest.mark.parametrize("kind", ["core", "qwen2"])
+@pytest.mark.parametrize("options", [{"repetition_penalty": 1.7}, {"min_new_tokens": 6}])
+def test_greedy_options_are_those_of_transformers(kind, options):
+    model, prompts = new_model(kind), some_prompts(8)
+    settings = SamplingSettings(temperature=0, max_new_tokens=12, samples=2, **options)
+    groups = NativeEngine(model, STOPS, pad_id=0, rows=5).generate(prompts, settings, KEY)
+    plain = NativeEngine(model, STOPS, pad_id=0).generate(
+        prompts, SamplingSettings(temperature=0, max_new_tokens=12), KEY
+    )
+    for prompt, group in zip(prompts, groups, strict=True):
+        expected = model.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            do_sample=False,
+            max_new_tokens=12,
+            eos_token_id=list(STOPS),
+            pad_token_id=0,
+            **options,
+        )[0, len(prompt) :].tolist()
+        assert [list(g.ids) for g in group] == [expected] * 2
+    assert [group[0].ids for group in groups] != [group[0].ids for group in plain]  # the option does something
 
 
 def test_names_say_which_prompt_is_which():
@@ -173,7 +278,7 @@ def test_logprobs_are_those_of_a_full_forward(temperature):
         for group, own in zip(groups, again, strict=True):
             for g, logprobs in zip(group, own, strict=True):
                 stored = torch.tensor(getattr(g, field))
-                torch.testing.assert_close(logprobs, stored, atol=1e-5, rtol=0)
+                torch.testing.assert_close(logprobs, stored, atol=1e-5, rtol=1e-5)
 
 
 def test_truncated_logprobs_are_of_the_truncated_distribution():
@@ -186,7 +291,7 @@ def test_truncated_logprobs_are_of_the_truncated_distribution():
         raw = torch.log_softmax(logits, -1)[0, token].item()
         if i < 2:
             logits[:, list(STOPS)] = -math.inf
-        own = torch.log_softmax(decode.truncate(logits / 0.8, 0, 0.6), -1)[0, token].item()
+        own = torch.log_softmax(truncate(logits / 0.8, 0, 0.6), -1)[0, token].item()
         assert got.raw_logprobs[i] == pytest.approx(raw, abs=1e-5)
         assert got.logprobs[i] == pytest.approx(own, abs=1e-5)
 
