@@ -24,7 +24,7 @@ from pipeline.flow.config import not_identity
 from pipeline.flow.errors import UserError
 from pipeline.flow.stage import OneOrMore, Stage, Workspace
 from pipeline.llama.adapters import LoraSettings
-from pipeline.rollout.engine import SamplingSettings
+from pipeline.rollout.engine import EngineSettings, SamplingSettings
 from pipeline.rollout.reward_settings import RewardSettings
 from pipeline.train.ppo_settings import NEED_GROUPS, PpoSettings
 from pipeline.train.settings import TrainSettings
@@ -41,6 +41,7 @@ class Ppo(Stage):
         sampling: SamplingSettings = Field(
             default=SamplingSettings(samples=4, max_new_tokens=64), description="How answers are drawn."
         )
+        engine: EngineSettings = Field(default=EngineSettings(), description="What draws them.")
         reward: RewardSettings = Field(
             default=RewardSettings(unfinished_score=-1.0), description="What answers are rewarded for."
         )
@@ -178,6 +179,7 @@ class Ppo(Stage):
             NoiseKey(workspace.seed, workspace.stage),
             reward=rewards,
             token_budget=config.train.token_budget,
+            engine=config.engine,
         )
         watch = _watch(config, inputs, reader, workspace)
         trained: list[Any] = [m for m in (roles.actor.policy, roles.actor.value) if m is not None]

@@ -23,7 +23,7 @@ from pipeline.flow.config import Settings, not_identity
 from pipeline.flow.errors import UserError
 from pipeline.flow.stage import OneOrMore, Stage, Workspace
 from pipeline.llama.adapters import LoraSettings
-from pipeline.rollout.engine import SamplingSettings
+from pipeline.rollout.engine import EngineSettings, SamplingSettings
 from pipeline.rollout.mining import ChooseSettings, PairSettings
 from pipeline.rollout.reward_settings import RewardSettings
 from pipeline.train.settings import TrainSettings
@@ -52,6 +52,7 @@ class Rejection(Stage):
         sampling: SamplingSettings = Field(
             default=SamplingSettings(samples=8, max_new_tokens=64), description="How answers are drawn, N by `samples`."
         )
+        engine: EngineSettings = Field(default=EngineSettings(), description="What draws them.")
         temperatures: tuple[float, ...] = Field(
             default=(), description="Draw N answers at each of these instead of at `sampling.temperature`."
         )
@@ -198,6 +199,7 @@ class Rejection(Stage):
             temperatures=config.temperatures,
             ranks=ranks,
             progress=lambda d, n: workspace.progress(d, n, "samples"),
+            engine=config.engine,
         )
         return drawn, prompts.dropped
 

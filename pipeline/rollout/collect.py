@@ -13,8 +13,7 @@ from pipeline.data.forest import Group
 from pipeline.data.groups import continuations
 from pipeline.data.records import Prompt, Sample
 from pipeline.flow.errors import UserError
-from pipeline.rollout.engine import Progress, SamplingSettings
-from pipeline.rollout.native import NativeEngine
+from pipeline.rollout.engine import EngineSettings, Progress, SamplingSettings, new_engine
 from pipeline.rollout.noise import NoiseKey
 from pipeline.rollout.reward import Scorer
 
@@ -101,10 +100,18 @@ class Sampler:
         *,
         reward: Scorer | None = None,
         token_budget: int | None = None,
+        engine: EngineSettings | None = None,
     ) -> None:
         self.chat, self.settings, self.key = chat, settings, key
         self.reward, self.token_budget = reward, token_budget
-        self.engine = NativeEngine(model, chat.stop_ids, chat.tokenizer.pad_token_id)
+        self.engine = new_engine(
+            engine or EngineSettings(),
+            model,
+            chat.stop_ids,
+            chat.tokenizer.pad_token_id,
+            to_text=chat.decode_all,
+            tokenizer=chat.tokenizer,
+        )
 
     def sample(
         self,

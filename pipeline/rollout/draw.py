@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.data.chat import ChatFormat
 from pipeline.data.records import Origin, Sample
 from pipeline.rollout.collect import EncodedPrompts, Sampler
-from pipeline.rollout.engine import Progress, SamplingSettings
+from pipeline.rollout.engine import EngineSettings, Progress, SamplingSettings
 from pipeline.rollout.noise import NoiseKey
 from pipeline.rollout.samples import recorded
 
@@ -24,6 +24,7 @@ def draw(
     temperatures: Sequence[float] = (),
     ranks: Any = None,
     progress: Progress | None = None,
+    engine: EngineSettings | None = None,
 ) -> list[Sample]:
     """`sampling.samples` answers to each prompt, or as many at each of `temperatures`, not scored yet.
 
@@ -35,7 +36,7 @@ def draw(
     for rung, temperature in enumerate(temperatures or [sampling.temperature]):
         settings = sampling.model_copy(update={"temperature": temperature})
         row = f"{origin.row} at {temperature!r}" if temperatures else str(origin.row)
-        sampler = Sampler(model, chat, settings, NoiseKey(origin.seed or 0, row))
+        sampler = Sampler(model, chat, settings, NoiseKey(origin.seed or 0, row), engine=engine)
         rollout = sampler.sample(prompts, iteration=origin.iteration, ranks=ranks, progress=progress)
         own = replace(origin, temperature=temperature)
         rungs.append(recorded(rollout.samples, rollout.prompt_ids, own, first=rung * settings.samples))

@@ -284,4 +284,4 @@ def test_every_policy_stage_records_and_chooses_on_dev(place: Place, inputs: dic
         best = max(looks, key=lambda line: line["dev/heldout"])
         assert len(looks) == 4 and row.metrics["chosen_by"] == "heldout", name
         assert row.log.index(best) + 1 == row.metrics["kept_step"]
-        assert all(line["dev/kl"] > 0 for line in looks)
+        assert all(line["dev/kl"] != 0 for line in looks)
