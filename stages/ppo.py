@@ -181,7 +181,7 @@ class Ppo(Stage):
             token_budget=config.train.token_budget,
             engine=config.engine,
         )
-        watch = _watch(config, inputs, reader, workspace)
+        watch = _watch(config, inputs, rewards, reader, workspace)
         trained: list[Any] = [m for m in (roles.actor.policy, roles.actor.value) if m is not None]
         workspace.say(memory.statement(trained, frozen, policy.model, config.train, shared=shared))
         progress = Progress(workspace, trainer, roles, config, watch, controller(config.kl.controller()), rewards)
@@ -244,7 +244,7 @@ def _mix(config: Ppo.Config, inputs: Any, reader: Any, chat: Any, seed: int) -> 
     return streams
 
 
-def _watch(config: Ppo.Config, inputs: Any, reader: Any, workspace: Workspace) -> Any:
+def _watch(config: Ppo.Config, inputs: Any, rewards: Any, reader: Any, workspace: Workspace) -> Any:
     """What is looked at on `dev`; None without it."""
     if inputs.dev is None:
         return None
@@ -252,7 +252,7 @@ def _watch(config: Ppo.Config, inputs: Any, reader: Any, workspace: Workspace) -
 
     return open_watch(
         reader.read("dev", inputs.dev, "prompts"),
-        proxy=inputs.reward[0] if inputs.reward else None,
+        proxy=rewards,
         heldout=inputs.heldout_reward,
         judge=inputs.judge,
         start=inputs.policy,

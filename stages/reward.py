@@ -7,13 +7,14 @@ the head's weight, the shift into the manifest.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from pydantic import Field
 
 from pipeline.flow.artifacts import Comparisons, Policy, Prompts, RewardModel
 from pipeline.flow.config import Settings
+from pipeline.flow.errors import UserError
 from pipeline.flow.stage import Stage, Workspace
 from pipeline.llama.adapters import LoraSettings
 from pipeline.train.settings import TrainSettings
@@ -27,6 +28,11 @@ class Reward(Stage):
     class Config(Settings):
         weight_by: Literal["pair", "prompt"] = Field(
             default="pair", description="Every pair counts 1, or 1/C(K,2) so that every prompt counts 1 (InstructGPT)."
+        )
+        part: tuple[float, float] | None = Field(
+            default=None,
+            description="Use this share of the comparisons, such as [0.0, 0.5], cut by a hash of the first turn: "
+            "reward models on disjoint parts never see the same prompt.",
         )
         centring: float = Field(
             default=0.0, ge=0, description="Weight of (better + worse)^2, which keeps raw scores around 0."
@@ -57,6 +63,11 @@ class Reward(Stage):
     class Outputs:
         model: RewardModel
 
+    @classmethod
+    def check(cls, config: Any, given: frozenset[str]) -> None:
+        if config.part and not 0 <= config.part[0] < config.part[1] <= 1:
+            raise UserError(f"reward.part: expected two shares between 0 and 1, not {list(config.part)}")
+
     headline = ("heldout_accuracy", "loss", "tokens")
 
     def run(self, inputs: Inputs, workspace: Workspace) -> dict[str, Any]:
@@ -80,7 +91,10 @@ class Reward(Stage):
         encode = lambda records, slot: comparison_groups(records, scorer.chat, config.max_tokens).required(
             slot, config.max_tokens
         )
-        comparisons = reader.read("comparisons", inputs.comparisons, "comparisons")
+        if config.part and inputs.comparisons.part:
+            raise UserError("reward.part: the source of the comparisons names a part already; keep one of the two")
+        given = replace(inputs.comparisons, part=config.part) if config.part else inputs.comparisons
+        comparisons = reader.read("comparisons", given, "comparisons")
         encoded = encode(comparisons, "comparisons")
         ranks = strategy.for_row(workspace, precision=config.train.precision, clip=config.train.clip)
         weigh = weigh_pairs(config.weight_by)

@@ -54,14 +54,15 @@ class World:
     judge: list[tuple[Messages, Key]] = field(default_factory=list)
 
 
-def build_world(seed: int = 0, sizes: Sizes | None = None) -> World:
-    """The whole world from a seed, the same in every process."""
-    return _Builder(seed, sizes or Sizes()).build()
+def build_world(seed: int = 0, sizes: Sizes | None = None, length_bias: float = 0.0) -> World:
+    """The whole world from a seed, the same in every process; `length_bias` changes the labels alone."""
+    return _Builder(seed, sizes or Sizes(), Labellers(length_bias=length_bias)).build()
 
 
 class _Builder:
-    def __init__(self, seed: int, sizes: Sizes) -> None:
+    def __init__(self, seed: int, sizes: Sizes, labellers: Labellers) -> None:
         self.seed, self.sizes, self.facts, self.world = seed, sizes, Facts(seed), World()
+        self.labellers = labellers
         self.split_of_prompt: dict[Messages, str] = {}
 
     def build(self) -> World:
@@ -116,11 +117,11 @@ class _Builder:
         return [Prompt(f"{split}-{i}", messages, q.task) for i, (messages, q) in enumerate(asked)]
 
     def _comparisons(self, split: str, count: int, kwise: float) -> list[Comparison]:
-        labellers, found = Labellers(), []
+        found = []
         for rng in self._each(f"comparisons/{split}", count):
             messages, question = self._asked(rng, split, unique=False)
             answers = answers_to_compare(question, rng, 4 if rng.random() < kwise else 2)
-            ranks = labellers.rank([judge_text(question.key, a, True).total for a in answers], rng)
+            ranks = self.labellers.label(answers, [judge_text(question.key, a, True).total for a in answers], rng)
             completions = tuple(Completion(a, rank) for a, rank in zip(answers, ranks, strict=True))
             found.append(Comparison(messages, completions))
         return found

@@ -100,6 +100,12 @@ def _pick(options: tuple[str, ...], share: float) -> str:
 class Labellers:
     temperature: float = 0.12
     mistakes: float = 0.04
+    length_bias: float = 0.0  # worth that each word of an answer adds in their eyes
+
+    def label(self, answers: list[str], totals: list[float], rng: random.Random) -> list[int]:
+        """Rank of each answer by its true worth and, where they are biased, its length in words."""
+        seen = [t + self.length_bias * len(a.split()) for a, t in zip(answers, totals, strict=True)]
+        return self.rank(seen, rng)
 
     def rank(self, scores: list[float], rng: random.Random) -> list[int]:
         """Rank of each answer, 0 the best: Plackett-Luce by Gumbel noise; a mistake swaps two of them."""

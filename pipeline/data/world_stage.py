@@ -28,6 +28,9 @@ class WorldStage(Stage):
         """`seed` makes another world: other facts, other people behind the answers, other splits."""
 
         seed: int = Field(default=0, ge=0, description="Seed of the world.")
+        length_bias: float = Field(
+            default=0.0, description="Worth that labellers see in every word of an answer: a flaw to plant; 0 is fair."
+        )
         documents: int = Field(default=Sizes.documents, ge=1, description="Texts for pretraining.")
         heldout_documents: int = Field(default=Sizes.heldout_documents, ge=1, description="Texts for perplexity.")
         conversations: int = Field(default=Sizes.conversations, ge=1, description="Demonstrations, and perfect ones.")
@@ -58,7 +61,7 @@ class WorldStage(Stage):
         from pipeline.data.sources import write_jsonl
 
         settings = self.config.model_dump()
-        world = build_world(settings.pop("seed"), Sizes(**settings))
+        world = build_world(settings.pop("seed"), length_bias=settings.pop("length_bias"), sizes=Sizes(**settings))
         counts = {}
         for slot in self.Outputs.__dataclass_fields__:
             if slot == "judge":

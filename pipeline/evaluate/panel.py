@@ -19,6 +19,7 @@ from pipeline.evaluate.policies import Answered, add_gold, add_reward
 from pipeline.evaluate.scorecard import best_of_n, best_of_n_means, scorecard
 from pipeline.flow.artifacts import Judge, RewardModel
 from pipeline.rollout.reward import Reward, open_reward
+from pipeline.rollout.rewards import Rewards
 
 ORDER = ("gold", "heldout", "proxy")  # who decides the wins, where there
 
@@ -27,16 +28,16 @@ ORDER = ("gold", "heldout", "proxy")  # who decides the wins, where there
 class Panel:
     """`rewards` by name: "proxy" was trained against, "heldout" was not."""
 
-    rewards: dict[str, Reward]
+    rewards: dict[str, Reward | Rewards]
     judge: GoldJudge | None
     token_budget: int
 
     @classmethod
     def open(
-        cls, *, proxy: RewardModel | None, heldout: RewardModel | None, judge: Judge | None, token_budget: int
+        cls, *, proxy: RewardModel | Rewards | None, heldout: RewardModel | None, judge: Judge | None, token_budget: int
     ) -> Panel:
         given = {"proxy": proxy, "heldout": heldout}
-        rewards = {name: open_reward(artifact) for name, artifact in given.items() if artifact}
+        rewards = {name: r if isinstance(r, Rewards) else open_reward(r) for name, r in given.items() if r}
         return cls(rewards, GoldJudge.open(judge.data_files[0]) if judge else None, token_budget)
 
     @property
@@ -52,9 +53,10 @@ class Panel:
 
     def scorecard(self, name: str, pairs: Sequence[Comparison]) -> dict[str, Any] | None:
         """How good a reward model is on held-out pairs, by their labels and, where there is one, by the judge."""
-        if name not in self.rewards:
+        reward = self.rewards.get(name)
+        if not isinstance(reward, Reward):
             return None
-        return scorecard(scored_pairs(pairs, self.rewards[name], self.judge, self.token_budget))
+        return scorecard(scored_pairs(pairs, reward, self.judge, self.token_budget))
 
     def best_of_n(
         self, name: str, sample: Callable[[], Answered], n: int, everyone: Sequence[Answered], seed: int

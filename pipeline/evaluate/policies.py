@@ -24,6 +24,8 @@ from pipeline.rollout.collect import Sampler, encode_prompts
 from pipeline.rollout.engine import SamplingSettings
 from pipeline.rollout.noise import NoiseKey
 from pipeline.rollout.reward import Reward, score_texts
+from pipeline.rollout.reward_settings import PROXY
+from pipeline.rollout.rewards import Rewards
 from pipeline.rollout.scoring import token_logprobs
 
 
@@ -75,9 +77,12 @@ def answer(
     )
 
 
-def add_reward(answered: Answered, source: str, reward: Reward, token_budget: int) -> None:
-    """Scores by a reward model, on the text rendered in its own format."""
-    scores = score_texts(reward, answered.samples, token_budget)
+def add_reward(answered: Answered, source: str, reward: Reward | Rewards, token_budget: int) -> None:
+    """Scores by a reward model, on the text rendered in its own format, or by all that a policy is rewarded for."""
+    if isinstance(reward, Rewards):
+        scores = [found[PROXY] for found in reward.score(answered.samples, token_budget=token_budget)]
+    else:
+        scores = score_texts(reward, answered.samples, token_budget)
     answered.scores[source] = np.array(scores).reshape(answered.length.shape)
 
 

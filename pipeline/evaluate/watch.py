@@ -27,6 +27,7 @@ from pipeline.flow.artifacts import Judge, Policy, RewardModel
 from pipeline.llama.open import Trainable, open_frozen
 from pipeline.rollout.engine import SamplingSettings
 from pipeline.rollout.noise import NoiseKey
+from pipeline.rollout.rewards import Rewards
 
 ERRORS_APART = 2.0  # standard errors of the paired difference
 CHOICE = "choice"
@@ -35,7 +36,7 @@ CHOICE = "choice"
 def open_watch(
     dev: Sequence[Prompt],
     *,
-    proxy: RewardModel | None,
+    proxy: RewardModel | Rewards | None,
     heldout: RewardModel | None,
     judge: Judge | None,
     start: Policy,

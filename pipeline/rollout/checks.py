@@ -184,9 +184,11 @@ def regular_expression(
     pattern: str,
     whole: bool = False,
     ignore_case: bool = False,
+    most: int = Field(default=1, ge=1),
 ) -> float:
-    """Whether the pattern matches somewhere in the first 10,000 characters, or exactly the `whole` text."""
-    return float(_pattern(pattern, ignore_case).found_in(text, whole=whole))
+    """How often the pattern matches in the first 10,000 characters, counted up to `most`, or whether it matches exactly
+    the `whole` text."""
+    return float(_pattern(pattern, ignore_case).found_in(text, whole=whole, most=most))
 
 
 _pattern = functools.cache(lambda pattern, ignore_case: Pattern(pattern, ignore_case=ignore_case))

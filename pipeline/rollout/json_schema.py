@@ -174,7 +174,7 @@ class Schema:
 
     def _string(self, schema: Mapping[str, Any], value: str) -> bool:
         pattern = schema.get("pattern")
-        fits = pattern is None or self.patterns[pattern].found_in(value)
+        fits = pattern is None or self.patterns[pattern].found_in(value) > 0
         return fits and _within(len(value), schema, "minLength", "maxLength")
 
     def _number(self, schema: Mapping[str, Any], value: int | float) -> bool:

@@ -6,6 +6,8 @@ cut to a length, and a search that exceeds its time is an error, never a score: 
 
 from __future__ import annotations
 
+from itertools import islice
+
 import regex
 
 LIMIT = 10_000  # characters of a text that are searched
@@ -21,15 +23,16 @@ class Pattern:
         except regex.error as error:
             raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
 
-    def found_in(self, text: str, *, whole: bool = False, seconds: float | None = None) -> bool:
-        """Whether it matches somewhere in the first LIMIT characters, or exactly the `whole` text, which then must not
-        be longer. ValueError where the search takes too long."""
+    def found_in(self, text: str, *, whole: bool = False, most: int = 1, seconds: float | None = None) -> int:
+        """How often it matches in the first LIMIT characters, up to `most`, or whether it matches exactly the `whole`
+        text, which then must not be longer. ValueError where a search takes too long."""
         if whole and len(text) > LIMIT:
-            return False
-        search = self.compiled.fullmatch if whole else self.compiled.search
+            return 0
         limit = SECONDS if seconds is None else seconds
         try:
-            return search(text[:LIMIT], timeout=limit) is not None
+            if whole:
+                return int(self.compiled.fullmatch(text[:LIMIT], timeout=limit) is not None)
+            return sum(1 for _ in islice(self.compiled.finditer(text[:LIMIT], timeout=limit), most))
         except TimeoutError as error:
             raise ValueError(
                 f"the pattern {self.compiled.pattern!r} took more than {limit:g} s on {len(text[:LIMIT])} characters: "

@@ -270,3 +270,16 @@ def test_the_stage_writes_what_readers_read(tmp_path: Path) -> None:
     }.items():  # fmt: skip
         assert [unsourced(r) for r in read(found[name])] == [unsourced(r) for r in getattr(expected, name)], name
     assert manifest["metrics"]["judge"] == len(expected.judge)
+
+
+def test_biased_labellers_see_worth_in_words():
+    """The same answers under the same noise: with a bias of 10 a word the longest one always wins but for mistakes."""
+    answers, totals = ["a b c", "a", "a b"], [0.0, 1.0, 0.5]
+    fair, biased = Labellers(mistakes=0.0, temperature=1e-6), Labellers(mistakes=0.0, length_bias=10.0)
+    assert fair.label(answers, totals, random.Random(0)) == [2, 0, 1]
+    assert biased.label(answers, totals, random.Random(0)) == [0, 2, 1]
+    sizes = Sizes(**dict.fromkeys(Sizes.__dataclass_fields__, 30))
+    one, two = build_world(0, sizes), build_world(0, sizes, length_bias=0.5)
+    assert one.prompts == two.prompts and one.conversations == two.conversations and one.judge == two.judge
+    texts = lambda world: [{c.text for c in x.completions} for x in world.comparisons]
+    assert texts(one) == texts(two) and one.comparisons != two.comparisons

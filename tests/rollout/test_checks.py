@@ -117,6 +117,7 @@ def test_regular_expression():
     assert regular_expression(Q, "so <answer>7</answer>", True, None, pattern="<answer>.+</answer>", whole=True) == 0.0
     assert regular_expression(Q, "so <ANSWER>", True, None, pattern="<answer>", ignore_case=True) == 1.0
     assert regular_expression(Q, "so", True, None, pattern="<answer>") == 0.0
+    assert [regular_expression(Q, "a b a a", True, None, pattern="a", most=n) for n in (1, 2, 9)] == [1.0, 2.0, 3.0]
 
 
 NAMED = {"type": "object", "required": ["name"]}
