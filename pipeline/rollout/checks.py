@@ -184,7 +184,7 @@ def regular_expression(
     pattern: str,
     whole: bool = False,
     ignore_case: bool = False,
-    most: int = Field(default=1, ge=1),
+    most: Annotated[int, Field(ge=1)] = 1,
 ) -> float:
     """How often the pattern matches in the first 10,000 characters, counted up to `most`, or whether it matches exactly
     the `whole` text."""
