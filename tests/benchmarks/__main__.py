@@ -22,7 +22,7 @@ BENCHMARKS = {
     "ppo": "PPO, episodes a second, against TRL 1.12's PPOTrainer",
     "reward": "reward models, comparisons a second, against TRL's RewardTrainer",
     "dpo": "DPO, comparisons a second, against TRL's DPOTrainer",
-    "rloo": "RLOO with K = 8, completions a second, against TRL 1.12's RLOOTrainer",
+    "rloo": "RLOO with K = 8, completions a second, against TRL's RLOOTrainer",
 }
 
 

@@ -1,12 +1,13 @@
-"""RLOO with K = 8 against TRL 1.12's RLOOTrainer: same weights, prompts, updates; completions a second.
+"""RLOO with K = 8 against TRL's RLOOTrainer: same weights, prompts, updates; completions a second.
 
 A turn is one iteration: 8 prompts of 16 to 64 tokens get 8 answers each, which stop by themselves after about 55
 tokens (at most 128); they are scored by a reward model of the policy's size and trained on once, in two updates of 32
 answers. There is no value model. The penalty for leaving the reference is taken off the reward.
 
-The rival runs without checkpointing, saving or logging, float32 products routed as in ppo.py; the rows of its forward
-passes without gradient are those of its minibatch. Its reward model is a function that takes ids as they are, so that
-no text is tokenised again. A last contestant runs at the default allocation and products.
+The rival is the installed TRL. It runs without checkpointing, saving or logging, float32 products routed as in
+ppo.py; the rows of its forward passes without gradient are those of its minibatch. Its reward model is a function that
+takes ids as they are, so that no text is tokenised again. A last contestant runs at the default allocation and
+products.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from tests.benchmarks.common import Contestant, alternate, fastest, figures, require_same, say
-from tests.benchmarks.rivals import trl_with_ppo
 from tests.benchmarks.shapes import Shape, draw_ids, draw_lengths, save_models, shapes
 
 OURS = "tests.benchmarks.rloo_ours"
@@ -79,18 +79,17 @@ def run(*, small: bool = False, repeats: int | None = None) -> list[dict[str, An
 
 def _measure(case: str, task: Task, small: bool, repeats: int) -> list[dict[str, Any]]:
     say(f"{case}: {repeats} repetitions of {task.completions} answers and {task.updates} updates")
-    trl = trl_with_ppo()
     ours = Contestant("ours", OURS, task)  # first: where it cannot run, nothing else needs to
     contestants = [ours]
     try:
         routes = ("routed",) if small else ("routed", "medium")
         trials = {f"products {name}": replace(task, turns=3, products=name) for name in routes}
-        best = fastest(trials, RIVAL, packages=trl)
+        best = fastest(trials, RIVAL)
         chosen = replace(trials[best], turns=task.turns)
         default = replace(task, products="highest")
         contestants += [
-            Contestant(f"TRL 1.12, {best}", RIVAL, chosen, packages=trl),
-            Contestant("TRL 1.12, default allocation and products", RIVAL, default, keep_freed=False, packages=trl),
+            Contestant(f"RLOOTrainer, {best}", RIVAL, chosen),
+            Contestant("RLOOTrainer, default allocation and products", RIVAL, default, keep_freed=False),
         ]
         require_same(contestants, "logprobs", 2e-5)
         require_same(contestants, "scores", 2e-5)

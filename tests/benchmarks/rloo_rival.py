@@ -1,4 +1,4 @@
-"""TRL 1.12's side of the RLOO benchmark: its own trainer, stopped between iterations by a callback."""
+"""TRL's side of the RLOO benchmark: its own trainer, stopped between iterations by a callback."""
 
 from __future__ import annotations
 
