@@ -131,8 +131,12 @@ def save_models(shape: Shape, folder: Path) -> None:
             layer.mlp.down_proj.weight[0] = 0.0
         policy.lm_head.weight[:, 0] = 0.0
         policy.lm_head.weight[STOP] = 0.0
-        # after the last norm the constant is nearly sqrt(hidden); exp(logit) is that of (V - 1) / (ANSWER - 1) others
-        policy.lm_head.weight[STOP, 0] = math.log((shape.vocabulary - 1) / (ANSWER - 1)) / shape.hidden**0.5
+        # so that exp(logit) of the stop token is that of all others together, over ANSWER - 1
+        states = policy.model(torch.tensor(draw_ids(shape.vocabulary, [128] * 4, seed=5))).last_hidden_state
+        logits = policy.lm_head(states)
+        logits[..., STOP] = -math.inf
+        wanted = logits.logsumexp(-1).mean() - math.log(ANSWER - 1)
+        policy.lm_head.weight[STOP, 0] = wanted / states[..., 0].mean()
     policy.generation_config.eos_token_id = None  # who stops says so
     for model, name in ((policy, "policy"), (reward, "reward")):
         model.save_pretrained(folder / name)
