@@ -12,10 +12,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from importlib import import_module
 
-BENCHMARKS = {"sft": "SFT, tokens a second, against TRL's SFTTrainer"}
+BENCHMARKS = {
+    "sft": "SFT, tokens a second, against TRL's SFTTrainer",
+    "generate": "sampling, tokens a second, against transformers.generate",
+    "ppo": "PPO, episodes a second, against TRL 1.12's PPOTrainer",
+    "reward": "reward models, comparisons a second, against TRL's RewardTrainer",
+    "dpo": "DPO, comparisons a second, against TRL's DPOTrainer",
+    "rloo": "RLOO with K = 8, completions a second, against TRL's RLOOTrainer",
+}
 
 
 def main() -> int:
@@ -24,12 +32,16 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="one JSON line a figure")
     parser.add_argument("--small", action="store_true", help="tiny sizes, to see that it runs")
     parser.add_argument("--repeats", type=int, help="alternating repetitions")
+    parser.add_argument("--threads", type=int, help="of every contestant, 2 by default")
     arguments = parser.parse_args()
     if arguments.name is None:
         print("\n".join(f"{name:10} {what}" for name, what in BENCHMARKS.items()))
         return 0
-    from tests.benchmarks.common import table
+    if arguments.threads:
+        os.environ["BENCH_THREADS"] = str(arguments.threads)
+    from tests.benchmarks.common import QUIET, table
 
+    os.environ.update(QUIET)
     bench = import_module(f"tests.benchmarks.{arguments.name}")
     figures = bench.run(small=arguments.small, repeats=arguments.repeats)
     for figure in figures if arguments.json else ():

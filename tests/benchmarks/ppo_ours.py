@@ -1,0 +1,124 @@
+"""Our side of the PPO benchmark: the parts that stages/ppo.py is composed of, in its order."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Any
+
+from tests.benchmarks.common import THREADS, Clock, Stand
+from tests.benchmarks.ppo import Task
+from tests.benchmarks.shapes import STOP, policy_files, reward_files
+
+
+def critic(task: Task, policy: Any) -> Any:
+    """Actor and critic: two models. The shared trunk goes here."""
+    from pipeline.train.ppo import open_actor_critic
+
+    if task.shared_trunk:
+        raise SystemExit("a value head on the policy's trunk: stages/ppo.py has no such setting yet")
+    return open_actor_critic(policy, reward_files(task.models), None, 0)  # type: ignore[arg-type]
+
+
+def probe(task: Task, trainer: Any, reward: Any) -> dict[str, list[float]]:
+    """Log-probs, values and scores of fixed answers, as TRL's functions give them for the same."""
+    from pipeline.data.forest import build
+    from pipeline.data.groups import continuations
+    from pipeline.rollout.scoring import score_samples
+
+    groups = [continuations(prompt, [answer]) for prompt, answer in task.probe()]
+    forest = build(groups)
+    with trainer.inference():
+        out = trainer.engine(forest)
+    scores = score_samples(reward, [p for p, _ in task.probe()], [[a] for _, a in task.probe()])
+    chosen = forest.weights_T > 0
+    return {
+        "logprobs": out.logprobs_T[chosen].tolist(),
+        "values": out.values_T[chosen].tolist(),
+        "scores": [s for own in scores for s in own],
+    }
+
+
+def main(task: Task) -> None:
+    import torch
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    from pipeline.data.records import Prompt
+    from pipeline.flow.worker import keep_freed_memory
+    from pipeline.llama.heads import ScalarModel
+    from pipeline.llama.open import open_classifier, open_frozen, open_trainable
+    from pipeline.rollout.collect import EncodedPrompts, Sampler
+    from pipeline.rollout.engine import SamplingSettings
+    from pipeline.rollout.noise import NoiseKey
+    from pipeline.rollout.reward import Reward
+    from pipeline.train.loop import Trainer
+    from pipeline.train.ppo import Learner, Objective, ppo_loss
+    from pipeline.train.settings import TrainSettings
+    from pipeline.train.strategy import build
+
+    keep_freed_memory()  # as every worker of the project does
+    torch.set_num_threads(THREADS)
+    policy = open_trainable(policy_files(task.models), None, 0)
+    policy.chat.stop_ids = (STOP,) if task.stops else ()
+    reference = open_frozen(policy_files(task.models))
+    reward = Reward(ScalarModel(open_classifier(reward_files(task.models)).model).requires_grad_(False), policy.chat, 0)
+    ids = task.prompt_ids()
+    prompts = EncodedPrompts([Prompt(f"p{i}", ()) for i in range(len(ids))], ids, 0)
+    objective = Objective(
+        gamma=1.0, lam=0.95, clip=0.2, value_clip=0.2, value_coefficient=0.1, entropy_coefficient=0.0, temperature=1.0
+    )
+    settings = TrainSettings(
+        learning_rate=task.learning_rate, schedule="constant", warmup=0.0, token_budget=task.token_budget
+    )
+    strategy = build(device="cpu")
+    updates = task.updates * (task.turns + 1)
+    trainer = Trainer(critic(task, policy), ppo_loss(objective), settings, strategy, total=updates, seed=0)
+    learner = Learner(trainer, reference.module, objective, epochs=task.epochs, minibatch=task.minibatch)
+    sampler = Sampler(
+        policy.model,
+        policy.chat,
+        SamplingSettings(samples=1, max_new_tokens=task.new),
+        NoiseKey(0, "ppo"),
+        reward=reward,
+        token_budget=task.token_budget,
+    )
+    stand, clock = Stand(), Clock()
+    generate, made = sampler.engine.generate, []
+    register_optimizer_step_post_hook(lambda *_: made.append(1))
+
+    def timed(*arguments: Any, **options: Any) -> Any:
+        with clock("generation"):
+            return generate(*arguments, **options)
+
+    sampler.engine.generate = timed  # type: ignore[method-assign]
+
+    def iteration(number: int) -> dict[str, Any]:
+        made.clear()
+        with stand.measure() as spent:
+            begin = time.perf_counter()
+            rollout = sampler.sample(prompts, iteration=number, ranks=strategy)
+            targets = learner.targets(rollout.groups([s.scores["proxy"] for s in rollout.samples]), 0.05, number)
+            clock.add("scoring", time.perf_counter() - begin - clock.seconds["generation"])
+            with clock("updates"):
+                learner.optimise(targets, number)
+        answers = [len(s.ids) for s in rollout.samples]
+        return {
+            **spent.rates(task.episodes),
+            "seconds": clock.read(spent.wall),
+            "tokens": sum(answers),
+            "updates": len(made),
+            "operations": task.operations([len(p) for p in ids], answers),
+        }
+
+    ready = probe(task, trainer, reward.model)
+    iteration(0)
+    stand.answer(**ready)
+    number = 1
+    while stand.wait():
+        stand.answer(**iteration(number))
+        number += 1
+
+
+if __name__ == "__main__":
+    main(Task(**json.loads(sys.argv[1])))
