@@ -72,6 +72,7 @@ def make_targets(
     measured = _Measured()
     in_reward = beta if settings.kl.where == "reward" else 0.0
     exact = settings.kl.estimator == "exact"
+    needed = tuple(part for part in wanted(settings) if part != "entropy")
     done: list[list[Forest]] = []
     for forests in minibatches:
         done.append([])
@@ -79,7 +80,7 @@ def make_targets(
             mask = forest.weights_T > 0
             base = reference(forest, temperature=temperature, states=exact)
             compared = Compared(base.states_TD, reference_head) if exact else None
-            old = actor(forest, want=wanted(settings), temperature=temperature, compared=compared)
+            old = actor(forest, want=needed, temperature=temperature, compared=compared)
             kl = old.kl_T if exact else ESTIMATORS[settings.kl.estimator](old.logprobs_T, base.logprobs_T, mask)
             at = answers(forest)
             scores = forest.facts["score"][at]

@@ -14,9 +14,6 @@ prompts out together and updates after each 16.)
 The rival runs without checkpointing, saving, logging to anywhere or sample tables, with float32 products routed as
 here: oneDNN outside of sampling, and inside it whichever of MKL and oneDNN is faster; the forward batch of its rollout
 is chosen in a first round too. A last contestant runs at the default allocation and products.
-
-Setting `shared_trunk` (a value head on the policy's trunk) is refused until stages/ppo.py has it: `ppo_ours.critic`
-is where it goes, and `_cases` where its line comes from.
 """
 
 from __future__ import annotations

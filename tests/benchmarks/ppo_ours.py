@@ -7,22 +7,14 @@ import sys
 import time
 from typing import Any
 
+from pipeline.train.ppo_settings import CriticSettings, PpoSettings
 from tests.benchmarks.common import THREADS, Clock, Stand
 from tests.benchmarks.ppo import Task
 from tests.benchmarks.shapes import STOP, policy_files, reward_files
 
 
-def critic(task: Task, policy: Any) -> Any:
-    """Actor and critic: two models. The shared trunk goes here."""
-    from pipeline.train.ppo import open_actor_critic
-
-    if task.shared_trunk:
-        raise SystemExit("a value head on the policy's trunk: stages/ppo.py has no such setting yet")
-    return open_actor_critic(policy, reward_files(task.models), None, 0)  # type: ignore[arg-type]
-
-
-def probe(task: Task, trainer: Any, reward: Any) -> dict[str, list[float]]:
-    """Log-probs, values and scores of fixed answers, as TRL's functions give them for the same."""
+def probe(task: Any, trainer: Any, reward: Any) -> dict[str, list[float]]:
+    """Log-probs, scores and, with a critic, values of fixed answers, as TRL's functions give them for the same."""
     from pipeline.data.forest import build
     from pipeline.data.groups import continuations
     from pipeline.rollout.scoring import score_samples
@@ -35,25 +27,27 @@ def probe(task: Task, trainer: Any, reward: Any) -> dict[str, list[float]]:
     chosen = forest.weights_T > 0
     return {
         "logprobs": out.logprobs_T[chosen].tolist(),
-        "values": out.values_T[chosen].tolist(),
         "scores": [s for own in scores for s in own],
+        **({} if out.values_T is None else {"values": out.values_T[chosen].tolist()}),
     }
 
 
-def main(task: Task) -> None:
+def run(task: Any, settings: PpoSettings, *, samples: int, per_turn: int) -> None:
+    """Turns of PPO, as stages/ppo.py composes it, on the prompts of the task; `per_turn` answers make the rate."""
     import torch
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
     from pipeline.data.records import Prompt
     from pipeline.flow.worker import keep_freed_memory
-    from pipeline.llama.heads import ScalarModel
-    from pipeline.llama.open import open_classifier, open_frozen, open_trainable
+    from pipeline.llama.heads import ActorCritic, ScalarModel, ValueHead
+    from pipeline.llama.open import open_classifier, open_frozen, open_trainable, open_trainable_classifier
     from pipeline.rollout.collect import EncodedPrompts, Sampler
     from pipeline.rollout.engine import SamplingSettings
     from pipeline.rollout.noise import NoiseKey
     from pipeline.rollout.reward import Reward
     from pipeline.train.loop import Trainer
-    from pipeline.train.ppo import Learner, Objective, ppo_loss
+    from pipeline.train.ppo import Learner
+    from pipeline.train.ppo_loss import Phase, ppo_loss
     from pipeline.train.settings import TrainSettings
     from pipeline.train.strategy import build
 
@@ -63,22 +57,31 @@ def main(task: Task) -> None:
     policy.chat.stop_ids = (STOP,) if task.stops else ()
     reference = open_frozen(policy_files(task.models))
     reward = Reward(ScalarModel(open_classifier(reward_files(task.models)).model).requires_grad_(False), policy.chat, 0)
+    value: Any = None
+    if settings.has_critic and settings.critic.start == "shared":
+        value = ValueHead(policy.model.config.hidden_size, 0)
+    elif settings.has_critic:
+        value = open_trainable_classifier(reward_files(task.models), None, 0).module
     ids = task.prompt_ids()
     prompts = EncodedPrompts([Prompt(f"p{i}", ()) for i in range(len(ids))], ids, 0)
-    objective = Objective(
-        gamma=1.0, lam=0.95, clip=0.2, value_clip=0.2, value_coefficient=0.1, entropy_coefficient=0.0, temperature=1.0
-    )
-    settings = TrainSettings(
+    train = TrainSettings(
         learning_rate=task.learning_rate, schedule="constant", warmup=0.0, token_budget=task.token_budget
     )
-    strategy = build(device="cpu")
-    updates = task.updates * (task.turns + 1)
-    trainer = Trainer(critic(task, policy), ppo_loss(objective), settings, strategy, total=updates, seed=0)
-    learner = Learner(trainer, reference.module, objective, epochs=task.epochs, minibatch=task.minibatch)
+    strategy, phase = build(device="cpu"), Phase()
+    trainer = Trainer(
+        ActorCritic(policy.module, value),
+        ppo_loss(settings, 1.0, phase),
+        train,
+        strategy,
+        total=task.updates * (task.turns + 1),
+        seed=0,
+        parts=("policy.", "value.") if settings.has_critic else (),
+    )
+    learner = Learner(trainer, reference.module, settings, phase)
     sampler = Sampler(
         policy.model,
         policy.chat,
-        SamplingSettings(samples=1, max_new_tokens=task.new),
+        SamplingSettings(samples=samples, max_new_tokens=task.new),
         NoiseKey(0, "ppo"),
         reward=reward,
         token_budget=task.token_budget,
@@ -101,14 +104,15 @@ def main(task: Task) -> None:
             targets = learner.targets(rollout.groups([s.scores["proxy"] for s in rollout.samples]), 0.05, number)
             clock.add("scoring", time.perf_counter() - begin - clock.seconds["generation"])
             with clock("updates"):
-                learner.optimise(targets, number)
+                learner.optimise(targets, 0.05, number)
         answers = [len(s.ids) for s in rollout.samples]
+        own = [answers[i : i + samples] for i in range(0, len(answers), samples)]
         return {
-            **spent.rates(task.episodes),
+            **spent.rates(per_turn),
             "seconds": clock.read(spent.wall),
             "tokens": sum(answers),
             "updates": len(made),
-            "operations": task.operations([len(p) for p in ids], answers),
+            "operations": task.operations([len(p) for p in ids], own if samples > 1 else answers),
         }
 
     ready = probe(task, trainer, reward.model)
@@ -118,6 +122,16 @@ def main(task: Task) -> None:
     while stand.wait():
         stand.answer(**iteration(number))
         number += 1
+
+
+def main(task: Task) -> None:
+    settings = PpoSettings(
+        epochs=task.epochs,
+        minibatch=task.minibatch,
+        value_coefficient=0.1,
+        critic=CriticSettings(start="shared" if task.shared_trunk else "reward"),
+    )
+    run(task, settings, samples=1, per_turn=task.episodes)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ class Task(Shape):
     shortest: int = 16  # tokens of a prompt
     longest: int = 64
     new: int = 128  # new tokens at most
+    stops: bool = True
     turns: int = 8
     learning_rate: float = 1e-6  # so low that answers stay as long as they are on both sides
     token_budget: int = 4096  # of ours
