@@ -90,6 +90,8 @@ class Dpo(Stage):
 
     @classmethod
     def check(cls, config: Any, given: frozenset[str]) -> None:
+        if "dev" not in given and (idle := sorted({"reward", "heldout_reward", "judge"} & given)):
+            raise UserError(f"dpo: {' and '.join(idle)} score answers to `dev`, which is not given")
         loss = config.loss.made()
         if loss.paired and (rated := sorted(given & {"rated", "heldout_rated"})):
             raise UserError(
@@ -145,7 +147,7 @@ class Dpo(Stage):
             else:
                 held = trainer.share(held)
             evaluate = lambda: trainer.evaluate(held, training.weigh(held))
-        watch = self._watch(inputs, reader, workspace)
+        watch = self._watch(inputs, reader, workspace, ranks)
         outcome = fit(
             trainer,
             plan,
@@ -158,7 +160,7 @@ class Dpo(Stage):
         )
         save_policy(policy, workspace)
         return {
-            **(watch.chosen(outcome.kept_step, outcome.steps, outcome.looks) if watch else {}),
+            **(watch.chosen(outcome.kept_step, chose=outcome.chose, looked=len(outcome.looks)) if watch else {}),
             **{name: outcome.last[name] for name in FIGURES if name in outcome.last},
             "heldout_loss": outcome.kept.get("loss"),
             "heldout_accuracy": outcome.kept.get("accuracy"),
@@ -169,11 +171,12 @@ class Dpo(Stage):
             "read": reader.counts,
         }
 
-    def _watch(self, inputs: Inputs, reader: Any, workspace: Workspace) -> Any:
+    def _watch(self, inputs: Inputs, reader: Any, workspace: Workspace, ranks: Any) -> Any:
         """What is looked at on `dev`; None without it."""
         if inputs.dev is None:
             return None
         from pipeline.evaluate.watch import open_watch
+        from pipeline.rollout.engine import SamplingSettings
 
         config: Dpo.Config = self.config
         return open_watch(
@@ -183,7 +186,8 @@ class Dpo(Stage):
             judge=inputs.judge,
             start=inputs.policy,
             seed=workspace.seed,
-            max_new_tokens=config.max_new_tokens,
+            sampling=SamplingSettings(max_new_tokens=config.max_new_tokens),
+            device=ranks.device,
             max_tokens=config.max_tokens,
             token_budget=config.train.token_budget,
             kl_budget=config.kl_budget,

@@ -99,6 +99,10 @@ class Ppo(Stage):
         ):
             if weight and slot not in given:
                 raise UserError(f"ppo.mix.{name} is {weight:g}, but the row has no input {slot!r} to take records from")
+        if config.has_critic and config.critic.start == "reward" and "reward" not in given:
+            raise UserError(
+                "ppo.critic.start: the critic starts as the reward model, and there is none; set it to policy or shared"
+            )
         if "dev" not in given and {"heldout_reward", "judge"} & given:
             raise UserError("ppo: heldout_reward and judge score answers to `dev`, which is not given")
 
@@ -130,13 +134,16 @@ class Ppo(Stage):
         config: Ppo.Config = self.config
         reader = Reader(workspace)
         ranks = strategy.for_row(workspace, precision=config.train.precision, clip=config.train.clip)
+        if ranks.sharded and (config.reference.kind != "start" or config.average):
+            raise UserError("ppo: weights sharded by ZeRO-3 cannot be followed: reference.kind start and no average")
         first = inputs.reward[0] if inputs.reward else None
         roles = open_roles(inputs.policy, first, config, config.adapter, workspace.seed)
         rewards = Rewards.open(inputs.reward, config.reward, inputs.policy.lineage, config.train.token_budget)
-        frozen = [*roles.frozen, *rewards.networks]
-        for model in frozen:
+        watch = _watch(config, inputs, rewards, reader, workspace, ranks.device)
+        frozen = [*roles.frozen, *rewards.networks, *(watch.networks if watch else [])]
+        for model in (roles.actor, *frozen):
             model.to(ranks.device)
-        shared = share_frozen(roles.actor, *frozen)
+        shared = share_frozen(roles.actor, *roles.still, *rewards.networks, *(watch.networks if watch else []))
         for caution in config.cautions():
             workspace.say(caution)
         if roles.dropout_off:
@@ -144,6 +151,13 @@ class Ppo(Stage):
         policy, temperature = roles.policy, config.sampling.temperature
         found = reader.read("prompts", inputs.prompts, "prompts")
         prompts = encode_prompts(found, policy.chat, config.max_tokens, config.sampling.max_new_tokens)
+        longest = max(map(len, prompts.ids)) + config.sampling.samples * config.sampling.max_new_tokens
+        if longest > config.train.token_budget:
+            raise UserError(
+                f"ppo.train.token_budget: {config.train.token_budget} tokens a pass, but a prompt with its "
+                f"{config.sampling.samples} answers may have {longest}: raise it, or lower sampling.samples or "
+                "sampling.max_new_tokens"
+            )
         stream = PromptStream(len(prompts), config.prompts, workspace.seed)
         together = min(groups_each(config.minibatch, config.sampling.samples), stream.size)
         if together < ranks.world:
@@ -181,7 +195,6 @@ class Ppo(Stage):
             token_budget=config.train.token_budget,
             engine=config.engine,
         )
-        watch = _watch(config, inputs, rewards, reader, workspace)
         trained: list[Any] = [m for m in (roles.actor.policy, roles.actor.value) if m is not None]
         workspace.say(memory.statement(trained, frozen, policy.model, config.train, shared=shared))
         progress = Progress(workspace, trainer, roles, config, watch, controller(config.kl.controller()), rewards)
@@ -194,8 +207,10 @@ class Ppo(Stage):
             log.append(recorded(rollout.samples, rollout.prompt_ids, drawn))
             scores = rewards.total(rollout.samples, ranks)
             targets = learner.targets(rollout.groups(scores), progress.kl.coefficient, iteration)
-            if not config.sampling.truncated:
-                ppo_checks.require_sampler(targets.largest_gap, targets.figures["sampler_gap"], config.train.precision)
+            if not config.importance.correct:
+                coarse = config.engine.precision != "model" or config.engine.engine != "native"
+                precision = "bf16" if coarse else config.train.precision
+                ppo_checks.require_sampler(targets.largest_gap, targets.figures["sampler_gap"], precision)
             updated = learner.optimise(targets, progress.kl.coefficient, iteration)
             roles.after_iteration(iteration + 1)
             figures = {**rollout.figures, **targets.figures, **updated, "kl_coefficient": progress.kl.coefficient}
@@ -244,7 +259,7 @@ def _mix(config: Ppo.Config, inputs: Any, reader: Any, chat: Any, seed: int) -> 
     return streams
 
 
-def _watch(config: Ppo.Config, inputs: Any, rewards: Any, reader: Any, workspace: Workspace) -> Any:
+def _watch(config: Ppo.Config, inputs: Any, rewards: Any, reader: Any, workspace: Workspace, device: Any) -> Any:
     """What is looked at on `dev`; None without it."""
     if inputs.dev is None:
         return None
@@ -257,7 +272,8 @@ def _watch(config: Ppo.Config, inputs: Any, rewards: Any, reader: Any, workspace
         judge=inputs.judge,
         start=inputs.policy,
         seed=workspace.seed,
-        max_new_tokens=config.sampling.max_new_tokens,
+        sampling=config.sampling,
+        device=device,
         max_tokens=config.max_tokens,
         token_budget=config.train.token_budget,
         kl_budget=config.kl_budget,

@@ -260,36 +260,40 @@ class Rejection(Stage):
         encoded.required("the chosen answers", config.max_tokens)
         plan = Plan(encoded.groups, config.train, seed=workspace.seed, strategy=ranks)
         trainer = Trainer(policy.module, next_token, config.train, ranks, total=len(plan), seed=workspace.seed)
-        watch = self._watch(inputs, reader, workspace)
+        watch = self._watch(inputs, reader, workspace, ranks)
         outcome = fit(
             trainer,
             plan,
             workspace,
             look=(lambda: watch(policy)) if watch else None,
-            best_by="choice",
-            higher_is_better=True,
+            best_by="choice" if watch and watch.chosen_by else "loss",
+            higher_is_better=bool(watch and watch.chosen_by),
             figures=("loss", "nll"),
         )
         save_policy(policy, workspace)
-        watched = watch.chosen(outcome.kept_step, outcome.steps, outcome.looks) if watch else {}
+        watched = watch.chosen(outcome.kept_step, chose=outcome.chose, looked=len(outcome.looks)) if watch else {}
         return watched | {"loss": outcome.last.get("nll"), "steps": outcome.steps, "trained_tokens": outcome.tokens}
 
-    def _watch(self, inputs: Inputs, reader: Reader, workspace: Workspace) -> Any:
+    def _watch(self, inputs: Inputs, reader: Reader, workspace: Workspace, ranks: Strategy) -> Any:
         """What is looked at on `dev` while the policy learns; None without it."""
         if inputs.dev is None:
             return None
         from pipeline.evaluate.watch import open_watch
+        from pipeline.rollout.rewards import Rewards
 
         config: Rejection.Config = self.config
         assert config.train and inputs.policy
         return open_watch(
             reader.read("dev", inputs.dev, "prompts"),
-            proxy=inputs.reward[0] if inputs.reward else None,
+            proxy=Rewards.open(inputs.reward, config.reward, inputs.policy.lineage, config.token_budget)
+            if inputs.reward or config.reward.functions
+            else None,
             heldout=inputs.heldout_reward,
             judge=inputs.judge,
             start=inputs.policy,
             seed=workspace.seed,
-            max_new_tokens=config.sampling.max_new_tokens,
+            sampling=config.sampling,
+            device=ranks.device,
             max_tokens=config.max_tokens,
             token_budget=config.train.token_budget,
             kl_budget=config.kl_budget,

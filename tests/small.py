@@ -71,6 +71,8 @@ def forget_gradients(role: Trainable) -> Trainable:
 class Listener:
     """A workspace that remembers what it was told."""
 
+    rank = 0
+
     def __init__(self, skip_bad: bool = False, directory: Path | None = None) -> None:
         self.skip_bad, self.directory = skip_bad, directory
         self.lines: list[dict[str, Any]] = []

@@ -7,8 +7,10 @@ with r = log p(x) - log q(x):
     k2 = r^2 / 2             biased, non-negative
     k3 = exp(-r) - 1 + r     unbiased, non-negative, low variance: for logging
 
-Inside a reward k1 and k3 are right. Inside a *loss* their gradients are not that of the KL: the gradient of
-k1 has expectation 0, that of k3 is the gradient of KL(q||p); k2 (or `exact_kl`) has the right one.
+Inside a reward the policy gradient with k1 is that of the KL. With the others it is not: k2's and k3's are biased,
+and `exact_kl` of a state does not depend on the token drawn there, so only what later states cost is felt. Inside a
+*loss* it is k1 and k3 that are wrong: the gradient of k1 has expectation 0, that of k3 is the gradient of KL(q||p); k2
+(or `exact_kl`) has the right one.
 """
 
 from __future__ import annotations

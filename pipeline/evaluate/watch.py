@@ -18,13 +18,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from pipeline.data.records import Prompt
 from pipeline.evaluate.compare import Floats
 from pipeline.evaluate.panel import Panel
 from pipeline.evaluate.policies import answer, kl_to
 from pipeline.flow.artifacts import Judge, Policy, RewardModel
+from pipeline.flow.errors import UserError
 from pipeline.llama.open import Trainable, open_frozen
+from pipeline.rollout.collect import fitting
 from pipeline.rollout.engine import SamplingSettings
 from pipeline.rollout.noise import NoiseKey
 from pipeline.rollout.rewards import Rewards
@@ -41,17 +44,31 @@ def open_watch(
     judge: Judge | None,
     start: Policy,
     seed: int,
-    max_new_tokens: int,
+    sampling: SamplingSettings,
+    device: Any,
     max_tokens: int,
     token_budget: int,
     kl_budget: float | None,
     say: Callable[[str], None],
 ) -> Watch:
-    """`start` is the policy that the row starts from: KL is to it. Answers are drawn at temperature 1."""
+    """`start` is the policy that the row starts from: KL is to it. Answers are drawn as `sampling` says, one a prompt,
+    at temperature 1. A proxy of several sources is their combined score, before length terms and missing ends.
+
+    UserError where no prompt fits.
+    """
     panel = Panel.open(proxy=proxy, heldout=heldout, judge=judge, token_budget=token_budget)
-    sampling = SamplingSettings(samples=1, max_new_tokens=max_new_tokens)
-    key = NoiseKey(seed, "dev")
-    return Watch(dev, panel, open_frozen(start), sampling, key, max_tokens, token_budget, kl_budget, say)
+    sampling = sampling.model_copy(update={"samples": 1, "temperature": 1.0})
+    reference = open_frozen(start)
+    try:
+        fits = fitting(dev, [reference.chat], max_tokens, sampling.max_new_tokens)
+    except UserError as problem:
+        raise UserError(f"dev: {problem}") from problem
+    if len(fits) < len(dev):
+        say(f"dev: {len(dev) - len(fits)} of {len(dev)} prompts are too long and left out")
+    made = Watch(fits, panel, reference, sampling, NoiseKey(seed, "dev"), max_tokens, token_budget, kl_budget, say)
+    for network in made.networks:
+        network.to(device)
+    return made
 
 
 @dataclass
@@ -69,6 +86,7 @@ class Watch:
     say: Callable[[str], None] = print
     _best: tuple[float, Floats, Floats] | None = field(default=None)  # held-out mean; proxy and held-out by prompt
     parted: str | None = None
+    _within: bool = False  # whether a look was within the budget
 
     def __call__(self, policy: Trainable) -> dict[str, float]:
         """The figures of the policy now. KL is known at temperature 1 only."""
@@ -81,25 +99,36 @@ class Watch:
         self._compare(found.scores)
         return figures if self.chosen_by is None else figures | {CHOICE: self.choice(figures)}
 
-    def chosen(self, kept_step: int, last_step: int, evaluated: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-        """What a row records of its choice; says so where no look was within the budget."""
-        found = {"parted": self.parted, "kl_budget": self.kl_budget, "kept_step": kept_step}
-        if self.chosen_by is None:
-            return found
-        if not any(math.isfinite(figures.get(CHOICE, -math.inf)) for figures in evaluated):
+    @property
+    def networks(self) -> list[nn.Module]:
+        """The frozen models that it holds."""
+        held = [m for r in self.panel.rewards.values() for m in (r.networks if isinstance(r, Rewards) else [r.model])]
+        return [self.reference.module, *held]
+
+    def chosen(self, kept_step: int, *, chose: bool, looked: int) -> dict[str, Any]:
+        """What a row records of its choice. `chose`: whether the best of `looked` looks is kept; says so where all of
+        them were beyond the budget."""
+        found = {
+            "parted": self.parted,
+            "kl_budget": self.kl_budget,
+            "kept_step": kept_step,
+            "dev_prompts": len(self.prompts),
+        }
+        if chose and self.chosen_by:
+            return found | {"chosen_by": self.chosen_by}
+        if looked and self.chosen_by and self.kl_budget is not None and not self._within:
             self.say("no look at dev was within kl_budget: the last weights are kept")
-            return found | {"kept_step": last_step}
-        return found | {"chosen_by": self.chosen_by}
+        return found
 
     def state(self) -> dict[str, Any]:
         """JSON values that `load` takes back, so that a row can be stopped and go on."""
         best = self._best and [self._best[0], self._best[1].tolist(), self._best[2].tolist()]
-        return {"best": best, "parted": self.parted}
+        return {"best": best, "parted": self.parted, "within": self._within}
 
     def load(self, state: Mapping[str, Any]) -> None:
         best = state["best"]
         self._best = (best[0], np.array(best[1]), np.array(best[2])) if best else None
-        self.parted = state["parted"]
+        self.parted, self._within = state["parted"], state["within"]
 
     @property
     def chosen_by(self) -> str | None:
@@ -108,6 +137,7 @@ class Watch:
     def choice(self, figures: Mapping[str, float]) -> float:
         """Higher is better; minus infinity outside the KL budget, and where there is nothing to choose by."""
         over = self.kl_budget is not None and figures.get("kl", 0.0) > self.kl_budget
+        self._within |= not over
         return -math.inf if over or self.chosen_by is None else figures[self.chosen_by]
 
     def _compare(self, scores: Mapping[str, Floats]) -> None:

@@ -137,9 +137,12 @@ def share_frozen(*models: nn.Module) -> int:
     return saved
 
 
+WRAPPERS = ("base_layer", "base_model", "lm", "classifier", "policy", "value")
+
+
 def _bare_name(name: str) -> str:
     """What a parameter is called without the wrappers around its model."""
-    parts = [part for part in name.split(".") if part not in ("base_layer", "base_model", "lm", "classifier", "policy")]
+    parts = [part for part in name.split(".") if part not in WRAPPERS]
     return ".".join(parts).removeprefix("model.").removeprefix("model.")
 
 

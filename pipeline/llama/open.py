@@ -438,7 +438,9 @@ def save_tokenizer(tokenizer: Any, directory: Path) -> None:
 
 
 def save_policy(policy: Trainable, workspace: Workspace, slot: str = "policy") -> None:
-    """Weights, or the adapter alone, with the tokenizer, into a slot of the row."""
+    """Weights, or the adapter alone, with the tokenizer, into a slot of the row; the first rank writes."""
+    if workspace.rank != 0:
+        return
     save_model(policy.model, policy.tokenizer, workspace.slot(slot), base_digest=policy.base_digest)
 
 

@@ -132,7 +132,7 @@ class Rewards:
         """
         sources = []
         for artifact in models:
-            name = str(artifact.meta.get("row") or artifact.kind)
+            name = str(artifact.meta.get("row") or artifact.meta.get("source") or artifact.kind)
             shared = all(policy.get(fact) and policy.get(fact) == artifact.lineage.get(fact) for fact in BOUNDARY)
             sources.append(ModelSource(name, settings.weights.get(name, 1.0), open_reward(artifact), shared))
         made = cls(sources, [FunctionSource.open(f) for f in settings.functions], settings, token_budget)

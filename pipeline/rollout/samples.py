@@ -104,7 +104,11 @@ def read_stores(reader: Reader, stores: Sequence[Artifact]) -> list[Sample]:
     found: dict[Any, Sample] = {}
     for slot, store in zip(slots, stores, strict=True):
         for sample in reader.read(slot, store, "samples"):
-            drawn = (sample.prompt.id, sample.origin, sample.index) if sample.origin else len(found)
+            drawn = (
+                (sample.prompt.id, sample.origin, sample.index, sample.ids, sample.text)
+                if sample.origin
+                else len(found)
+            )
             before = found.get(drawn)
             found[drawn] = replace(sample, scores={**before.scores, **sample.scores}) if before else sample
     return list(found.values())

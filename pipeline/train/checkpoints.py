@@ -99,6 +99,13 @@ class Checkpoints:
             )
         return None
 
+    def clear(self) -> None:
+        """Remove all: a row that writes none must not leave an earlier try's."""
+        if self.ranks.main:
+            for place in self._places():
+                shutil.rmtree(place)
+        self.ranks.barrier()
+
     def _places(self) -> list[Path]:
         return sorted(self.directory.glob("step-*"), reverse=True)
 

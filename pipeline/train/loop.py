@@ -59,6 +59,7 @@ class LossFunction(Protocol):
         """
 
 
+CHOICE = "choice"  # what `look` calls the figure that decides, where it has one
 FEW_STEPS = 10  # below this hardly anything is learnt
 Work = Sequence[Group] | Sequence[Forest]
 LOSS, TOKENS = "loss/", "tokens"
@@ -125,6 +126,8 @@ class Trainer:
         self._require_finite(number, "gradient norm", norm, figures)
         rate = optim.learning_rate(self.settings, number, self.total)
         optim.set_learning_rate(self.engine.optimizer, rate, self.held)
+        if self.held:
+            self.engine.hold(self.held)
         after = self.engine.update()
         self._require_finite(number, "gradient norm", after, figures)
         self.engine.clear()
@@ -264,6 +267,7 @@ class Outcome:
     kept_step: int
     steps: int
     tokens: int
+    chose: bool = False  # whether an evaluation decided which weights are kept
 
     @property
     def looks(self) -> list[dict[str, float]]:
@@ -299,9 +303,9 @@ def fit(
             f"only {len(plan)} optimiser steps from {len(plan.groups)} records: hardly anything can be learnt; "
             "give more data, more train.epochs, or a smaller train.batch"
         )
-    looks = evaluate or look
-    due = evaluation_steps(len(plan), trainer.settings.evaluations) if looks else set()
-    best = Best(best_by, higher_is_better) if looks and trainer.settings.keep == "best" else None
+    due = evaluation_steps(len(plan), trainer.settings.evaluations) if evaluate or look else set()
+    choosing = (evaluate or best_by == CHOICE) and trainer.settings.keep == "best"
+    best = Best(best_by, higher_is_better) if choosing else None
     evaluations: list[dict[str, float]] = []
     tokens, last = 0, {}
     for batch in plan:
@@ -323,7 +327,7 @@ def fit(
             workspace.log(step=trainer.done, **report)
             workspace.progress(tokens, plan.tokens, "tokens", **{k: report[k] for k in figures if k in report})
     kept = best.restore(trainer) if best and best.step else trainer.done
-    return Outcome(last, evaluations, kept, trainer.done, tokens)
+    return Outcome(last, evaluations, kept, trainer.done, tokens, chose=bool(best and best.step))
 
 
 def evaluation_steps(steps: int, evaluations: int) -> set[int]:

@@ -145,9 +145,9 @@ class _Measured:
         self.spread += moments(values["advantages"], mask).cpu()
         if "old_values" in values:
             self.explained += explained_variance_sums(values["old_values"], values["returns"], mask).cpu()
-        self.largest_kl = max(self.largest_kl, float(kl.abs().max()))
+        self.largest_kl = _larger(self.largest_kl, kl.abs())
         apart = (values["old_logprobs"] - forest.tokens["sampler_logprobs"]).abs() * mask
-        self.largest_gap = max(self.largest_gap, float(apart.max()))
+        self.largest_gap = _larger(self.largest_gap, apart)
         self.sums.add({"kl": (kl.double().sum(), at.numel()), **gap})
 
     def figures(self, gather: Gather) -> tuple[dict[str, float], Tensor]:
@@ -163,6 +163,11 @@ class _Measured:
             found["explained_variance"] = math.nan if variance is None else variance
             found["return"] = float(explained[1] / explained[0])
         return found, add("spread")
+
+
+def _larger(known: float, values: Tensor) -> float:
+    """The maximum; NaN stays NaN, which Python's max would lose."""
+    return float(torch.maximum(values.max(), torch.tensor(known, device=values.device)))
 
 
 class PromptStream:
@@ -187,12 +192,10 @@ class RecordStream:
         self.size = min(size, len(groups))
 
     def batch(self, update: int) -> list[Group]:
-        first = update * self.size
-        chosen = []
-        for number in range(first, first + self.size):
-            epoch, place = divmod(number, len(self.groups))
-            chosen.append(self.groups[permutation(len(self.groups), self.seed, self.term, epoch)[place]])
-        return chosen
+        first, count = update * self.size, len(self.groups)
+        epochs = {number // count for number in range(first, first + self.size)}
+        order = {epoch: permutation(count, self.seed, self.term, epoch) for epoch in epochs}
+        return [self.groups[order[n // count][n % count]] for n in range(first, first + self.size)]
 
 
 def groups_each(minibatch: int, samples: int) -> int:

@@ -65,7 +65,8 @@ def require_scores_last(
     everywhere = torch.zeros_like(forest.start_S, dtype=torch.float64).index_add(0, forest.segment_T, rest.abs())[at]
     scores = scores_N.double() * filled
     tolerance = 1e-4 * (1.0 + scores.abs() + everywhere)
-    if bool(((placed - scores).abs() > tolerance).any() or ((everywhere - scores.abs()).abs() > tolerance).any()):
+    right = ((placed - scores).abs() <= tolerance) & ((everywhere - scores.abs()).abs() <= tolerance)
+    if not bool(right.all()):
         raise RowFailed("a score does not stand on the last token of its answer: segments and rewards are out of step")
 
 

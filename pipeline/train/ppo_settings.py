@@ -6,7 +6,7 @@ implementation details of RLHF with PPO"), and what the quickstart measures.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -27,8 +27,8 @@ class KlSettings(Settings):
     )
     estimator: Literal["k1", "k2", "k3", "exact"] = Field(
         default="k1",
-        description="From the sampled token (Schulman 2020), or exact over the vocabulary; in the loss only k2 and "
-        "exact have the right gradient.",
+        description="From the sampled token (Schulman 2020), or exact over the vocabulary; its gradient is that of the "
+        "KL for k1 in the reward, for k2 and exact in the loss.",
     )
     control: Literal["fixed", "adaptive", "band"] = Field(
         default="fixed", description="Whether the coefficient stays, follows `target`, or is kept within `band`."
@@ -42,8 +42,8 @@ class KlSettings(Settings):
     stop: float | None = Field(
         default=None,
         gt=0,
-        description="End an iteration's updates where the policy has moved so many nats a token from the one that "
-        "sampled (OpenAI Spinning Up).",
+        description="End an iteration's updates after the one that found the policy so many nats a token away from the "
+        "one that sampled (after OpenAI Spinning Up, which looks before it leaps).",
     )
 
     @model_validator(mode="after")
@@ -173,4 +173,37 @@ class PpoSettings(Settings):
             said.append(f"kl: {wrong[self.kl.estimator]}; use k2 or exact")
         if self.kl.where == "loss" and self.epochs > 1 and self.kl.estimator != "exact":
             said.append("kl: from the second epoch on, samples are no longer the policy's, so the estimate is biased")
-        return said
+        if self.kl.where == "reward" and self.kl.estimator != "k1":
+            said.append(
+                f"kl: in the reward the gradient of {self.kl.estimator} is not that of the KL; use k1, or where: loss"
+            )
+        return said + [f"{name} is set, but has no effect: {why}" for name, why in self._idle()]
+
+    def _idle(self) -> list[tuple[str, str]]:
+        """Settings that were given and do nothing beside the others."""
+        given = self.model_fields_set
+        groups = self.advantage in NEED_GROUPS
+        kinds: list[tuple[Any, str, tuple[str, ...], bool, str]] = [
+            (self, "", ("lam", "value_lam", "value_clip", "value_coefficient"), self.has_critic, "there is no critic"),
+            (self, "", ("critic",), self.has_critic, f"advantage {self.advantage} needs no critic"),
+            (self, "", ("gamma",), not groups, f"{self.advantage} takes an answer's reward as a whole"),
+            (self, "", ("divide",), self.advantage == "grpo", "it belongs to grpo"),
+            (self.kl, "kl.", ("target", "horizon"), self.kl.control == "adaptive", "kl.control is not adaptive"),
+            (self.kl, "kl.", ("band",), self.kl.control == "band", "kl.control is not band"),
+            (
+                self.reference,
+                "reference.",
+                ("decay",),
+                self.reference.kind == "average",
+                "reference.kind is not average",
+            ),
+            (self.reference, "reference.", ("every",), self.reference.kind == "refreshed", "kind is not refreshed"),
+            (self.importance, "importance.", ("cap",), self.importance.correct, "importance.correct is false"),
+            (self.mix, "mix.", ("batch",), bool(self.mix.pretraining or self.mix.sft), "no other loss has a weight"),
+        ]
+        return [
+            (prefix + name, why)
+            for owner, prefix, names, used, why in kinds
+            for name in names
+            if not used and name in (given if owner is self else owner.model_fields_set)
+        ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -28,7 +28,7 @@ class Watch(Protocol):
     @property
     def chosen_by(self) -> str | None: ...
     def __call__(self, policy: Any) -> dict[str, float]: ...
-    def chosen(self, kept_step: int, last_step: int, evaluated: Sequence[Mapping[str, float]]) -> dict[str, Any]: ...
+    def chosen(self, kept_step: int, *, chose: bool, looked: int) -> dict[str, Any]: ...
     def state(self) -> dict[str, Any]: ...
     def load(self, state: Mapping[str, Any]) -> None: ...
 
@@ -63,11 +63,17 @@ class Progress:
         self.best_iteration: int | None = None
         self.dev: dict[str, float] = {}
         self.checkpoints = Checkpoints(workspace.checkpoints, workspace.fingerprint, trainer.strategy)
+        self.every = config.checkpoint_every
+        if self.every and trainer.strategy.deepspeed is not None:
+            workspace.say("no checkpoints are written inside this row: DeepSpeed holds its state")
+            self.every = 0
         self.due = evaluation_steps(config.iterations, config.train.evaluations) if watch else set()
 
     def resume(self) -> int:
         """The number of iterations that are done: those of the newest checkpoint, or 0."""
-        found = self.checkpoints.newest(self.workspace.say) if self.config.checkpoint_every else None
+        if not self.every:
+            self.checkpoints.clear()
+        found = self.checkpoints.newest(self.workspace.say) if self.every else None
         if found is None:
             self.workspace.rewind_metrics()
             return 0
@@ -92,7 +98,8 @@ class Progress:
     def finish(self, iteration: int, figures: dict[str, Any], *, samples: int) -> None:
         """After the updates of an iteration: adjust the KL coefficient, look at dev, log, save."""
         done = iteration + 1
-        self.kl = self.kl.update(figures["kl"], samples)
+        if iteration >= max(1, self.config.critic.warmup if self.config.has_critic else 0):
+            self.kl = self.kl.update(figures["kl"], samples)  # before, the KL is 0 because nothing has moved
         self.tokens += int(figures["sampled_tokens"] + figures["trained_tokens"])
         self.figures = figures
         saved = self._last_good(done - 1)
@@ -107,12 +114,12 @@ class Progress:
         self.workspace.log(step=done, **report)
         shown = {k: figures[k] for k in SHOWN if k in figures}
         self.workspace.progress(done, self.config.iterations, "iterations", **shown)
-        every = self.config.checkpoint_every
+        every = self.every
         if every and (done % every == 0 or done == self.config.iterations):
             self._save(done)
 
     def _last_good(self, done: int) -> str:
-        every = self.config.checkpoint_every
+        every = self.every
         last = done - done % every if every else 0
         return f"the last good checkpoint is that of iteration {last}" if last else "no checkpoint was written before"
 
@@ -144,11 +151,11 @@ class Progress:
         """The weights to keep are those of the best look at dev, where there was one; returns what to record."""
         if self.watch is None:
             return {}
-        if self.best and self.best.step:
+        chose = bool(self.best and self.best.step)
+        if self.best and chose:
             self.best.restore(self.trainer)
-        kept, last = self.best_iteration or self.config.iterations, self.config.iterations
-        seen = [{CHOICE: self.best.value}] if self.best else []
-        return {"dev": _finite(self.dev)} | self.watch.chosen(kept, last, seen)
+        kept = self.best_iteration if chose and self.best_iteration else self.config.iterations
+        return {"dev": _finite(self.dev)} | self.watch.chosen(kept, chose=chose, looked=len(self.dev))
 
 
 def _finite(figures: Mapping[str, Any]) -> dict[str, Any]:

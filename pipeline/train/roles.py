@@ -53,6 +53,11 @@ class Roles:
         return found
 
     @property
+    def still(self) -> list[nn.Module]:
+        """Frozen models whose weights never move, so that they may share memory."""
+        return [] if self._reference_follower else [self.reference.module]
+
+    @property
     def frozen(self) -> list[nn.Module]:
         return [self.reference.module, *([self.average.module] if self.average else [])]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +46,16 @@ class Strategy:
     @property
     def device(self) -> torch.device:
         return self.accelerator.device
+
+    @property
+    def deepspeed(self) -> Any:
+        """DeepSpeed's plugin, or None."""
+        return getattr(self.accelerator.state, "deepspeed_plugin", None)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether weights are cut up over ranks."""
+        return self.deepspeed is not None and self.deepspeed.zero_stage == 3
 
     def barrier(self) -> None:
         self.accelerator.wait_for_everyone()
@@ -127,6 +137,12 @@ class Engine:
         grads = [p.grad for name, p in self.bare.named_parameters() if name.startswith(prefix) and p.grad is not None]
         return float(torch.nn.utils.get_total_norm(grads)) if grads else 0.0
 
+    def hold(self, prefixes: Collection[str]) -> None:
+        """Leave parameters whose name starts so out of the next update: neither they nor their moments move."""
+        for name, parameter in self.bare.named_parameters():
+            if name.startswith(tuple(prefixes)):
+                parameter.grad = None
+
     def update(self) -> float | None:
         """One optimiser step; the gradient norm where `gradient_norm` could not give it."""
         self.optimizer.step()
@@ -165,6 +181,9 @@ class DeepSpeedEngine(Engine):
 
     def part_norm(self, prefix: str) -> float | None:
         return None
+
+    def hold(self, prefixes: Collection[str]) -> None:
+        """Their rate is 0; DeepSpeed's step needs every gradient, so that their moments decay."""
 
     def update(self) -> float | None:
         self.module.step()

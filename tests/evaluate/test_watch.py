@@ -64,12 +64,13 @@ def test_a_row_records_its_choice_and_says_where_there_was_none():
     said: list[str] = []
     made = watch("heldout", budget=2.0)
     made.say = said.append
-    within, beyond = {"choice": 0.5}, {"choice": -math.inf}
-    assert made.chosen(4, 8, [within, beyond]) == {
-        "parted": None, "kl_budget": 2.0, "kept_step": 4, "chosen_by": "heldout",
+    made.choice({"heldout": 1.0, "kl": 2.5})
+    assert "chosen_by" not in made.chosen(8, chose=False, looked=1) and "within kl_budget" in said[0]
+    made.choice({"heldout": 1.0, "kl": 1.5})
+    assert made.chosen(4, chose=True, looked=2) == {
+        "parted": None, "kl_budget": 2.0, "kept_step": 4, "dev_prompts": 3, "chosen_by": "heldout",
     }  # fmt: skip
-    assert not said and made.chosen(0, 8, [beyond])["kept_step"] == 8 and "within kl_budget" in said[0]
-    assert "chosen_by" not in watch().chosen(8, 8, [])
+    assert len(said) == 1 and "chosen_by" not in watch().chosen(8, chose=True, looked=1)
 
 
 def test_a_stopped_row_remembers_what_it_saw():
@@ -79,7 +80,7 @@ def test_a_stopped_row_remembers_what_it_saw():
     assert seen(again, [1.0, 1.2], [0.1, 0.3]) == seen(made, [1.0, 1.2], [0.1, 0.3]) != None  # noqa: E711
     fresh: Any = watch("proxy")
     fresh.load(fresh.state())
-    assert fresh.state() == {"best": None, "parted": None}
+    assert fresh.state() == {"best": None, "parted": None, "within": False}
 
 
 @pytest.mark.parametrize("scores", [{"proxy": [1.0]}, {"heldout": [1.0]}])

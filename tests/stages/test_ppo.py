@@ -17,6 +17,7 @@ from pipeline.flow.stage import Workspace
 from pipeline.llama.open import new_classifier
 from pipeline.rollout.reward import write_probe
 from pipeline.rollout.rewards import Rewards
+from pipeline.train.memory import human
 from pipeline.train.ppo_settings import PpoSettings
 from stages.ppo import Ppo
 from tests.small import policy, save
@@ -119,6 +120,17 @@ def test_an_iteration_ends_early_where_the_policy_has_moved_far(place: Place, in
     assert row.metrics["updates"] < 2 * 4 * 2
 
 
+def test_an_average_beside_leaves_the_reference_where_it_was(place: Place, inputs: dict[str, Any]):
+    """The reference, the average and the reward model start from equal bits, and only the average moves: the run is the
+    one without an average, to the bit."""
+    for reference in ({"kind": "start"}, {"kind": "refreshed", "every": 3}):
+        settings = {**SMALL, "iterations": 4, "reference": reference}
+        plain = place.run("ppo", inputs, **settings)
+        beside = place.run("ppo", inputs, **settings, average=0.5)
+        assert beside.out["policy"].digest == plain.out["policy"].digest
+        assert beside.log[-1]["kl"] == plain.log[-1]["kl"]
+
+
 def test_roles_over_one_base_hold_it_once(place: Place, inputs: dict[str, Any]):
     """Policy, reference, critic and reward model are adapters over one base."""
     lora = {"adapter": {"rank": 4}}
@@ -127,10 +139,11 @@ def test_roles_over_one_base_hold_it_once(place: Place, inputs: dict[str, Any]):
     over = {"policy": sft.out["policy"], "reward": reward.out["model"], "prompts": inputs["prompts"]}
     row = place.run("ppo", over, **SMALL)
     (line,) = [said for said in row.said if "held once for several roles" in said]
-    size = sum(t.numel() * 4 for t in load_file(inputs["policy"].path / "model.safetensors").values())
     assert row.log[0]["kl"] == 0.0 and row.log[0]["first_ratio"] == 1.0
-    assert "MB of it held once" in line or "KB of it held once" in line
-    assert size > 0
+    # of four copies of the trunk and two of the policy's head, three and one are spared
+    base = load_file(inputs["policy"].path / "model.safetensors")
+    spared = sum(t.numel() * 4 * (1 if name == "lm_head.weight" else 3) for name, t in base.items())
+    assert f", {human(spared)} of it held once" in line
 
 
 def stopped_after(monkeypatch: pytest.MonkeyPatch, iteration: int) -> None:
@@ -264,8 +277,21 @@ def test_estimators_with_a_wrong_gradient_are_warned_of():
     for estimator, word in (("k1", "expectation 0"), ("k3", r"KL(reference || policy)")):
         (said, *_) = PpoSettings(kl={"where": "loss", "estimator": estimator}).cautions()
         assert word in said
+    for estimator in ("k2", "k3", "exact"):
+        (said,) = PpoSettings(kl={"estimator": estimator}).cautions()
+        assert "in the reward the gradient" in said and estimator in said
     assert not PpoSettings(kl={"where": "loss", "estimator": "exact"}).cautions()
     assert not PpoSettings().cautions()
+
+
+def test_settings_without_effect_are_named():
+    given = PpoSettings(
+        advantage="rloo", lam=0.9, gamma=0.5, kl={"target": 3.0}, mix={"batch": 4}, importance={"cap": 3}
+    )
+    said = " ".join(given.cautions())
+    for name in ("lam is set", "gamma is set", "kl.target is set", "mix.batch is set", "importance.cap is set"):
+        assert name in said
+    assert not PpoSettings(advantage="gae", lam=0.9, gamma=0.5, kl={"control": "adaptive", "target": 3.0}).cautions()
 
 
 def test_every_policy_stage_records_and_chooses_on_dev(place: Place, inputs: dict[str, Any]):
@@ -285,3 +311,24 @@ def test_every_policy_stage_records_and_chooses_on_dev(place: Place, inputs: dic
         assert len(looks) == 4 and row.metrics["chosen_by"] == "heldout", name
         assert row.log.index(best) + 1 == row.metrics["kept_step"]
         assert all(line["dev/kl"] != 0 for line in looks)
+
+
+def test_the_controller_waits_until_the_policy_has_moved(place: Place, inputs: dict[str, Any]):
+    """Warm-up and the first iteration have KL 0 by construction: that says nothing about the coefficient."""
+    band = {"control": "band", "band": [50.0, 60.0], "coefficient": 0.1}
+    row = place.run("ppo", inputs, **{**SMALL, "iterations": 4, "critic": {"warmup": 2}, "kl": band})
+    assert [line["kl_coefficient"] for line in row.log] == [0.1, 0.1, 0.1, 0.05]
+
+
+def test_a_prompt_with_all_its_answers_must_fit_a_pass(place: Place, inputs: dict[str, Any]):
+    with pytest.raises(UserError, match=r"ppo.train.token_budget: 40 tokens a pass, but a prompt with its 4 answers"):
+        place.run(
+            "ppo", inputs, **{**SMALL, "sampling": {**SHORT, "max_new_tokens": 16}, "train": train(token_budget=40)}
+        )
+
+
+def test_dev_without_a_reward_model_is_recorded_and_chooses_nothing(place: Place, inputs: dict[str, Any]):
+    dpo = {"policy": inputs["policy"], "comparisons": place.pairs(), "dev": place.prompts()}
+    row = place.run("dpo", dpo, train={**train(epochs=4), "evaluations": 2, "keep": "best"}, max_new_tokens=6)
+    assert sum("dev/kl" in line for line in row.log) == 2 and "chosen_by" not in row.metrics
+    assert row.metrics["kept_step"] == row.metrics["steps"]
