@@ -465,6 +465,10 @@ def test_a_sampler_that_is_another_policy_is_refused():
     for largest, mean in ((0.1, 1e-6), (1e-5, 1e-2), (math.nan, 0.0)):
         with pytest.raises(RowFailed, match="not the same policy"):
             require_sampler(largest, mean, "fp32")
+    require_sampler(0.6, 0.002, "bf16")  # one sharp token's rounding
+    for largest, mean in ((0.6, 0.06), (math.nan, 0.0)):
+        with pytest.raises(RowFailed, match="not the same policy"):
+            require_sampler(largest, mean, "bf16")
 
 
 def test_what_a_sampler_says_is_compared_with_the_trainer():
