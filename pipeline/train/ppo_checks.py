@@ -16,9 +16,9 @@ from pipeline.data.forest import Forest
 from pipeline.flow.errors import NonFinite, RowFailed
 
 EXACT = {"fp32": 0.0, "bf16": 1e-6}  # nats; the same kernels on the same forests give the same bits on a CPU
-# Nats a token, between the sampler's cached decoding and the trainer's forests: two ways to the same number. In bf16 the
-# rounding of a single unlikely token grows with the logits (0.5 nats of 200,000 tokens at a mean of 0.002, after a policy
-# had become sharp), so the mean alone tells another policy from another rounding.
+# Nats a token, between the sampler's cached decoding and the trainer's forests: two ways to the same number. In bf16
+# the rounding of a single unlikely token grows with the logits (0.5 nats among 10,000 tokens at a mean of 0.002, once a
+# policy had become sharp), so the mean alone tells another policy from another rounding.
 SAMPLER = {"fp32": 1e-3, "bf16": math.inf}
 SAMPLER_MEAN = {"fp32": 1e-4, "bf16": 0.05}
 
