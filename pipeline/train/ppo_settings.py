@@ -180,8 +180,7 @@ class PpoSettings(Settings):
         return said + [f"{name} is set, but has no effect: {why}" for name, why in self._idle()]
 
     def _idle(self) -> list[tuple[str, str]]:
-        """Settings that were given and do nothing beside the others."""
-        given = self.model_fields_set
+        """Settings that differ from their defaults and do nothing beside the others."""
         groups = self.advantage in NEED_GROUPS
         kinds: list[tuple[Any, str, tuple[str, ...], bool, str]] = [
             (self, "", ("lam", "value_lam", "value_clip", "value_coefficient"), self.has_critic, "there is no critic"),
@@ -205,5 +204,5 @@ class PpoSettings(Settings):
             (prefix + name, why)
             for owner, prefix, names, used, why in kinds
             for name in names
-            if not used and name in (given if owner is self else owner.model_fields_set)
+            if not used and getattr(owner, name) != type(owner).model_fields[name].default
         ]

@@ -291,6 +291,7 @@ def test_settings_without_effect_are_named():
     said = " ".join(given.cautions())
     for name in ("lam is set", "gamma is set", "kl.target is set", "mix.batch is set", "importance.cap is set"):
         assert name in said
+    assert not PpoSettings(**PpoSettings(advantage="rloo").model_dump()).cautions()  # as a worker gets them, all given
     assert not PpoSettings(advantage="gae", lam=0.9, gamma=0.5, kl={"control": "adaptive", "target": 3.0}).cautions()
 
 
