@@ -1,6 +1,6 @@
 """What a policy stage looks at while it trains: its answers to prompts that it does not train on.
 
-    watch = open_watch(inputs.dev, inputs.reward, inputs.heldout_reward, inputs.judge, start=inputs.policy, ...)
+    watch = open_watch(dev, proxy=rewards, heldout=inputs.heldout_reward, judge=inputs.judge, start=inputs.policy, ...)
     figures = watch(policy)        # {"proxy": .., "heldout": .., "gold": .., "kl": .., "stop_rate": .., "choice": ..}
 
 `choice` is what the best checkpoint is chosen by; the judge never is.

@@ -11,7 +11,7 @@ old_values, returns, importance, reference_logprobs, reference_states.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -112,8 +112,6 @@ def _mixed(now: TokenOutputs, forest: Forest) -> LossSums:
 
 def mark_mixed(groups: Sequence[Group], term: str) -> list[Group]:
     """The same groups with the fact that tells their forests from those of answers."""
-    from dataclasses import replace
-
     number = float(MIXED.index(term) + 1)
     return [[replace(s, facts={**s.facts, "mixed": number}) for s in group] for group in groups]
 

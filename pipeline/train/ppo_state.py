@@ -12,14 +12,13 @@ from torch import Tensor
 from pipeline.algo.kl import KLController, controller
 from pipeline.train import ppo_checks
 from pipeline.train.checkpoints import Checkpoints, restore_trainer, trainer_tensors
-from pipeline.train.loop import Best, Trainer, evaluation_steps
+from pipeline.train.loop import CHOICE, Best, Trainer, evaluation_steps
 from pipeline.train.roles import Roles
 
 if TYPE_CHECKING:
     from pipeline.flow.stage import Workspace
 
 SHOWN = ("score", "kl", "explained_variance")
-CHOICE = "choice"
 
 
 class Watch(Protocol):
