@@ -1,8 +1,8 @@
 """Whoever scores answers in a row: reward models by name, and the judge.
 
-    panel = Panel.open(proxy=artifact, heldout=None, judge=judge_artifact, token_budget=16384)
-    panel.score(answered)        # answered.scores["proxy"], answered.scores["gold"], answered.parts
-    panel.decisive               # "gold": the judge decides wins where there is one, then held-out, then proxy
+panel = Panel.open(proxy=artifact, heldout=None, judge=judge_artifact, token_budget=16384)
+panel.score(answered)        # answered.scores["proxy"], answered.scores["gold"], answered.parts
+panel.decisive               # "gold": the judge decides wins where there is one, then held-out, then proxy
 """
 
 from __future__ import annotations
