@@ -31,7 +31,7 @@ figures: $(READY)
 clean:
 	rm -rf $(VENV) store runs
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt pipeline/llama/kernel.c
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@

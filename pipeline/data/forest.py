@@ -148,6 +148,27 @@ def build(groups: Iterable[Group]) -> Forest:
     )
 
 
+def roots(ids_T: Tensor, length_S: Tensor) -> Forest:
+    """Sequences without parents, each at least one token long, as `build` lays them out, without its loops."""
+    start = length_S.cumsum(0) - length_S
+    number = torch.arange(length_S.numel(), device=ids_T.device)
+    segment = number.repeat_interleave(length_S)
+    at = torch.arange(ids_T.numel(), device=ids_T.device)
+    positions = at - start[segment]
+    return Forest(
+        ids_T=ids_T,
+        positions_T=positions,
+        predictor_T=torch.where(positions > 0, at - 1, -1),
+        segment_T=segment,
+        weights_T=torch.zeros(ids_T.numel(), device=ids_T.device),
+        start_S=start,
+        length_S=length_S,
+        parent_S=torch.full_like(start, -1),
+        group_S=number,
+        last_S=start + length_S - 1,
+    )
+
+
 def _extend(column: list[float], values: Sequence[float] | None, at: int, n: int, name: str) -> None:
     column.extend([0.0] * (at - len(column)))
     if values is None:

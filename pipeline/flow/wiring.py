@@ -39,6 +39,7 @@ from .plan import Plan, Ref, Row, Source
 from .stage import Slot, Stage, load_stage, slots_in, slots_out
 
 PACKAGE = Path(__file__).resolve().parents[1]
+CODE = (".py", ".c")  # files whose content is part of what a row is computed with
 WORLD = "pipeline.data.world_stage:WorldStage"
 TOP = ("name", "description", "seed", "skip_bad", "launch", "sources", "rows", "stages", "settings")
 SETTABLE = ("seed", "skip_bad", "launch", "sources", "stages", "settings")
@@ -390,7 +391,8 @@ def code_of(cls: type[Stage], config: Settings) -> dict[str, str]:
     that its settings name."""
     files: dict[str, Path] = {}
     for part in cls.sources:
-        found = sorted((PACKAGE / part).rglob("*.py")) if (PACKAGE / part).is_dir() else [PACKAGE / part]
+        inside = (path for path in (PACKAGE / part).rglob("*") if path.suffix in CODE)
+        found = sorted(inside) if (PACKAGE / part).is_dir() else [PACKAGE / part]
         files.update({path.relative_to(PACKAGE).as_posix(): path for path in found})
     for owner in cls.__mro__:
         if issubclass(owner, Stage) and owner is not Stage and (own := sys.modules[owner.__module__].__file__):

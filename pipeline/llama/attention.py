@@ -1,13 +1,15 @@
 """Attention over a token forest, registered with transformers under the name "forest".
 
 A token attends to its ancestors and, causally, to its own segment. Nothing is padded outside this file: models
-work on the flat run of T tokens and only here are segments brought together.
+work on the flat run of T tokens and only here are segments brought together. Three backends do it:
 
-    short segments   grouped into buckets of similar (query, key) length and computed by batched products
-    long segments    one call of scaled_dot_product_attention each, nothing padded
+    kernel    on a CPU, in float32 and bfloat16, where kernel.c is built: every segment by itself, nothing padded
+    grouped   elsewhere. Short segments are grouped into buckets of similar (query, key) length and computed by
+              batched products, long ones by one call of scaled_dot_product_attention each
+    dense     the reference: one block mask over all tokens
 
-The grouping is worked out once a forest and kept in `forest.cache`. `backend="dense"` is the reference: one block
-mask over all tokens.
+The kernel is the default and gives way to grouped where it is not usable; `forest.cache["backend"]` asks for another.
+The grouping is worked out once a forest and kept in `forest.cache`.
 
 Sizes are rounded up to few different ones (`ROWS` rows of a run, grids of members and lengths of a bucket): oneDNN
 writes machine code for every new shape of a product, which takes ten times as long as the product itself.
@@ -33,6 +35,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from pipeline.data.forest import Forest
+from pipeline.llama import kernel
 
 NAME = "forest"
 # Families whose attention has been compared with the padded computation. Others go through padding (heads.py).
@@ -41,6 +44,7 @@ TRIED = ("llama", "qwen2", "qwen3", "mistral")
 LONG = 384
 # A run of tokens is filled up to a multiple of this before it goes through a model.
 ROWS = 64
+FAST = (torch.float32, torch.bfloat16)  # types that the kernel takes
 BUCKET_COST = 290.0  # microseconds, see _cost
 _ASIDE = ("softcap", "s_aux", "position_bias", "sinks")
 
@@ -349,7 +353,7 @@ def attend(
     kv_heads: int,
     scale: float,
     window: int | None = None,
-    backend: str = "grouped",
+    backend: str = "kernel",
 ) -> Tensor:
     """Attention of a forest.
 
@@ -361,6 +365,9 @@ def attend(
     head_major = layout == "heads"
     if name == "dense":
         return _dense(rows.transpose(0, 1) if head_major else rows, forest, heads, kv_heads, scale, window)
+    if name == "kernel" and len(forest) and kernel.usable(rows.device, rows.shape[-1], rows.dtype, *FAST):
+        token_major = rows.transpose(0, 1) if head_major else rows
+        return kernel.on_forest(token_major, forest, heads, kv_heads, scale, window)
     tokens, size = rows.shape[1 if head_major else 0], rows.shape[-1]
     p = plan(forest, window)
     ix = _indices(p, tokens, heads, kv_heads, head_major, rows.device)
@@ -446,7 +453,7 @@ def forest_attention(
         kv_heads=key.shape[1],
         scale=scaling if scaling is not None else query.shape[-1] ** -0.5,
         window=sliding_window,
-        backend=forest.cache.get("backend", "grouped") + ":heads",
+        backend=forest.cache.get("backend", "kernel") + ":heads",
     )
     return out[None], None
 

@@ -31,8 +31,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from pipeline.data.forest import roots
 from pipeline.flow.errors import UserError
+from pipeline.llama import kernel
+from pipeline.llama.arithmetic import fast_products
+from pipeline.llama.attention import filled
 from pipeline.llama.choosing import NEVER
+from pipeline.llama.modeling import turn_pairs
 
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # angles that depend on the position alone
 MATMUL_UP_TO = 192  # tokens of a prompt up to which a CPU uses plain products instead of SDPA
@@ -42,7 +47,10 @@ MATMUL_UP_TO = 192  # tokens of a prompt up to which a CPU uses plain products i
 
 
 class SlotLayer(CacheLayerMixin):
-    """Keys and values of one layer, [R, H, C, W] each, allocated when the first prompt shows their shape."""
+    """Keys [R, H, W, C] and values [R, H, C, W] of one layer, allocated when the first prompt shows their shape.
+
+    Columns lie side by side where they are what a sum runs over or what is added up lane by lane: over W for scores.
+    """
 
     keys: Tensor
     values: Tensor
@@ -52,26 +60,33 @@ class SlotLayer(CacheLayerMixin):
         self.cache = cache
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        def room(like: Tensor) -> Tensor:  # zeros: a masked column may hold anything finite
-            return like.new_zeros(self.cache.rows, like.shape[1], self.cache.columns, like.shape[3])
+        _, heads, _, width = key_states.shape
+        self.allocate(heads, width, key_states, value_states)
 
-        self.keys, self.values = room(key_states), room(value_states)
+    def allocate(self, heads: int, width: int, key: Tensor, value: Tensor) -> None:
+        """Room for keys and values of the types of these tensors, unless there is room already."""
+        if self.is_initialized:
+            return
+        rows, columns = self.cache.rows, rounded(self.cache.columns)  # zeros: a masked column may be anything finite
+        self.keys, self.values = (
+            key.new_zeros(rows, heads, width, columns),
+            value.new_zeros(rows, heads, columns, width),
+        )
         self.is_initialized = True
 
     def store(self, slots_PK: Tensor, keys_PHTW: Tensor, values_PHTW: Tensor) -> None:
         """Put each prompt into the rows of its K samples."""
-        if not self.is_initialized:
-            self.lazy_initialization(keys_PHTW, values_PHTW)
+        self.lazy_initialization(keys_PHTW, values_PHTW)
         n = keys_PHTW.shape[2]
-        self.keys[slots_PK, :, :n] = keys_PHTW[:, None]
+        self.keys[slots_PK, ..., :n] = keys_PHTW.transpose(2, 3)[:, None]
         self.values[slots_PK, :, :n] = values_PHTW[:, None]
 
     def append(self, rows_N: Tensor, positions_N: Tensor, keys_NHW: Tensor, values_NHW: Tensor) -> None:
-        self.keys[rows_N, :, positions_N] = keys_NHW
+        self.keys[rows_N, :, :, positions_N] = keys_NHW
         self.values[rows_N, :, positions_N] = values_NHW
 
     def move(self, source_M: Tensor, target_M: Tensor, columns: int) -> None:
-        self.keys[target_M, :, :columns] = self.keys[source_M, :, :columns]
+        self.keys[target_M, ..., :columns] = self.keys[source_M, ..., :columns]
         self.values[target_M, :, :columns] = self.values[source_M, :, :columns]
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -81,11 +96,12 @@ class SlotLayer(CacheLayerMixin):
         if at.slots_PK is not None:
             self.store(at.slots_PK, key_states, value_states)
             return key_states, value_states
+        seen = slice(at.seen)
         if at.picked_N is not None:  # a token that is stored already
-            return self.keys[at.picked_N, :, : at.seen], self.values[at.picked_N, :, : at.seen]
+            return self.keys[at.picked_N, ..., seen].transpose(2, 3), self.values[at.picked_N, :, seen]
         n = key_states.shape[0]
         self.append(at.row_R[:n], at.positions_N, key_states[:, :, 0], value_states[:, :, 0])
-        return self.keys[:n, :, : at.seen], self.values[:n, :, : at.seen]
+        return self.keys[:n, ..., seen].transpose(2, 3), self.values[:n, :, seen]
 
     def get_seq_length(self) -> int:
         return self.cache.seen
@@ -215,10 +231,15 @@ class LayerRunner:
         cos, sin = _rotary(inner, positions, torch.float32)
         half = first.width // 2
         self.turn_CW = torch.complex(cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous())
+        self.turns_CW = torch.view_as_real(self.turn_CW).flatten(1)
         scales = [first.width**-0.5] * first.query_heads + [1.0] * first.key_heads
         self.scale_X1 = torch.tensor(scales, device=positions.device)[:, None]  # of the scores, with the queries
+        self.compiled = kernel.usable(positions.device, first.width, self.embed.weight.dtype, torch.float32)
 
     def prefill(self, ids_PT: Tensor, lengths_P: Tensor, slots_PK: Tensor) -> Tensor:
+        if self.compiled:
+            with fast_products(ids_PT.device, "fp32"):
+                return self._prefill_flat(ids_PT, lengths_P, slots_PK)
         tokens = ids_PT.shape[1]
         x = self.embed(ids_PT)
         turn = self.turn_CW[:tokens, None] * self.scale_X1
@@ -230,10 +251,38 @@ class LayerRunner:
         x = self.layers[-1].last_tokens(x, turn, last_P, self.cache.slot(number), slots_PK)
         return self.head(self.norm(x)).float()
 
+    def _prefill_flat(self, ids_PT: Tensor, lengths_P: Tensor, slots_PK: Tensor) -> Tensor:
+        """The same through the kernel: the prompts as one run of tokens without padding."""
+        forest = roots(ids_PT[torch.arange(ids_PT.shape[1]) < lengths_P[:, None]], lengths_P)
+        last_P = forest.last_S
+        x = self.embed(filled(forest.ids_T))
+        turn = self.turn_CW[filled(forest.positions_T), None]
+        for number, layer in enumerate(self.layers):
+            slot = self.cache.slot(number)
+            slot.allocate(layer.key_heads, layer.width, x, x)
+            projected = layer.heads(x)
+            own = projected[last_P]
+            turn_pairs(projected, turn, layer.turned)
+            kernel.store(projected, forest.start_S, forest.length_S, slots_PK, slot.keys, slot.values)
+            if number < len(self.layers) - 1:
+                out = kernel.on_forest(projected, forest, layer.query_heads, layer.key_heads, layer.width**-0.5, None)
+                x = layer.rest(x, out.flatten(1))
+            else:  # of the last layer nothing is needed but the last tokens
+                rows_P = slots_PK[:, 0].contiguous()
+                at = (rows_P, lengths_P - 1, slot.keys, slot.values)
+                x = layer.rest(x[last_P], kernel.step(own, self.turns_CW, *at, append=False))
+        return self.head(self.norm(x)).float()
+
     def step(self, tokens_N: Tensor, positions_N: Tensor, columns: int) -> Tensor:
         x = self.embed(tokens_N)
-        turn = self.turn_CW[positions_N, None] * self.scale_X1
         rows_N = self.cache.row_R[: tokens_N.shape[0]]
+        if self.compiled:
+            for number, layer in enumerate(self.layers):
+                slot = self.cache.slot(number)
+                at = (rows_N, positions_N, slot.keys, slot.values)
+                x = layer.rest(x, kernel.step(layer.heads(x), self.turns_CW, *at, append=True))
+            return self.head(self.norm(x)).float()
+        turn = self.turn_CW[positions_N, None] * self.scale_X1
         mask = self.layers[0].visible(positions_N, columns, x.dtype)
         for number, layer in enumerate(self.layers):
             x = layer.step(x, turn, mask, self.cache.slot(number), rows_N, positions_N)
@@ -270,9 +319,13 @@ class _Layer:
         self.down = Linears([mlp.down_proj], dtype)
         self.activation = mlp.act_fn
 
+    def heads(self, x: Tensor) -> Tensor:
+        """Queries, keys and values [..., H*G + 2H, W] of x [..., hidden], not turned."""
+        return self.qkv(self.norm_in(x)).unflatten(-1, (-1, self.width))
+
     def project(self, x: Tensor, turn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Turned queries [..., H*G, W] (already scaled), turned keys and values [..., H, W] of x [..., hidden]."""
-        heads = self.qkv(self.norm_in(x)).unflatten(-1, (-1, self.width))
+        heads = self.heads(x)
         pairs = heads[..., : self.turned, :].float().unflatten(-1, (-1, 2))
         turned = torch.view_as_real(torch.view_as_complex(pairs) * turn).flatten(-2).to(heads.dtype)
         return turned[..., : self.query_heads, :], turned[..., self.query_heads :, :], heads[..., self.turned :, :]
@@ -301,7 +354,7 @@ class _Layer:
         slot.store(slots_PK, keys, values)
         at = torch.arange(x.shape[0], device=x.device)
         mask = self.visible(last_P, x.shape[1], x.dtype)
-        return self.rest(x[at, last_P], self.attend(queries[at, last_P], keys, values, mask))
+        return self.rest(x[at, last_P], self.attend(queries[at, last_P], keys.transpose(2, 3), values, mask))
 
     def step(
         self, x: Tensor, turn: Tensor, mask: Tensor, slot: SlotLayer, rows_N: Tensor, positions_N: Tensor
@@ -309,7 +362,7 @@ class _Layer:
         queries, keys, values = self.project(x, turn)
         slot.append(rows_N, positions_N, keys, values)
         n, columns = x.shape[0], mask.shape[-1]
-        seen = slot.keys[:n, :, :columns], slot.values[:n, :, :columns]
+        seen = slot.keys[:n, ..., :columns], slot.values[:n, :, :columns]
         return self.rest(x, self.attend(queries, *seen, mask))
 
     def visible(self, positions_N: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
@@ -317,9 +370,9 @@ class _Layer:
         return visible(positions_N, columns, dtype)[:, 0].repeat_interleave(self.key_heads, 0)
 
     def attend(self, queries_N: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-        """One query token a row against its keys [N, H, C, W]; queries that share a key head are one product."""
+        """One query token a row against its keys [N, H, W, C]; queries that share a key head are one product."""
         grouped = queries_N.unflatten(1, (self.key_heads, -1)).flatten(0, 1)
-        scores = torch.baddbmm(mask, grouped, keys.flatten(0, 1).transpose(1, 2))
+        scores = torch.baddbmm(mask, grouped, keys.flatten(0, 1))
         probs = torch.softmax(scores, -1, dtype=torch.float32).to(values.dtype)
         return torch.bmm(probs, values.flatten(0, 1)).view(len(queries_N), -1)
 
@@ -416,14 +469,19 @@ def new_cache(model: nn.Module, rows: int, columns: int) -> SlotCache:
     return SlotCache(config.num_hidden_layers, rows, columns, next(base.parameters()).device)
 
 
-def column_bytes(model: nn.Module) -> int:
-    """Bytes of one token in one row of the cache, all layers."""
+def rounded(columns: int) -> int:
+    """Columns that are allocated: whole vectors of the kernel."""
+    return -(-columns // kernel.LANES) * kernel.LANES
+
+
+def row_bytes(model: nn.Module, columns: int) -> int:
+    """Bytes of one row of the cache, all layers."""
     base = base_model(model)
     config = base.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     itemsize = next(p.element_size() for p in base.parameters() if p.is_floating_point())
-    return 2 * config.num_hidden_layers * heads * width * itemsize
+    return 2 * config.num_hidden_layers * heads * width * itemsize * rounded(columns)
 
 
 def _refuse_windows(config: Any, columns: int) -> None:

@@ -67,7 +67,7 @@ class _Rotate(torch.autograd.Function):
         ctx.mark_dirty(x)
         ctx.save_for_backward(factors)
         ctx.heads = heads
-        _turn(x, factors, heads)
+        turn_pairs(x, factors, heads)
         return x
 
     @staticmethod
@@ -75,11 +75,12 @@ class _Rotate(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (factors,) = ctx.saved_tensors
         grad = grad.clone(memory_format=torch.contiguous_format)
-        _turn(grad, factors.conj().resolve_conj(), ctx.heads)
+        turn_pairs(grad, factors.conj().resolve_conj(), ctx.heads)
         return grad, None, None
 
 
-def _turn(x: Tensor, factors: Tensor, heads: int) -> None:
+def turn_pairs(x: Tensor, factors: Tensor, heads: int) -> None:
+    """Turn the pairs (2i, 2i+1) of the first heads of x [T, W, 2h] by complex factors [T, 1, h], in place."""
     part = x[:, :heads]
     pairs = part if part.dtype == torch.float32 else part.float()
     turned = torch.view_as_complex(pairs.unflatten(-1, (-1, 2)))
@@ -209,7 +210,7 @@ class LlamaAttention(nn.Module):
             heads=self.heads,
             kv_heads=self.kv_heads,
             scale=self.scaling,
-            backend=forest.cache.get("backend", "grouped"),
+            backend=forest.cache.get("backend", "kernel"),
         )
         return self.o_proj(out.reshape(1, len(rows), -1))
 

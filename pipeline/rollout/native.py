@@ -98,7 +98,7 @@ class NativeEngine:
         self._cache = None
 
     def _room(self, columns: int, sequences: int, at_least: int = 1) -> decode.SlotCache:
-        affordable = self.cache_bytes // (columns * decode.column_bytes(self.model))
+        affordable = self.cache_bytes // decode.row_bytes(self.model, columns)
         rows = max(at_least, min(self.rows, sequences, affordable))
         like = next(decode.base_model(self.model).parameters())
         cache = self._cache

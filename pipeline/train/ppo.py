@@ -32,7 +32,7 @@ from pipeline.data.forest import Forest, Group
 from pipeline.data.groups import answers, sum_by_segment
 from pipeline.llama.heads import Compared
 from pipeline.train import ppo_checks
-from pipeline.train.arithmetic import fast_products
+from pipeline.llama.arithmetic import fast_products
 from pipeline.train.loop import Trainer, evaluating
 from pipeline.train.metrics import Sums, merge
 from pipeline.train.ppo_loss import TERM, Phase, mark_mixed, token_weights, wanted

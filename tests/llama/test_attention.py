@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor, nn
 
 from pipeline.data.forest import Forest, Segment, build
-from pipeline.llama import attention
+from pipeline.llama import attention, kernel
 from pipeline.llama.attention import forest_inputs, use_forest
 from pipeline.llama.modeling import LlamaForCausalLM
 
@@ -70,6 +70,13 @@ def alone(model: nn.Module, groups: list[list[Segment]]) -> Tensor:
     return torch.cat(logits)
 
 
+def grouped(groups: list[list[Segment]]) -> Forest:
+    """A forest that PyTorch's products compute."""
+    forest = build(groups)
+    forest.cache["backend"] = "grouped"
+    return forest
+
+
 def on_forest(model: nn.Module, forest: Forest) -> Tensor:
     assert use_forest(model)
     return model(**forest_inputs(forest)).logits[0, : len(forest)]
@@ -81,27 +88,30 @@ def gradients(model: nn.Module, logits: Tensor, weights: Tensor) -> list[Tensor]
     return [p.grad.clone() for p in model.parameters()]
 
 
-@pytest.mark.parametrize("long", [384, 10, 1])
+@pytest.mark.parametrize("long", [384, 10, 1, None])
 @pytest.mark.parametrize("family", list(FAMILIES))
-def test_forest_equals_each_sequence_alone(family: str, long: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "LONG", long)  # all in buckets, some, none
+def test_forest_equals_each_sequence_alone(family: str, long: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the kernel (None), and grouped with all segments in buckets, some, none."""
+    monkeypatch.setattr(attention, "LONG", long)
     model, groups = make(family), example()
     expected = alone(model, groups)
     weights = torch.randn_like(expected)
     wanted = gradients(model, expected, weights)
-    forest = build(groups)
+    forest = grouped(groups) if long else build(groups)
     found = on_forest(model, forest)
     assert (found - expected).abs().max() <= 1e-5
     for (name, _), a, b in zip(model.named_parameters(), gradients(model, found, weights), wanted, strict=True):
         assert (a - b).abs().max() <= 1e-5 * max(1.0, float(b.abs().max())), name
-    assert any(k[0] == "attention" for k in forest.cache if isinstance(k, tuple))  # the forest's path was taken
+    if long is None:
+        assert ("kernel" in forest.cache) == (kernel.library() is not None)
+        return
     longs = len(attention.plan(forest, getattr(model.config, "sliding_window", None)).longs)
     assert (longs == 0) == (long == 384)
 
 
 def test_dense_reference_equals_the_grouped_computation() -> None:
     model, groups = make("ours"), example()
-    found = on_forest(model, build(groups))
+    found = on_forest(model, grouped(groups))
     dense = build(groups)
     dense.cache["backend"] = "dense"
     assert (on_forest(model, dense) - found).abs().max() <= 1e-5
@@ -121,22 +131,24 @@ def test_random_trees_equal_each_sequence_alone() -> None:
                 group.append(Segment(draw(rng.choice([0, 1, 3, 15])), rng.randint(-1, i)))
             groups.append(group)
         if sum(len(s.ids) for g in groups for s in g):
-            assert (on_forest(model, build(groups)) - alone(model, groups)).abs().max() <= 1e-5
+            for forest in (build(groups), grouped(groups)):
+                assert (on_forest(model, forest) - alone(model, groups)).abs().max() <= 1e-5
 
 
-@pytest.mark.parametrize("long", [384, 10])
-def test_a_token_changes_nothing_outside_its_descendants(long: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("long", [384, 10, None])
+def test_a_token_changes_nothing_outside_its_descendants(long: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "LONG", long)
     model = make("ours")
     groups = example()
-    forest = build(groups)
+    lay_out = grouped if long else build
+    forest = lay_out(groups)
     with torch.no_grad():
         before = on_forest(model, forest)
         for number, (segment, offset) in {"parent": (0, 3), "child": (1, 0), "document": (5, 29)}.items():
             ids = forest.ids_T.clone()
             at = int(forest.start_S[segment]) + offset
             ids[at] = (ids[at] + 1) % 97
-            changed = build(groups)
+            changed = lay_out(groups)
             changed.ids_T[:] = ids
             moved = (on_forest(model, changed) - before).abs().amax(-1)
             sees = attention.dense_mask(forest)[:, at]

@@ -200,4 +200,4 @@ def test_cache_memory_is_predicted():
         decode.LayerRunner(model, cache).prefill(*padded(PROMPTS), torch.arange(4)[:, None])
     layers = [cache.slot(i) for i in range(3)]
     taken = sum(x.nbytes for layer in layers for x in (layer.keys, layer.values))
-    assert taken == 4 * 8 * decode.column_bytes(model)
+    assert taken == 4 * decode.row_bytes(model, 8) == 4 * 16 * 384  # columns in multiples of 16

@@ -1,0 +1,559 @@
+/* Attention on a CPU: over a token forest, forward and backward, and for one step of decoding.
+ *
+ * What attention does with short, ragged sequences of small heads is poor work for a matrix library: padding, the
+ * masked half, tiny products and several passes over memory cost more than the arithmetic. Here every sequence has its
+ * own length, nothing is padded, only what is visible is computed, and scores never leave the cache (online softmax:
+ * Milakov and Gimelshein 2018; scores computed again in the backward pass: Dao et al. 2022).
+ *
+ * A vector holds LANES queries. Keys and values enter as scalars that are broadcast, so no product needs a sum across a
+ * vector, and a head of 8 numbers fills the vectors as well as one of 128.
+ *
+ * A task is one group of a forest (a tree with all its segments) and one key head: it alone writes the gradients of
+ * these keys and values, in one order, so that results do not depend on the number of threads.
+ *
+ * pipeline/llama/kernel.py is the Python side and says what the arguments are.
+ */
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define LANES 16
+#define BLOCK 64 /* keys whose scores are held at once */
+#define MAX_HEAD 256
+#define TEXT(x) #x
+#define UNROLL(n) _Pragma(TEXT(GCC unroll n))
+#define INLINE static inline __attribute__((always_inline))
+
+/* The same code for several generations of processors, chosen when the library is loaded. */
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#define FOR_EVERY_CPU __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define FOR_EVERY_CPU
+#endif
+
+typedef float vf __attribute__((vector_size(4 * LANES)));
+typedef int32_t vi __attribute__((vector_size(4 * LANES)));
+typedef float vfu __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef float v8u __attribute__((vector_size(32), aligned(4), may_alias));
+typedef float v8 __attribute__((vector_size(32)));
+
+INLINE vf splat(float x) { return x - (vf){0}; }
+
+INLINE vf choose(vi which, vf yes, vf no) { return (vf)((which & (vi)yes) | (~which & (vi)no)); }
+
+INLINE vf larger(vf a, vf b) { return choose(a > b, a, b); }
+
+/* exp by 2^n e^r with |r| <= ln 2 / 2 and a polynomial of degree 6: 1 ulp or so. Below the normal numbers 0; NaN stays. */
+INLINE vf exponential(vf x) {
+    const vf low = splat(-87.3f);
+    const vi under = x <= low;
+    x = choose(under, low, x);
+    const vf shifted = x * 1.44269504088896f + 12582912.0f; /* 1.5 * 2^23: n stands in the low bits */
+    const vf n = shifted - 12582912.0f;
+    vf r = x - n * 0.693145751953125f; /* ln 2 in two parts, the first exact with n */
+    r = r - n * 1.42860682030941723212e-6f;
+    vf p = splat(1.0f / 720.0f);
+    p = p * r + 1.0f / 120.0f;
+    p = p * r + 1.0f / 24.0f;
+    p = p * r + 1.0f / 6.0f;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    const vi exponent = ((vi)shifted << 23) + 0x3f800000;
+    return (vf)(~under & (vi)(p * (vf)exponent));
+}
+
+INLINE float widen(uint16_t x) {
+    const uint32_t bits = (uint32_t)x << 16;
+    float y;
+    memcpy(&y, &bits, 4);
+    return y;
+}
+
+INLINE uint16_t narrow(float x) { /* to the nearest, ties to even; NaN stays NaN */
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    if ((bits & 0x7fffffff) > 0x7f800000) return (uint16_t)((bits >> 16) | 0x40);
+    return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+/* Rows of `size` numbers, float32 or bfloat16 (half). */
+INLINE void read_row(const void *from, int64_t at, int size, int half, float *to) {
+    if (half)
+        for (int d = 0; d < size; d++) to[d] = widen(((const uint16_t *)from)[at + d]);
+    else
+        memcpy(to, (const float *)from + at, 4 * size);
+}
+
+INLINE void write_row(void *to, int64_t at, int size, int half, const float *from) {
+    if (half)
+        for (int d = 0; d < size; d++) ((uint16_t *)to)[at + d] = narrow(from[d]);
+    else
+        memcpy((float *)to + at, from, 4 * size);
+}
+
+/* --- the forest -------------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    const int64_t *start, *length, *parent; /* by segment, as in pipeline/data/forest.py */
+    const int64_t *first;                   /* first segment of each group, and one past the last */
+    int64_t groups;
+    int heads, kv_heads, size, half;
+    int64_t window; /* tokens that a token sees, itself included; 0 for all before it */
+    float scale;
+    const void *rows; /* [T, H + 2K, D] */
+    void *out;        /* [T, H, D] */
+    float *softmax;   /* [T, H, 2] largest score and 1 / sum of the exponentials, for the backward pass */
+    const void *grad; /* [T, H, D] */
+    void *grad_rows;  /* [T, H + 2K, D] */
+} Forest;
+
+typedef struct {
+    int64_t at, length, position; /* first token within the group, how many, position of the first */
+} Run;
+
+typedef struct { /* what a task works in */
+    float *keys, *values, *dkeys, *dvalues; /* [tokens of the group, D] */
+    Run *runs;
+} Room;
+
+/* The tokens that a segment sees: its ancestors from the root down, and itself last. */
+INLINE int64_t runs_of(const Forest *f, int64_t segment, int64_t origin, Run *runs) {
+    int64_t count = 0;
+    for (int64_t s = segment; s >= 0; s = f->parent[s])
+        if (f->length[s]) runs[count++] = (Run){f->start[s] - origin, f->length[s], 0};
+    for (int64_t i = 0; i < count / 2; i++) {
+        const Run other = runs[i];
+        runs[i] = runs[count - 1 - i];
+        runs[count - 1 - i] = other;
+    }
+    for (int64_t i = 1; i < count; i++) runs[i].position = runs[i - 1].position + runs[i - 1].length;
+    return count;
+}
+
+/* A block of LANES queries: lane r is query head r % G of token r / G, so that short segments fill the lanes too. */
+typedef struct {
+    int64_t row, count;  /* first lane's row of the segment, lanes in use */
+    int64_t first, last; /* positions of the first and the last query */
+    vi position;         /* of each lane */
+} Lanes;
+
+INLINE Lanes lanes_of(int64_t row, int64_t rows, int group, int64_t before) {
+    Lanes b = {row, rows - row < LANES ? rows - row : LANES, before + row / group, 0, {0}};
+    b.last = before + (row + b.count - 1) / group;
+    for (int i = 0; i < LANES; i++) b.position[i] = (int32_t)(before + (row + (i < b.count ? i : b.count - 1)) / group);
+    return b;
+}
+
+/* Keys lo .. hi - 1 of a run that at least one lane sees. */
+INLINE void seen_of(const Forest *f, const Lanes *b, const Run *run, int64_t *lo, int64_t *hi) {
+    *lo = 0, *hi = run->length;
+    if (*hi > b->last - run->position + 1) *hi = b->last - run->position + 1;
+    if (f->window && b->first - f->window + 1 > run->position) *lo = b->first - f->window + 1 - run->position;
+}
+
+/* Which lanes see the key at a position; all of them between the two limits. */
+INLINE int all_see(const Forest *f, const Lanes *b, int64_t from, int64_t to) {
+    return to <= b->first && (!f->window || from > b->last - f->window);
+}
+
+INLINE vi sees(const Forest *f, const Lanes *b, int64_t key) {
+    const vi at = (vi){0} + (int32_t)key;
+    vi seen = at <= b->position;
+    if (f->window) seen &= at > b->position - (int32_t)f->window;
+    return seen;
+}
+
+INLINE void pack(const Forest *f, int64_t origin, int64_t tokens, int kv, int size, Room *room) {
+    const int width = f->heads + 2 * f->kv_heads;
+    for (int64_t t = 0; t < tokens; t++) {
+        const int64_t at = ((origin + t) * width + f->heads + kv) * size;
+        read_row(f->rows, at, size, f->half, room->keys + t * size);
+        read_row(f->rows, at + (int64_t)f->kv_heads * size, size, f->half, room->values + t * size);
+    }
+}
+
+/* Rows of a block's lanes, side by side ([LANES, D], zeros in unused lanes) and turned ([D] of LANES). */
+INLINE void gather(const Forest *f, const void *from, int64_t token, int width, int head, int group, const Lanes *b,
+                   int size, float scale, float *plain, vf *turned) {
+    for (int i = 0; i < LANES; i++) {
+        float *row = plain + i * size;
+        if (i < b->count) {
+            const int64_t r = b->row + i;
+            read_row(from, ((token + r / group) * width + head + r % group) * size, size, f->half, row);
+            for (int d = 0; d < size; d++) row[d] *= scale;
+        } else {
+            memset(row, 0, 4 * size);
+        }
+    }
+    for (int d = 0; d < size; d++)
+        for (int i = 0; i < LANES; i++) turned[d][i] = plain[i * size + d];
+}
+
+INLINE void scatter(const Forest *f, void *to, int64_t token, int width, int head, int group, const Lanes *b, int size,
+                    const vf *turned) {
+    float row[MAX_HEAD];
+    for (int i = 0; i < b->count; i++) {
+        const int64_t r = b->row + i;
+        for (int d = 0; d < size; d++) row[d] = turned[d][i];
+        write_row(to, ((token + r / group) * width + head + r % group) * size, size, f->half, row);
+    }
+}
+
+/* scores[j] = q . k_j for `count` keys, rounded up to 8: what is beyond is computed and not used. */
+INLINE void dot(const vf *q, const float *keys, int count, int size, vf *scores) {
+    for (int j = 0; j < count; j += 8) {
+        vf s[8] = {{0}};
+        const float *k = keys + j * size;
+        for (int d = 0; d < size; d++)
+            UNROLL(8) for (int t = 0; t < 8; t++) s[t] += q[d] * k[t * size + d];
+        UNROLL(8) for (int t = 0; t < 8; t++) scores[j + t] = s[t];
+    }
+}
+
+/* sum[d] += weight[j] * row_j[d] */
+INLINE void add_rows(const vf *weights, const float *rows, int count, int size, vf *sum) {
+    for (int d = 0; d < size; d += 8) {
+        vf a[8];
+        UNROLL(8) for (int t = 0; t < 8; t++) a[t] = sum[d + t];
+        for (int j = 0; j < count; j++) {
+            const float *row = rows + j * size + d;
+            UNROLL(8) for (int t = 0; t < 8; t++) a[t] += weights[j] * row[t];
+        }
+        UNROLL(8) for (int t = 0; t < 8; t++) sum[d + t] = a[t];
+    }
+}
+
+/* to_j[d] += sum over lanes of weight[j][lane] * row[lane][d], for two pairs of weights and rows at once */
+#define GATHER_LANES(V, VU, STEP)                                                                          \
+    for (int j = 0; j < count; j += 4) {                                                                   \
+        const int some = count - j < 4 ? count - j : 4;                                                    \
+        for (int d = 0; d < size; d += STEP) {                                                             \
+            V a[4] = {{0}}, b[4] = {{0}};                                                                  \
+            for (int i = 0; i < LANES; i++) {                                                              \
+                const V x = *(const VU *)(q + i * size + d), y = *(const VU *)(g + i * size + d);          \
+                UNROLL(4) for (int t = 0; t < 4; t++) {                                                              \
+                    a[t] += x * ((const float *)(ds + j + t))[i];                                          \
+                    b[t] += y * ((const float *)(p + j + t))[i];                                           \
+                }                                                                                          \
+            }                                                                                              \
+            for (int t = 0; t < some; t++) {                                                               \
+                *(VU *)(dk + (j + t) * size + d) += a[t];                                                  \
+                *(VU *)(dv + (j + t) * size + d) += b[t];                                                  \
+            }                                                                                              \
+        }                                                                                                  \
+    }
+
+INLINE void add_lanes(const vf *ds, const vf *p, const float *q, const float *g, int count, int size, float *dk,
+                      float *dv) {
+    if (size % LANES == 0) {
+        GATHER_LANES(vf, vfu, LANES)
+    } else {
+        GATHER_LANES(v8, v8u, 8)
+    }
+}
+
+INLINE void forward(const Forest *f, int64_t group, int kv, int size, Room *room) {
+    const int each = f->heads / f->kv_heads, width = f->heads + 2 * f->kv_heads;
+    const int64_t begin = f->first[group], end = f->first[group + 1], origin = f->start[begin];
+    pack(f, origin, f->start[end - 1] + f->length[end - 1] - origin, kv, size, room);
+    vf q[MAX_HEAD], sum[MAX_HEAD], scores[BLOCK];
+    float plain[LANES * MAX_HEAD];
+    for (int64_t s = begin; s < end; s++) {
+        const int64_t rows = f->length[s] * each;
+        if (!rows) continue;
+        const int64_t count = runs_of(f, s, origin, room->runs), before = room->runs[count - 1].position;
+        for (int64_t row = 0; row < rows; row += LANES) {
+            const Lanes b = lanes_of(row, rows, each, before);
+            gather(f, f->rows, f->start[s], width, kv * each, each, &b, size, f->scale, plain, q);
+            vf most = splat(-1e30f), total = {0};
+            for (int d = 0; d < size; d++) sum[d] = (vf){0};
+            for (int64_t r = 0; r < count; r++) {
+                int64_t lo, hi;
+                seen_of(f, &b, room->runs + r, &lo, &hi);
+                for (int64_t at = lo; at < hi; at += BLOCK) {
+                    const int n = hi - at < BLOCK ? hi - at : BLOCK;
+                    const int64_t place = (room->runs[r].at + at) * size, key = room->runs[r].position + at;
+                    dot(q, room->keys + place, n, size, scores);
+                    if (!all_see(f, &b, key, key + n - 1))
+                        for (int j = 0; j < n; j++) scores[j] = choose(sees(f, &b, key + j), scores[j], splat(-INFINITY));
+                    vf high = most;
+                    for (int j = 0; j < n; j++) high = larger(scores[j], high);
+                    const vf shrink = exponential(most - high);
+                    most = high;
+                    total *= shrink;
+                    for (int d = 0; d < size; d++) sum[d] *= shrink;
+                    for (int j = 0; j < n; j++) {
+                        scores[j] = exponential(scores[j] - most);
+                        total += scores[j];
+                    }
+                    add_rows(scores, room->values + place, n, size, sum);
+                }
+            }
+            const vf inverse = 1.0f / total;
+            for (int d = 0; d < size; d++) sum[d] *= inverse;
+            scatter(f, f->out, f->start[s], f->heads, kv * each, each, &b, size, sum);
+            for (int i = 0; i < b.count; i++) {
+                const int64_t r = row + i;
+                float *kept = f->softmax + 2 * ((f->start[s] + r / each) * f->heads + kv * each + r % each);
+                kept[0] = most[i], kept[1] = inverse[i];
+            }
+        }
+    }
+}
+
+INLINE void backward(const Forest *f, int64_t group, int kv, int size, Room *room) {
+    const int each = f->heads / f->kv_heads, width = f->heads + 2 * f->kv_heads;
+    const int64_t begin = f->first[group], end = f->first[group + 1], origin = f->start[begin];
+    const int64_t tokens = f->start[end - 1] + f->length[end - 1] - origin;
+    pack(f, origin, tokens, kv, size, room);
+    for (int64_t i = 0; i < tokens * size; i++) room->dkeys[i] = room->dvalues[i] = 0.0f;
+    vf q[MAX_HEAD], g[MAX_HEAD], o[MAX_HEAD], dq[MAX_HEAD], p[BLOCK + 4], ds[BLOCK + 4];
+    float q_plain[LANES * MAX_HEAD], g_plain[LANES * MAX_HEAD], o_plain[LANES * MAX_HEAD];
+    for (int i = 0; i < BLOCK + 4; i++) p[i] = ds[i] = (vf){0}; /* what lies behind a short block is read, not used */
+    for (int64_t s = begin; s < end; s++) {
+        const int64_t rows = f->length[s] * each;
+        if (!rows) continue;
+        const int64_t count = runs_of(f, s, origin, room->runs), before = room->runs[count - 1].position;
+        for (int64_t row = 0; row < rows; row += LANES) {
+            const Lanes b = lanes_of(row, rows, each, before);
+            gather(f, f->rows, f->start[s], width, kv * each, each, &b, size, f->scale, q_plain, q);
+            gather(f, f->grad, f->start[s], f->heads, kv * each, each, &b, size, 1.0f, g_plain, g);
+            gather(f, f->out, f->start[s], f->heads, kv * each, each, &b, size, 1.0f, o_plain, o);
+            /* in the order of `dot`, so that where one key has all the weight delta is its dot product to the bit */
+            vf delta = {0}, most = {0}, inverse = {0};
+            for (int d = 0; d < size; d++) delta += g[d] * o[d], dq[d] = (vf){0};
+            for (int i = 0; i < b.count; i++) {
+                const int64_t r = row + i;
+                const float *kept = f->softmax + 2 * ((f->start[s] + r / each) * f->heads + kv * each + r % each);
+                most[i] = kept[0], inverse[i] = kept[1];
+            }
+            for (int64_t r = 0; r < count; r++) {
+                int64_t lo, hi;
+                seen_of(f, &b, room->runs + r, &lo, &hi);
+                for (int64_t at = lo; at < hi; at += BLOCK) {
+                    const int n = hi - at < BLOCK ? hi - at : BLOCK;
+                    const int64_t place = (room->runs[r].at + at) * size, key = room->runs[r].position + at;
+                    dot(q, room->keys + place, n, size, p);
+                    dot(g, room->values + place, n, size, ds);
+                    for (int j = 0; j < n; j++) p[j] = exponential(p[j] - most) * inverse;
+                    if (!all_see(f, &b, key, key + n - 1))
+                        for (int j = 0; j < n; j++) p[j] = choose(sees(f, &b, key + j), p[j], (vf){0});
+                    for (int j = 0; j < n; j++) ds[j] = p[j] * (ds[j] - delta);
+                    add_rows(ds, room->keys + place, n, size, dq);
+                    add_lanes(ds, p, q_plain, g_plain, n, size, room->dkeys + place, room->dvalues + place);
+                }
+            }
+            for (int d = 0; d < size; d++) dq[d] *= f->scale;
+            scatter(f, f->grad_rows, f->start[s], width, kv * each, each, &b, size, dq);
+        }
+    }
+    for (int64_t t = 0; t < tokens; t++) {
+        const int64_t at = ((origin + t) * width + f->heads + kv) * size;
+        write_row(f->grad_rows, at, size, f->half, room->dkeys + t * size);
+        write_row(f->grad_rows, at + (int64_t)f->kv_heads * size, size, f->half, room->dvalues + t * size);
+    }
+}
+
+/* --- one step of decoding ----------------------------------------------------------------------------------------- */
+
+typedef struct {
+    int heads, kv_heads, size, append;
+    int64_t columns;           /* of the cache, a multiple of LANES */
+    const int64_t *rows;       /* [N] row of the cache of each sequence */
+    const int64_t *positions;  /* [N] of its new token */
+    const float *projected;    /* [N, H + 2K, D] its queries, keys and values, pairs to be turned side by side */
+    const float *turns;        /* [C, D] cosine and sine of each pair, by position */
+    float scale;
+    float *keys;   /* [R, K, D, C] */
+    float *values; /* [R, K, C, D] */
+    float *out;    /* [N, H, D] */
+} Decode;
+
+INLINE void turn(const float *from, const float *by, int size, float scale, float *to) {
+    for (int d = 0; d < size; d += 2) {
+        to[d] = (from[d] * by[d] - from[d + 1] * by[d + 1]) * scale;
+        to[d + 1] = (from[d] * by[d + 1] + from[d + 1] * by[d]) * scale;
+    }
+}
+
+/* out[d] = sum of weight[j] * row_j[d] */
+#define WEIGHTED_SUM(V, VU, STEP)                                                                                  \
+    for (int d = 0; d < size; d += STEP) {                                                                         \
+        V a[4] = {{0}};                                                                                            \
+        int64_t j = 0;                                                                                             \
+        for (; j + 4 <= count; j += 4)                                                                             \
+            UNROLL(4) for (int t = 0; t < 4; t++) a[t] += weights[j + t] * *(const VU *)(rows + (j + t) * size + d); \
+        for (; j < count; j++) a[0] += weights[j] * *(const VU *)(rows + j * size + d);                            \
+        *(VU *)(out + d) = (a[0] + a[1]) + (a[2] + a[3]);                                                          \
+    }
+
+INLINE void weighted_sum(const float *weights, const float *rows, int64_t count, int size, float *out) {
+    if (size % LANES == 0) {
+        WEIGHTED_SUM(vf, vfu, LANES)
+    } else {
+        WEIGHTED_SUM(v8, v8u, 8)
+    }
+}
+
+/* weights = exp(q . k_j - max) in place of scores for the `count` keys of a row [D, C]; their sum. */
+INLINE float weigh(const float *q, const float *keys, int64_t columns, int64_t count, int size, float *weights) {
+    vf most = splat(-INFINITY), total = {0}, lane;
+    for (int i = 0; i < LANES; i++) lane[i] = i;
+    int64_t j = 0;
+    for (; j + 4 * LANES <= count; j += 4 * LANES) {
+        vf s[4] = {{0}};
+        for (int d = 0; d < size; d++)
+            UNROLL(4) for (int t = 0; t < 4; t++) s[t] += q[d] * *(const vfu *)(keys + d * columns + j + t * LANES);
+        UNROLL(4) for (int t = 0; t < 4; t++) {
+            *(vfu *)(weights + j + t * LANES) = s[t];
+            most = larger(s[t], most);
+        }
+    }
+    for (; j < count; j += LANES) {
+        vf s = {0};
+        for (int d = 0; d < size; d++) s += q[d] * *(const vfu *)(keys + d * columns + j);
+        s = choose(lane < splat((float)(count - j)), s, splat(-INFINITY));
+        *(vfu *)(weights + j) = s;
+        most = larger(s, most);
+    }
+    float top = most[0];
+    for (int i = 1; i < LANES; i++) top = most[i] > top ? most[i] : top;
+    for (j = 0; j < count; j += LANES) {
+        const vf p = exponential(*(const vfu *)(weights + j) - splat(top));
+        *(vfu *)(weights + j) = p;
+        total += p;
+    }
+    float sum = 0;
+    for (int i = 0; i < LANES; i++) sum += total[i];
+    return sum;
+}
+
+INLINE void decode(const Decode *f, int64_t n, int kv, int size, float *weights) {
+    const int each = f->heads / f->kv_heads, width = f->heads + 2 * f->kv_heads;
+    const int64_t position = f->positions[n], count = position + 1, row = f->rows[n] * f->kv_heads + kv;
+    const float *own = f->projected + n * width * size, *by = f->turns + position * size;
+    float *keys = f->keys + row * size * f->columns, *values = f->values + row * size * f->columns;
+    float q[MAX_HEAD];
+    if (f->append) {
+        turn(own + (f->heads + kv) * size, by, size, 1.0f, q);
+        for (int d = 0; d < size; d++) keys[d * f->columns + position] = q[d];
+        memcpy(values + position * size, own + (f->heads + f->kv_heads + kv) * size, 4 * size);
+    }
+    for (int g = 0; g < each; g++) {
+        turn(own + (kv * each + g) * size, by, size, f->scale, q);
+        const float inverse = 1.0f / weigh(q, keys, f->columns, count, size, weights);
+        float *out = f->out + (n * f->heads + kv * each + g) * size;
+        weighted_sum(weights, values, count, size, out);
+        for (int d = 0; d < size; d++) out[d] *= inverse;
+    }
+}
+
+/* --- for every processor, every size and every task ---------------------------------------------------------------- */
+
+/* Common sizes of a head as constants, which lets the compiler unroll. */
+#define BY_SIZE(CALL)           \
+    switch (f->size) {          \
+        case 8: CALL(8); break;   \
+        case 16: CALL(16); break; \
+        case 32: CALL(32); break; \
+        default: CALL(f->size); \
+    }
+
+FOR_EVERY_CPU void rlhf_forward_task(const Forest *f, int64_t group, int kv, Room *room) {
+#define CALL(D) forward(f, group, kv, D, room)
+    BY_SIZE(CALL)
+#undef CALL
+}
+
+FOR_EVERY_CPU void rlhf_backward_task(const Forest *f, int64_t group, int kv, Room *room) {
+#define CALL(D) backward(f, group, kv, D, room)
+    BY_SIZE(CALL)
+#undef CALL
+}
+
+FOR_EVERY_CPU void rlhf_decode_task(const Decode *f, int64_t n, int kv, float *weights) {
+#define CALL(D) decode(f, n, kv, D, weights)
+    BY_SIZE(CALL)
+#undef CALL
+}
+
+/* Raised with every change of the arguments below, and in kernel.py with it. */
+int rlhf_version(void) { return 1; }
+
+/* All return 0, or 1 where there is no memory. */
+
+int rlhf_forest(const int64_t *start, const int64_t *length, const int64_t *parent, const int64_t *first,
+                int64_t groups, int64_t most_tokens, int64_t most_segments, int64_t window, int heads, int kv_heads,
+                int size, int half, float scale, int threads, const void *rows, void *out, float *softmax,
+                const void *grad, void *grad_rows) {
+    const Forest f = {start, length, parent, first, groups, heads, kv_heads, size, half, window, scale, rows, out,
+                      softmax, grad, grad_rows};
+    const int64_t tasks = groups * kv_heads, part = (most_tokens + 8) * size; /* `dot` reads up to 7 keys too many */
+    int failed = 0;
+#pragma omp parallel num_threads(threads)
+    {
+        float *numbers = malloc(4 * part * (grad ? 4 : 2));
+        Run *runs = malloc(sizeof(Run) * (most_segments + 1));
+        const int ready = numbers && runs;
+        if (!ready) {
+#pragma omp atomic write
+            failed = 1;
+        }
+        Room room = {numbers, numbers + part, numbers + 2 * part, numbers + 3 * part, runs};
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t task = 0; task < tasks; task++) {
+            if (!ready) continue;
+            if (grad)
+                rlhf_backward_task(&f, task / kv_heads, task % kv_heads, &room);
+            else
+                rlhf_forward_task(&f, task / kv_heads, task % kv_heads, &room);
+        }
+        free(numbers);
+        free(runs);
+    }
+    return failed;
+}
+
+int rlhf_decode(int64_t sequences, int64_t columns, int heads, int kv_heads, int size, int append, float scale,
+                int threads, const int64_t *rows, const int64_t *positions, const float *projected,
+                const float *turns, float *keys, float *values, float *out) {
+    const Decode f = {heads, kv_heads, size, append, columns, rows, positions, projected, turns, scale, keys, values,
+                      out};
+    const int64_t tasks = sequences * kv_heads;
+    int failed = 0;
+#pragma omp parallel num_threads(threads)
+    {
+        float *weights = malloc(4 * columns);
+        if (!weights) {
+#pragma omp atomic write
+            failed = 1;
+        }
+#pragma omp for schedule(dynamic, 8)
+        for (int64_t task = 0; task < tasks; task++)
+            if (weights) rlhf_decode_task(&f, task / kv_heads, task % kv_heads, weights);
+        free(weights);
+    }
+    return failed;
+}
+
+/* Keys and values of prompts, tokens one after another without padding, into the rows of each one's samples. */
+int rlhf_store(int64_t prompts, int64_t samples, int64_t columns, int heads, int kv_heads, int size, int threads,
+               const int64_t *start, const int64_t *length, const int64_t *rows, const float *projected, float *keys,
+               float *values) {
+    const int width = heads + 2 * kv_heads;
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+    for (int64_t task = 0; task < prompts * samples * kv_heads; task++) {
+        const int kv = task % kv_heads;
+        const int64_t p = task / kv_heads / samples, row = rows[task / kv_heads] * kv_heads + kv;
+        const float *own = projected + (start[p] * width + heads + kv) * size;
+        float *k = keys + row * size * columns, *v = values + row * size * columns;
+        for (int64_t t = 0; t < length[p]; t++, own += width * size) {
+            for (int d = 0; d < size; d++) k[d * columns + t] = own[d];
+            memcpy(v + t * size, own + kv_heads * size, 4 * size);
+        }
+    }
+    return 0;
+}
