@@ -345,6 +345,39 @@ def _views(p: Plan, gathered: Tensor, outputs: Tensor, heads: int, kv: int):  # 
         at, out_at = at + nq + 2 * nk, out_at + nq
 
 
+class _Turn(torch.autograd.Function):
+    """Turn the pairs (2i, 2i+1) of the first heads of x [T, W, 2h] by complex factors [T, 1, h], in place.
+
+    In place and as one complex product: a rotation needs nothing saved, and its gradient is the opposite rotation.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factors: Tensor, heads: int) -> Tensor:
+        ctx.mark_dirty(x)
+        ctx.save_for_backward(factors)
+        ctx.heads = heads
+        turn_pairs(x, factors, heads)
+        return x
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (factors,) = ctx.saved_tensors
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        turn_pairs(grad, factors.conj().resolve_conj(), ctx.heads)
+        return grad, None, None
+
+
+def turn_pairs(x: Tensor, factors: Tensor, heads: int) -> None:
+    """Turn the pairs (2i, 2i+1) of the first heads of x [T, W, 2h] by complex factors [T, 1, h], in place."""
+    part = x[:, :heads]
+    pairs = part if part.dtype == torch.float32 else part.float()
+    turned = torch.view_as_complex(pairs.unflatten(-1, (-1, 2)))
+    turned.mul_(factors)
+    if pairs is not part:
+        part.copy_(pairs)
+
+
 def attend(
     rows: Tensor,
     forest: Forest,
@@ -353,21 +386,26 @@ def attend(
     kv_heads: int,
     scale: float,
     window: int | None = None,
+    turn: Tensor | None = None,
     backend: str = "kernel",
 ) -> Tensor:
     """Attention of a forest.
 
     rows [T, H+2K, D] (contiguous), or [H+2K, T, D] for backend names ending in ":heads"; heads are ordered queries,
-    keys, values, rotary positions already applied. Returns [T, H, D]. Rows beyond the forest's tokens are filling:
+    keys, values. turn [T, 1, D/2] complex: rotary positions by which the pairs (2i, 2i+1) of queries and keys are to be
+    turned; without it that is done already. Returns [T, H, D]. Rows beyond the forest's tokens are filling:
     what comes out there means nothing, and no gradient goes in.
     """
     name, _, layout = backend.partition(":")
     head_major = layout == "heads"
-    if name == "dense":
-        return _dense(rows.transpose(0, 1) if head_major else rows, forest, heads, kv_heads, scale, window)
     if name == "kernel" and len(forest) and kernel.usable(rows.device, rows.shape[-1], rows.dtype, *FAST):
         token_major = rows.transpose(0, 1) if head_major else rows
-        return kernel.on_forest(token_major, forest, heads, kv_heads, scale, window)
+        turns = None if turn is None else torch.view_as_real(turn).flatten(1)
+        return kernel.on_forest(token_major, forest, heads, kv_heads, scale, window, turns)
+    if turn is not None:
+        rows = _Turn.apply(rows, turn, heads + kv_heads)
+    if name == "dense":
+        return _dense(rows.transpose(0, 1) if head_major else rows, forest, heads, kv_heads, scale, window)
     tokens, size = rows.shape[1 if head_major else 0], rows.shape[-1]
     p = plan(forest, window)
     ix = _indices(p, tokens, heads, kv_heads, head_major, rows.device)

@@ -37,7 +37,6 @@ from pipeline.llama import kernel
 from pipeline.llama.arithmetic import fast_products
 from pipeline.llama.attention import filled
 from pipeline.llama.choosing import NEVER
-from pipeline.llama.modeling import turn_pairs
 
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # angles that depend on the position alone
 MATMUL_UP_TO = 192  # tokens of a prompt up to which a CPU uses plain products instead of SDPA
@@ -256,21 +255,19 @@ class LayerRunner:
         forest = roots(ids_PT[torch.arange(ids_PT.shape[1]) < lengths_P[:, None]], lengths_P)
         last_P = forest.last_S
         x = self.embed(filled(forest.ids_T))
-        turn = self.turn_CW[filled(forest.positions_T), None]
+        turns = self.turns_CW[filled(forest.positions_T)]
         for number, layer in enumerate(self.layers):
             slot = self.cache.slot(number)
             slot.allocate(layer.key_heads, layer.width, x, x)
-            projected = layer.heads(x)
-            own = projected[last_P]
-            turn_pairs(projected, turn, layer.turned)
-            kernel.store(projected, forest.start_S, forest.length_S, slots_PK, slot.keys, slot.values)
+            rows, where = layer.heads(x), (forest.start_S, forest.length_S, slots_PK)
+            kernel.store(rows, self.turns_CW, *where, slot.keys, slot.values)
             if number < len(self.layers) - 1:
-                out = kernel.on_forest(projected, forest, layer.query_heads, layer.key_heads, layer.width**-0.5, None)
+                heads = (layer.query_heads, layer.key_heads)
+                out = kernel.on_forest(rows, forest, *heads, layer.width**-0.5, turns=turns)
                 x = layer.rest(x, out.flatten(1))
             else:  # of the last layer nothing is needed but the last tokens
-                rows_P = slots_PK[:, 0].contiguous()
-                at = (rows_P, lengths_P - 1, slot.keys, slot.values)
-                x = layer.rest(x[last_P], kernel.step(own, self.turns_CW, *at, append=False))
+                at = (slots_PK[:, 0].contiguous(), lengths_P - 1, slot.keys, slot.values)
+                x = layer.rest(x[last_P], kernel.step(rows[last_P], self.turns_CW, *at, append=False))
         return self.head(self.norm(x)).float()
 
     def step(self, tokens_N: Tensor, positions_N: Tensor, columns: int) -> Tensor:

@@ -1,4 +1,5 @@
-/* Attention on a CPU: over a token forest, forward and backward, and for one step of decoding.
+/* What a LLaMA does on a CPU between its matrix products: attention over a token forest, forward and backward, and for
+ * one step of decoding; RMSNorm and SwiGLU.
  *
  * What attention does with short, ragged sequences of small heads is poor work for a matrix library: padding, the
  * masked half, tiny products and several passes over memory cost more than the arithmetic. Here every sequence has its
@@ -45,25 +46,24 @@ INLINE vf choose(vi which, vf yes, vf no) { return (vf)((which & (vi)yes) | (~wh
 
 INLINE vf larger(vf a, vf b) { return choose(a > b, a, b); }
 
-/* exp by 2^n e^r with |r| <= ln 2 / 2 and a polynomial of degree 6: 1 ulp or so. Below the normal numbers 0; NaN stays. */
-INLINE vf exponential(vf x) {
-    const vf low = splat(-87.3f);
-    const vi under = x <= low;
-    x = choose(under, low, x);
-    const vf shifted = x * 1.44269504088896f + 12582912.0f; /* 1.5 * 2^23: n stands in the low bits */
-    const vf n = shifted - 12582912.0f;
-    vf r = x - n * 0.693145751953125f; /* ln 2 in two parts, the first exact with n */
-    r = r - n * 1.42860682030941723212e-6f;
-    vf p = splat(1.0f / 720.0f);
-    p = p * r + 1.0f / 120.0f;
-    p = p * r + 1.0f / 24.0f;
-    p = p * r + 1.0f / 6.0f;
-    p = p * r + 0.5f;
+/* 2^x as 2^n 2^r with |r| <= 1/2 and a polynomial of degree 6, to about 1 ulp. Stops at the smallest normal number; NaN
+ * stays NaN. */
+INLINE vf power_of_two(vf x) {
+    const vf low = splat(-126.0f);
+    x = choose(x <= low, low, x);
+    const vf shifted = x + 12582912.0f; /* 1.5 * 2^23: n stands in the low bits */
+    const vf r = x - (shifted - 12582912.0f);
+    vf p = splat(1.5403530393381608e-4f); /* (ln 2)^k / k! */
+    p = p * r + 1.3333558146428443e-3f;
+    p = p * r + 9.6181291076284772e-3f;
+    p = p * r + 5.5504108664821580e-2f;
+    p = p * r + 2.4022650695910071e-1f;
+    p = p * r + 6.9314718055994531e-1f;
     p = p * r + 1.0f;
-    p = p * r + 1.0f;
-    const vi exponent = ((vi)shifted << 23) + 0x3f800000;
-    return (vf)(~under & (vi)(p * (vf)exponent));
+    return p * (vf)(((vi)shifted << 23) + 0x3f800000);
 }
+
+#define LOG2_E 1.44269504088896341f
 
 INLINE float widen(uint16_t x) {
     const uint32_t bits = (uint32_t)x << 16;
@@ -94,6 +94,15 @@ INLINE void write_row(void *to, int64_t at, int size, int half, const float *fro
         memcpy((float *)to + at, from, 4 * size);
 }
 
+/* Pairs side by side turned by their cosines and sines, or back (by = -1). Rotary positions: Su et al. 2021. */
+INLINE void turn(float *row, const float *angle, int size, float by) {
+    for (int d = 0; d < size; d += 2) {
+        const float x = row[d], y = row[d + 1], cosine = angle[d], sine = angle[d + 1] * by;
+        row[d] = x * cosine - y * sine;
+        row[d + 1] = x * sine + y * cosine;
+    }
+}
+
 /* --- the forest -------------------------------------------------------------------------------------------------- */
 
 typedef struct {
@@ -103,6 +112,7 @@ typedef struct {
     int heads, kv_heads, size, half;
     int64_t window; /* tokens that a token sees, itself included; 0 for all before it */
     float scale;
+    const float *turns; /* [T, D] cosine and sine by which pairs of queries and keys are turned, or NULL */
     const void *rows; /* [T, H + 2K, D] */
     void *out;        /* [T, H, D] */
     float *softmax;   /* [T, H, 2] largest score and 1 / sum of the exponentials, for the backward pass */
@@ -171,18 +181,20 @@ INLINE void pack(const Forest *f, int64_t origin, int64_t tokens, int kv, int si
     for (int64_t t = 0; t < tokens; t++) {
         const int64_t at = ((origin + t) * width + f->heads + kv) * size;
         read_row(f->rows, at, size, f->half, room->keys + t * size);
+        if (f->turns) turn(room->keys + t * size, f->turns + (origin + t) * size, size, 1.0f);
         read_row(f->rows, at + (int64_t)f->kv_heads * size, size, f->half, room->values + t * size);
     }
 }
 
 /* Rows of a block's lanes, side by side ([LANES, D], zeros in unused lanes) and turned ([D] of LANES). */
-INLINE void gather(const Forest *f, const void *from, int64_t token, int width, int head, int group, const Lanes *b,
-                   int size, float scale, float *plain, vf *turned) {
+INLINE void gather(const Forest *f, const void *from, const float *turns, int64_t token, int width, int head,
+                   int group, const Lanes *b, int size, float scale, float *plain, vf *turned) {
     for (int i = 0; i < LANES; i++) {
         float *row = plain + i * size;
         if (i < b->count) {
             const int64_t r = b->row + i;
             read_row(from, ((token + r / group) * width + head + r % group) * size, size, f->half, row);
+            if (turns) turn(row, turns + (token + r / group) * size, size, 1.0f);
             for (int d = 0; d < size; d++) row[d] *= scale;
         } else {
             memset(row, 0, 4 * size);
@@ -192,12 +204,13 @@ INLINE void gather(const Forest *f, const void *from, int64_t token, int width, 
         for (int i = 0; i < LANES; i++) turned[d][i] = plain[i * size + d];
 }
 
-INLINE void scatter(const Forest *f, void *to, int64_t token, int width, int head, int group, const Lanes *b, int size,
+INLINE void scatter(const Forest *f, void *to, const float *turns, int64_t token, int width, int head, int group, const Lanes *b, int size,
                     const vf *turned) {
     float row[MAX_HEAD];
     for (int i = 0; i < b->count; i++) {
         const int64_t r = b->row + i;
         for (int d = 0; d < size; d++) row[d] = turned[d][i];
+        if (turns) turn(row, turns + (token + r / group) * size, size, -1.0f);
         write_row(to, ((token + r / group) * width + head + r % group) * size, size, f->half, row);
     }
 }
@@ -267,7 +280,7 @@ INLINE void forward(const Forest *f, int64_t group, int kv, int size, Room *room
         const int64_t count = runs_of(f, s, origin, room->runs), before = room->runs[count - 1].position;
         for (int64_t row = 0; row < rows; row += LANES) {
             const Lanes b = lanes_of(row, rows, each, before);
-            gather(f, f->rows, f->start[s], width, kv * each, each, &b, size, f->scale, plain, q);
+            gather(f, f->rows, f->turns, f->start[s], width, kv * each, each, &b, size, f->scale * LOG2_E, plain, q);
             vf most = splat(-1e30f), total = {0};
             for (int d = 0; d < size; d++) sum[d] = (vf){0};
             for (int64_t r = 0; r < count; r++) {
@@ -277,24 +290,27 @@ INLINE void forward(const Forest *f, int64_t group, int kv, int size, Room *room
                     const int n = hi - at < BLOCK ? hi - at : BLOCK;
                     const int64_t place = (room->runs[r].at + at) * size, key = room->runs[r].position + at;
                     dot(q, room->keys + place, n, size, scores);
-                    if (!all_see(f, &b, key, key + n - 1))
+                    const int all = all_see(f, &b, key, key + n - 1);
+                    if (!all)
                         for (int j = 0; j < n; j++) scores[j] = choose(sees(f, &b, key + j), scores[j], splat(-INFINITY));
                     vf high = most;
                     for (int j = 0; j < n; j++) high = larger(scores[j], high);
-                    const vf shrink = exponential(most - high);
+                    const vf shrink = power_of_two(most - high);
                     most = high;
                     total *= shrink;
                     for (int d = 0; d < size; d++) sum[d] *= shrink;
                     for (int j = 0; j < n; j++) {
-                        scores[j] = exponential(scores[j] - most);
-                        total += scores[j];
+                        vf p = power_of_two(scores[j] - most);
+                        if (!all) p = choose(sees(f, &b, key + j), p, (vf){0});
+                        scores[j] = p;
+                        total += p;
                     }
                     add_rows(scores, room->values + place, n, size, sum);
                 }
             }
             const vf inverse = 1.0f / total;
             for (int d = 0; d < size; d++) sum[d] *= inverse;
-            scatter(f, f->out, f->start[s], f->heads, kv * each, each, &b, size, sum);
+            scatter(f, f->out, NULL, f->start[s], f->heads, kv * each, each, &b, size, sum);
             for (int i = 0; i < b.count; i++) {
                 const int64_t r = row + i;
                 float *kept = f->softmax + 2 * ((f->start[s] + r / each) * f->heads + kv * each + r % each);
@@ -319,9 +335,9 @@ INLINE void backward(const Forest *f, int64_t group, int kv, int size, Room *roo
         const int64_t count = runs_of(f, s, origin, room->runs), before = room->runs[count - 1].position;
         for (int64_t row = 0; row < rows; row += LANES) {
             const Lanes b = lanes_of(row, rows, each, before);
-            gather(f, f->rows, f->start[s], width, kv * each, each, &b, size, f->scale, q_plain, q);
-            gather(f, f->grad, f->start[s], f->heads, kv * each, each, &b, size, 1.0f, g_plain, g);
-            gather(f, f->out, f->start[s], f->heads, kv * each, each, &b, size, 1.0f, o_plain, o);
+            gather(f, f->rows, f->turns, f->start[s], width, kv * each, each, &b, size, f->scale * LOG2_E, q_plain, q);
+            gather(f, f->grad, NULL, f->start[s], f->heads, kv * each, each, &b, size, 1.0f, g_plain, g);
+            gather(f, f->out, NULL, f->start[s], f->heads, kv * each, each, &b, size, 1.0f, o_plain, o);
             /* in the order of `dot`, so that where one key has all the weight delta is its dot product to the bit */
             vf delta = {0}, most = {0}, inverse = {0};
             for (int d = 0; d < size; d++) delta += g[d] * o[d], dq[d] = (vf){0};
@@ -338,7 +354,7 @@ INLINE void backward(const Forest *f, int64_t group, int kv, int size, Room *roo
                     const int64_t place = (room->runs[r].at + at) * size, key = room->runs[r].position + at;
                     dot(q, room->keys + place, n, size, p);
                     dot(g, room->values + place, n, size, ds);
-                    for (int j = 0; j < n; j++) p[j] = exponential(p[j] - most) * inverse;
+                    for (int j = 0; j < n; j++) p[j] = power_of_two(p[j] - most) * inverse;
                     if (!all_see(f, &b, key, key + n - 1))
                         for (int j = 0; j < n; j++) p[j] = choose(sees(f, &b, key + j), p[j], (vf){0});
                     for (int j = 0; j < n; j++) ds[j] = p[j] * (ds[j] - delta);
@@ -347,11 +363,13 @@ INLINE void backward(const Forest *f, int64_t group, int kv, int size, Room *roo
                 }
             }
             for (int d = 0; d < size; d++) dq[d] *= f->scale;
-            scatter(f, f->grad_rows, f->start[s], width, kv * each, each, &b, size, dq);
+            scatter(f, f->grad_rows, f->turns, f->start[s], width, kv * each, each, &b, size, dq);
         }
     }
     for (int64_t t = 0; t < tokens; t++) {
         const int64_t at = ((origin + t) * width + f->heads + kv) * size;
+        for (int d = 0; d < size; d++) room->dkeys[t * size + d] *= 1.0f / LOG2_E; /* of the queries in add_lanes */
+        if (f->turns) turn(room->dkeys + t * size, f->turns + (origin + t) * size, size, -1.0f);
         write_row(f->grad_rows, at, size, f->half, room->dkeys + t * size);
         write_row(f->grad_rows, at + (int64_t)f->kv_heads * size, size, f->half, room->dvalues + t * size);
     }
@@ -372,13 +390,6 @@ typedef struct {
     float *out;    /* [N, H, D] */
 } Decode;
 
-INLINE void turn(const float *from, const float *by, int size, float scale, float *to) {
-    for (int d = 0; d < size; d += 2) {
-        to[d] = (from[d] * by[d] - from[d + 1] * by[d + 1]) * scale;
-        to[d + 1] = (from[d] * by[d + 1] + from[d + 1] * by[d]) * scale;
-    }
-}
-
 /* out[d] = sum of weight[j] * row_j[d] */
 #define WEIGHTED_SUM(V, VU, STEP)                                                                                  \
     for (int d = 0; d < size; d += STEP) {                                                                         \
@@ -398,7 +409,7 @@ INLINE void weighted_sum(const float *weights, const float *rows, int64_t count,
     }
 }
 
-/* weights = exp(q . k_j - max) in place of scores for the `count` keys of a row [D, C]; their sum. */
+/* weights = 2^(q . k_j - max) in place of scores for the `count` keys of a row [D, C]; their sum. */
 INLINE float weigh(const float *q, const float *keys, int64_t columns, int64_t count, int size, float *weights) {
     vf most = splat(-INFINITY), total = {0}, lane;
     for (int i = 0; i < LANES; i++) lane[i] = i;
@@ -422,7 +433,8 @@ INLINE float weigh(const float *q, const float *keys, int64_t columns, int64_t c
     float top = most[0];
     for (int i = 1; i < LANES; i++) top = most[i] > top ? most[i] : top;
     for (j = 0; j < count; j += LANES) {
-        const vf p = exponential(*(const vfu *)(weights + j) - splat(top));
+        vf p = power_of_two(*(const vfu *)(weights + j) - splat(top));
+        if (j + LANES > count) p = choose(lane < splat((float)(count - j)), p, (vf){0});
         *(vfu *)(weights + j) = p;
         total += p;
     }
@@ -438,17 +450,110 @@ INLINE void decode(const Decode *f, int64_t n, int kv, int size, float *weights)
     float *keys = f->keys + row * size * f->columns, *values = f->values + row * size * f->columns;
     float q[MAX_HEAD];
     if (f->append) {
-        turn(own + (f->heads + kv) * size, by, size, 1.0f, q);
+        memcpy(q, own + (f->heads + kv) * size, 4 * size);
+        turn(q, by, size, 1.0f);
         for (int d = 0; d < size; d++) keys[d * f->columns + position] = q[d];
         memcpy(values + position * size, own + (f->heads + f->kv_heads + kv) * size, 4 * size);
     }
     for (int g = 0; g < each; g++) {
-        turn(own + (kv * each + g) * size, by, size, f->scale, q);
+        for (int d = 0; d < size; d++) q[d] = own[(kv * each + g) * size + d] * (f->scale * LOG2_E);
+        turn(q, by, size, 1.0f);
         const float inverse = 1.0f / weigh(q, keys, f->columns, count, size, weights);
         float *out = f->out + (n * f->heads + kv * each + g) * size;
         weighted_sum(weights, values, count, size, out);
         for (int d = 0; d < size; d++) out[d] *= inverse;
     }
+}
+
+/* --- between the products ------------------------------------------------------------------------------------------ */
+
+#define ROWS 64 /* of a task; sums over rows are made task by task, whatever the number of threads */
+
+INLINE vf load(const void *from, int64_t at, int half) {
+    if (!half) return *(const vfu *)((const float *)from + at);
+    vf x;
+    for (int i = 0; i < LANES; i++) x[i] = widen(((const uint16_t *)from)[at + i]);
+    return x;
+}
+
+INLINE void save(void *to, int64_t at, int half, vf x) {
+    if (half)
+        for (int i = 0; i < LANES; i++) ((uint16_t *)to)[at + i] = narrow(x[i]);
+    else
+        *(vfu *)((float *)to + at) = x;
+}
+
+INLINE float sum_lanes(vf x) {
+    float sum = 0;
+    for (int i = 0; i < LANES; i++) sum += x[i];
+    return sum;
+}
+
+typedef struct {
+    int64_t rows, size;
+    int half;
+    float eps;
+    const void *x, *grad;
+    const float *weight;
+    void *out;       /* y, or the gradient of x */
+    float *inverse;  /* [rows] 1 / rms */
+    float *dweight;  /* [tasks, size] */
+} Norm;
+
+/* y = x / rms(x) * w, or with grad the gradients of x and, unless dweight is NULL, of w. */
+INLINE void norm(const Norm *f, int64_t first, int64_t last, int half, float *dweight) {
+    const int64_t n = f->size;
+    for (int64_t r = first; r < last; r++) {
+        vf sum = {0};
+        if (!f->grad) {
+            for (int64_t i = 0; i < n; i += LANES) {
+                const vf x = load(f->x, r * n + i, half);
+                sum += x * x;
+            }
+            const float inverse = 1.0f / sqrtf(sum_lanes(sum) / n + f->eps);
+            f->inverse[r] = inverse;
+            for (int64_t i = 0; i < n; i += LANES)
+                save(f->out, r * n + i, half, load(f->x, r * n + i, half) * inverse * *(const vfu *)(f->weight + i));
+            continue;
+        }
+        const float inverse = f->inverse[r];
+        for (int64_t i = 0; i < n; i += LANES) {
+            const vf unit = load(f->x, r * n + i, half) * inverse, g = load(f->grad, r * n + i, half);
+            if (dweight) *(vfu *)(dweight + i) += g * unit;
+            sum += g * *(const vfu *)(f->weight + i) * unit;
+        }
+        const float along = sum_lanes(sum) / n;
+        for (int64_t i = 0; i < n; i += LANES) {
+            const vf unit = load(f->x, r * n + i, half) * inverse, g = load(f->grad, r * n + i, half);
+            save(f->out, r * n + i, half, (g * *(const vfu *)(f->weight + i) - unit * along) * inverse);
+        }
+    }
+}
+
+typedef struct {
+    int64_t rows, size; /* of the product: the input is [rows, 2 size], gates before ups */
+    int half;
+    const void *x, *grad;
+    void *out;
+} Swiglu;
+
+/* silu(gate) * up, or with grad the gradients of both. */
+INLINE void swiglu(const Swiglu *f, int64_t first, int64_t last, int half) {
+    const int64_t n = f->size;
+    for (int64_t r = first; r < last; r++)
+        for (int64_t i = 0; i < n; i += LANES) {
+            const int64_t at = 2 * r * n + i;
+            const vf gate = load(f->x, at, half), up = load(f->x, at + n, half);
+            const vf e = power_of_two(choose(gate > 0.0f, -gate, gate) * LOG2_E); /* of minus the size: never too large */
+            const vf sigmoid = choose(gate > 0.0f, splat(1.0f), e) / (1.0f + e);
+            if (!f->grad) {
+                save(f->out, r * n + i, half, gate * sigmoid * up);
+                continue;
+            }
+            const vf g = load(f->grad, r * n + i, half);
+            save(f->out, at, half, g * up * sigmoid * (1.0f + gate * (1.0f - sigmoid)));
+            save(f->out, at + n, half, g * gate * sigmoid);
+        }
 }
 
 /* --- for every processor, every size and every task ---------------------------------------------------------------- */
@@ -480,17 +585,35 @@ FOR_EVERY_CPU void rlhf_decode_task(const Decode *f, int64_t n, int kv, float *w
 #undef CALL
 }
 
-/* Raised with every change of the arguments below, and in kernel.py with it. */
-int rlhf_version(void) { return 1; }
+FOR_EVERY_CPU void rlhf_norm_task(const Norm *f, int64_t task) {
+    const int64_t first = task * ROWS, last = first + ROWS < f->rows ? first + ROWS : f->rows;
+    float *dweight = f->dweight ? f->dweight + task * f->size : NULL;
+    if (dweight) memset(dweight, 0, 4 * f->size);
+    if (f->half)
+        norm(f, first, last, 1, dweight);
+    else
+        norm(f, first, last, 0, dweight);
+}
 
-/* All return 0, or 1 where there is no memory. */
+FOR_EVERY_CPU void rlhf_swiglu_task(const Swiglu *f, int64_t task) {
+    const int64_t first = task * ROWS, last = first + ROWS < f->rows ? first + ROWS : f->rows;
+    if (f->half)
+        swiglu(f, first, last, 1);
+    else
+        swiglu(f, first, last, 0);
+}
+
+/* Raised with every change of the arguments below, and in kernel.py with it. */
+int rlhf_version(void) { return 3; }
+
+/* Those with a result return 0, or 1 where there is no memory. */
 
 int rlhf_forest(const int64_t *start, const int64_t *length, const int64_t *parent, const int64_t *first,
                 int64_t groups, int64_t most_tokens, int64_t most_segments, int64_t window, int heads, int kv_heads,
-                int size, int half, float scale, int threads, const void *rows, void *out, float *softmax,
-                const void *grad, void *grad_rows) {
-    const Forest f = {start, length, parent, first, groups, heads, kv_heads, size, half, window, scale, rows, out,
-                      softmax, grad, grad_rows};
+                int size, int half, float scale, int threads, const float *turns, const void *rows, void *out,
+                float *softmax, const void *grad, void *grad_rows) {
+    const Forest f = {start, length, parent, first, groups, heads, kv_heads, size, half, window, scale, turns, rows,
+                      out, softmax, grad, grad_rows};
     const int64_t tasks = groups * kv_heads, part = (most_tokens + 8) * size; /* `dot` reads up to 7 keys too many */
     int failed = 0;
 #pragma omp parallel num_threads(threads)
@@ -539,10 +662,10 @@ int rlhf_decode(int64_t sequences, int64_t columns, int heads, int kv_heads, int
     return failed;
 }
 
-/* Keys and values of prompts, tokens one after another without padding, into the rows of each one's samples. */
-int rlhf_store(int64_t prompts, int64_t samples, int64_t columns, int heads, int kv_heads, int size, int threads,
-               const int64_t *start, const int64_t *length, const int64_t *rows, const float *projected, float *keys,
-               float *values) {
+/* Keys, turned, and values of prompts, tokens one after another without padding, into the rows of their samples. */
+void rlhf_store(int64_t prompts, int64_t samples, int64_t columns, int heads, int kv_heads, int size, int threads,
+                const int64_t *start, const int64_t *length, const int64_t *rows, const float *projected,
+                const float *turns, float *keys, float *values) {
     const int width = heads + 2 * kv_heads;
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
     for (int64_t task = 0; task < prompts * samples * kv_heads; task++) {
@@ -551,9 +674,24 @@ int rlhf_store(int64_t prompts, int64_t samples, int64_t columns, int heads, int
         const float *own = projected + (start[p] * width + heads + kv) * size;
         float *k = keys + row * size * columns, *v = values + row * size * columns;
         for (int64_t t = 0; t < length[p]; t++, own += width * size) {
-            for (int d = 0; d < size; d++) k[d * columns + t] = own[d];
+            float key[MAX_HEAD];
+            memcpy(key, own, 4 * size);
+            turn(key, turns + t * size, size, 1.0f);
+            for (int d = 0; d < size; d++) k[d * columns + t] = key[d];
             memcpy(v + t * size, own + kv_heads * size, 4 * size);
         }
     }
-    return 0;
+}
+
+void rlhf_norm(int64_t rows, int64_t size, int half, float eps, int threads, const void *x, const float *weight,
+               void *out, float *inverse, const void *grad, float *dweight) {
+    const Norm f = {rows, size, half, eps, x, grad, weight, out, inverse, dweight};
+#pragma omp parallel for num_threads(threads) schedule(static) if (rows > ROWS)
+    for (int64_t task = 0; task < (rows + ROWS - 1) / ROWS; task++) rlhf_norm_task(&f, task);
+}
+
+void rlhf_swiglu(int64_t rows, int64_t size, int half, int threads, const void *x, void *out, const void *grad) {
+    const Swiglu f = {rows, size, half, x, grad, out};
+#pragma omp parallel for num_threads(threads) schedule(static) if (rows > ROWS)
+    for (int64_t task = 0; task < (rows + ROWS - 1) / ROWS; task++) rlhf_swiglu_task(&f, task);
 }

@@ -1,7 +1,7 @@
-"""The Python side of kernel.c: attention over a forest and one step of decoding, on a CPU.
+"""The Python side of kernel.c: what a LLaMA does on a CPU between its matrix products.
 
 Built when the package is installed, where there is a C compiler; without it, on other devices and for other types
-the same is computed by PyTorch's products, more slowly (`attention.py`, `decode.py`). `usable` says which it will be.
+the same is computed by PyTorch's operators, more slowly. `usable` and `takes` say which it will be.
 Every function runs on as many threads as PyTorch does and gives the same bits on any number of them.
 
 Shapes: T tokens, H query heads, K key heads, D head size, N sequences of a step, R rows and C columns of a cache,
@@ -20,11 +20,14 @@ from torch import Tensor
 
 from pipeline.data.forest import Forest
 
-VERSION = 1  # of the functions' arguments, the same as in kernel.c
+VERSION = 3  # of the functions' arguments, the same as in kernel.c
 LANES = 16  # columns of a cache come in multiples of this
 LARGEST = 256  # head size
 
-_INT, _LONG, _POINTER, _FLOAT = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
+_INT: Any = ctypes.c_int
+_LONG: Any = ctypes.c_int64
+_POINTER: Any = ctypes.c_void_p
+_FLOAT: Any = ctypes.c_float
 
 
 @cache
@@ -39,9 +42,12 @@ def library() -> Any:
             return None
     except (OSError, AttributeError):
         return None
-    found.rlhf_forest.argtypes = [_POINTER] * 4 + [_LONG] * 4 + [_INT] * 4 + [_FLOAT, _INT] + [_POINTER] * 5
+    found.rlhf_forest.argtypes = [_POINTER] * 4 + [_LONG] * 4 + [_INT] * 4 + [_FLOAT, _INT] + [_POINTER] * 6
     found.rlhf_decode.argtypes = [_LONG] * 2 + [_INT] * 4 + [_FLOAT, _INT] + [_POINTER] * 7
-    found.rlhf_store.argtypes = [_LONG] * 3 + [_INT] * 4 + [_POINTER] * 6
+    found.rlhf_store.argtypes = [_LONG] * 3 + [_INT] * 4 + [_POINTER] * 7
+    found.rlhf_norm.argtypes = [_LONG] * 2 + [_INT, _FLOAT, _INT] + [_POINTER] * 6
+    found.rlhf_swiglu.argtypes = [_LONG] * 2 + [_INT] * 2 + [_POINTER] * 3
+    found.rlhf_norm.restype = found.rlhf_swiglu.restype = found.rlhf_store.restype = None
     return found
 
 
@@ -67,41 +73,60 @@ def _layout(forest: Forest) -> tuple[Tensor, int, int]:
 
 class _OnForest(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, forest: Forest, heads: int, kv: int, scale: float, window: int) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, turns: Tensor | None, forest: Forest, settings: tuple[Any, ...]) -> Tensor:
         tokens, _, size = rows.shape
+        heads = settings[0]
         out, softmax = rows.new_empty(tokens, heads, size), torch.empty(tokens, heads, 2)
         out[len(forest) :] = 0.0
-        ctx.settings = (forest, heads, kv, scale, window)
-        _run(rows, out, softmax, ctx.settings)
-        ctx.save_for_backward(rows, out, softmax)
+        ctx.forest, ctx.settings = forest, settings
+        _run(rows, turns, out, softmax, forest, settings)
+        ctx.save_for_backward(rows, turns, out, softmax)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, out, softmax = ctx.saved_tensors
+        rows, turns, out, softmax = ctx.saved_tensors
         grad_rows = torch.empty_like(rows)
-        grad_rows[len(ctx.settings[0]) :] = 0.0
-        _run(rows, out, softmax, ctx.settings, grad.to(rows.dtype).contiguous(), grad_rows)
-        return grad_rows, None, None, None, None, None
+        grad_rows[len(ctx.forest) :] = 0.0
+        _run(rows, turns, out, softmax, ctx.forest, ctx.settings, grad.to(rows.dtype).contiguous(), grad_rows)
+        return grad_rows, None, None, None
 
 
-def _run(rows: Tensor, out: Tensor, softmax: Tensor, settings: tuple[Any, ...], *gradients: Tensor) -> None:
-    forest, heads, kv, scale, window = settings
+def _run(
+    rows: Tensor,
+    turns: Tensor | None,
+    out: Tensor,
+    softmax: Tensor,
+    forest: Forest,
+    settings: tuple[int, int, float, int],
+    *gradients: Tensor,
+) -> None:
+    heads, kv, scale, window = settings
     first, most_tokens, most_segments = _layout(forest)
     table = [x.data_ptr() for x in (forest.start_S, forest.length_S, forest.parent_S, first)]
     sizes = [forest.groups, most_tokens, most_segments, window, heads, kv, rows.shape[-1]]
-    pointers = [x.data_ptr() for x in (rows, out, softmax, *gradients)] + [None] * (2 - len(gradients))
+    pointers = [None if x is None else x.data_ptr() for x in (turns, rows, out, softmax, *gradients)]
+    pointers += [None] * (6 - len(pointers))
     half = rows.dtype == torch.bfloat16
     _require(library().rlhf_forest(*table, *sizes, half, scale, torch.get_num_threads(), *pointers))
 
 
-def on_forest(rows: Tensor, forest: Forest, heads: int, kv_heads: int, scale: float, window: int | None) -> Tensor:
+def on_forest(
+    rows: Tensor,
+    forest: Forest,
+    heads: int,
+    kv_heads: int,
+    scale: float,
+    window: int | None = None,
+    turns: Tensor | None = None,
+) -> Tensor:
     """rows [T', H+2K, D], float32 or bfloat16, heads ordered queries, keys, values -> [T', H, D].
 
     Sums are float32. T' may exceed the forest's tokens: zeros come out there, and no gradient goes in.
+    turns  [T', D] cosine and sine by which the pairs (2i, 2i+1) of queries and keys are turned, if they are to be
     """
-    return _OnForest.apply(rows.contiguous(), forest, heads, kv_heads, scale, window or 0)
+    return _OnForest.apply(rows.contiguous(), turns, forest, (heads, kv_heads, scale, window or 0))
 
 
 def step(
@@ -124,14 +149,50 @@ def step(
     return out
 
 
-def store(turned: Tensor, start: Tensor, length: Tensor, rows: Tensor, keys: Tensor, values: Tensor) -> None:
+def store(
+    projected: Tensor, turns: Tensor, start: Tensor, length: Tensor, rows: Tensor, keys: Tensor, values: Tensor
+) -> None:
     """Keys and values of prompts into the rows of their samples.
 
-    turned  [T, H+2K, D] with rotary positions, the tokens of all prompts one after another
-    start   [P] and length [P] of each prompt there; rows [P, S]; keys and values as in `step`
+    projected  [T, H+2K, D] as in `step`, the tokens of all prompts one after another
+    start      [P] and length [P] of each prompt there; rows [P, S]; turns, keys and values as in `step`
     """
     prompts, samples = rows.shape
     kv, columns, size = values.shape[1:]
-    heads = turned.shape[1] - 2 * kv
-    pointers = [x.data_ptr() for x in (start, length, rows, turned, keys, values)]
+    heads = projected.shape[1] - 2 * kv
+    pointers = [x.data_ptr() for x in (start, length, rows, projected, turns, keys, values)]
     library().rlhf_store(prompts, samples, columns, heads, kv, size, torch.get_num_threads(), *pointers)
+
+
+ROWS = 64  # of a task, as in kernel.c
+
+
+def takes(x: Tensor, size: int) -> bool:
+    """Whether `norm` and `swiglu` compute rows of `size` numbers of this tensor."""
+    types = (torch.float32, torch.bfloat16)
+    return x.device.type == "cpu" and size % LANES == 0 and x.dtype in types and library() is not None
+
+
+def norm(
+    x: Tensor, weight: Tensor, eps: float, inverse: Tensor, grad: Tensor | None = None, dweight: Tensor | None = None
+) -> Tensor:
+    """RMSNorm of x [..., D], float32 or bfloat16, by weight [D], float32; or with `grad` the gradient of x.
+
+    inverse  [...] float32, 1 / rms: written forward, read backward
+    dweight  [ceil(rows / ROWS), D] float32: parts of the weight's gradient, to be added up
+    """
+    out, size = torch.empty_like(x), x.shape[-1]
+    half, threads = x.dtype == torch.bfloat16, torch.get_num_threads()
+    pointers = [None if t is None else t.data_ptr() for t in (x, weight, out, inverse, grad, dweight)]
+    library().rlhf_norm(x.numel() // size, size, half, eps, threads, *pointers)
+    return out
+
+
+def swiglu(x: Tensor, grad: Tensor | None = None) -> Tensor:
+    """silu(gate) * up of x = [gate | up] [..., 2 I] -> [..., I], or with `grad` [..., I] the gradient of x."""
+    size = x.shape[-1] // 2
+    out = torch.empty_like(x) if grad is not None else x.new_empty(*x.shape[:-1], size)
+    half, rows = x.dtype == torch.bfloat16, x.numel() // (2 * size)
+    given = None if grad is None else grad.data_ptr()
+    library().rlhf_swiglu(rows, size, half, torch.get_num_threads(), x.data_ptr(), out.data_ptr(), given)
+    return out

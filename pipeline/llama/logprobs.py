@@ -34,19 +34,20 @@ class _Chosen(torch.autograd.Function):
         spread = torch.linalg.vecdot(logp.exp(), logp).neg_() if entropy else None
         ctx.save_for_backward(logp, ids, spread)
         ctx.settings = (temperature, logits.dtype)
+        ctx.set_materialize_grads(False)  # an entropy that is only looked at costs nothing in the backward pass
         return logp.gather(1, ids[:, None]).squeeze(1), spread
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor, grad_entropy: Tensor | None) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor, None, None, None]:
         """d logp_y / d logit_v = [v = y] - p_v;  d H / d logit_v = -p_v (logp_v + H)."""
         logp, ids, spread = ctx.saved_tensors
         temperature, dtype = ctx.settings
         result = logp.exp()
-        if spread is None:
+        grad = logp.new_zeros(len(logp)) if grad is None else grad
+        if grad_entropy is None:
             result.mul_(-grad[:, None])
         else:
-            assert grad_entropy is not None
             weight = torch.addcmul((-grad - grad_entropy * spread)[:, None], logp, grad_entropy[:, None], value=-1)
             result.mul_(weight)
         result.scatter_add_(1, ids[:, None], grad[:, None])

@@ -33,7 +33,7 @@ from transformers.modeling_outputs import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pipeline.data.forest import Forest
-from pipeline.llama import attention
+from pipeline.llama import attention, kernel
 
 ROPE_TYPES = ("default", "llama3")
 
@@ -56,44 +56,16 @@ def inverse_frequencies(config: LlamaConfig) -> Tensor:
     return (1 - smooth) * stretched + smooth * inverse
 
 
-class _Rotate(torch.autograd.Function):
-    """Turn the pairs (2i, 2i+1) of the first heads of x [T, W, 2h] by complex factors [T, 1, h], in place.
-
-    In place and as one complex product: a rotation needs nothing saved, and its gradient is the opposite rotation.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, factors: Tensor, heads: int) -> Tensor:
-        ctx.mark_dirty(x)
-        ctx.save_for_backward(factors)
-        ctx.heads = heads
-        turn_pairs(x, factors, heads)
-        return x
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (factors,) = ctx.saved_tensors
-        grad = grad.clone(memory_format=torch.contiguous_format)
-        turn_pairs(grad, factors.conj().resolve_conj(), ctx.heads)
-        return grad, None, None
-
-
-def turn_pairs(x: Tensor, factors: Tensor, heads: int) -> None:
-    """Turn the pairs (2i, 2i+1) of the first heads of x [T, W, 2h] by complex factors [T, 1, h], in place."""
-    part = x[:, :heads]
-    pairs = part if part.dtype == torch.float32 else part.float()
-    turned = torch.view_as_complex(pairs.unflatten(-1, (-1, 2)))
-    turned.mul_(factors)
-    if pairs is not part:
-        part.copy_(pairs)
-
-
 class _Norm(torch.autograd.Function):
     """x / rms(x) * w in float32, rounded once. By hand because autograd's chain of reductions costs four times it."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        ctx.compiled = kernel.takes(x, x.shape[-1]) and weight.dtype == torch.float32
+        if ctx.compiled:
+            x, inverse = x.contiguous(), torch.empty(x.shape[:-1])
+            ctx.save_for_backward(x, weight, inverse)
+            return kernel.norm(x, weight, eps, inverse)
         wide = x.float()
         inverse = torch.rsqrt_(
             torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps)
@@ -105,6 +77,11 @@ class _Norm(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, weight, inverse = ctx.saved_tensors
+        if ctx.compiled:
+            size = x.shape[-1]
+            parts = torch.empty(-(-(x.numel() // size) // kernel.ROWS), size) if ctx.needs_input_grad[1] else None
+            dx = kernel.norm(x, weight, 0.0, inverse, grad.to(x.dtype).contiguous(), parts)
+            return dx, None if parts is None else parts.sum(0), None
         unit = x.float() * inverse
         grad = grad.float()
         dweight = (grad * unit).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
@@ -123,6 +100,21 @@ class LlamaRMSNorm(nn.Module):
         return _Norm.apply(x, self.weight, self.variance_epsilon)
 
 
+class _Swiglu(torch.autograd.Function):
+    """silu(gate) * up of [gate | up], one pass over memory each way."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return kernel.swiglu(x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return kernel.swiglu(x, grad.to(x.dtype).contiguous())
+
+
 class LlamaMLP(nn.Module):
     """down(silu(gate x) * up x)."""
 
@@ -133,9 +125,17 @@ class LlamaMLP(nn.Module):
         self.up_proj = nn.Linear(size, inner, bias=bias)
         self.down_proj = nn.Linear(inner, size, bias=bias)
         self.act_fn = ACT2FN[config.hidden_act]
+        self.silu = config.hidden_act in ("silu", "swish")
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_proj, self.up_proj
+        if not (self.silu and kernel.takes(x, gate.out_features)):
+            return self.down_proj(self.act_fn(gate(x)) * up(x))
+        if _is_plain(gate) and _is_plain(up) and gate.bias is None:
+            both = F.linear(x, torch.cat((gate.weight, up.weight)))  # one product instead of two
+        else:
+            both = torch.cat((gate(x), up(x)), -1)
+        return self.down_proj(_Swiglu.apply(both))
 
 
 def _rotate_half_split(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -202,11 +202,12 @@ class LlamaAttention(nn.Module):
         return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1).contiguous()), weights
 
     def on_forest(self, x: Tensor, factors: Tensor, forest: Forest) -> Tensor:
-        """x [1, T, D] -> [1, T, D]. Queries, keys and values stay in one buffer, rotated in place."""
-        rows = _Rotate.apply(self._paired_rows(x[0]), factors, self.heads + self.kv_heads)
+        """x [1, T, D] -> [1, T, D]. Queries, keys and values stay in one buffer."""
+        rows = self._paired_rows(x[0])
         out = attention.attend(
             rows,
             forest,
+            turn=factors,
             heads=self.heads,
             kv_heads=self.kv_heads,
             scale=self.scaling,

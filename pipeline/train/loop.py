@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 from pipeline.data.forest import Forest, Group, build, cut, size
 from pipeline.flow.errors import NonFinite
-from pipeline.train import optim
 from pipeline.llama.arithmetic import fast_products
+from pipeline.train import optim
 from pipeline.train.batches import Plan, check_sizes
 from pipeline.train.metrics import Number, Sums, exact_sum, merge
 from pipeline.train.randomness import seed_dropout

@@ -30,9 +30,9 @@ from pipeline.algo.kl import ESTIMATORS, k1
 from pipeline.algo.policy import explained_variance, explained_variance_sums, importance_weights
 from pipeline.data.forest import Forest, Group
 from pipeline.data.groups import answers, sum_by_segment
+from pipeline.llama.arithmetic import fast_products
 from pipeline.llama.heads import Compared
 from pipeline.train import ppo_checks
-from pipeline.llama.arithmetic import fast_products
 from pipeline.train.loop import Trainer, evaluating
 from pipeline.train.metrics import Sums, merge
 from pipeline.train.ppo_loss import TERM, Phase, mark_mixed, token_weights, wanted

@@ -60,6 +60,23 @@ def test_it_is_the_formula(name: str, heads: int, kv: int, size: int, window: in
     assert (out[len(forest) :] == 0).all() and (grad_rows[len(forest) :] == 0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pairs_are_turned_as_before_it(dtype: torch.dtype) -> None:
+    forest = FORESTS["a tree"]
+    rows, grad = (x.to(dtype) for x in example(forest, 4, 2, 8))
+    angles = torch.rand(len(rows), 1, 4, generator=torch.Generator().manual_seed(3)) * 6
+    turn = torch.polar(torch.ones_like(angles), angles)
+    found = []
+    for backend in ("kernel", "dense"):
+        leaf = rows.clone().requires_grad_()
+        out = attention.attend(leaf * 1, forest, heads=4, kv_heads=2, scale=0.3, turn=turn, backend=backend)
+        out.backward(grad)
+        found.append((out[: len(forest)].float(), leaf.grad.float()))
+    bound = 2e-6 if dtype == torch.float32 else 0.05
+    for a, b in zip(*found, strict=True):
+        assert (a - b).abs().max() <= bound * max(1.0, float(b.abs().max()))
+
+
 def test_two_tokens_by_hand() -> None:
     """Scores 0 and ln 3 weigh values 1 and 5 by 1/4 and 3/4."""
     forest = forest_of([(1, -1), (1, 0)])
@@ -160,9 +177,9 @@ def test_exponentials_are_within_two_units_in_the_last_place() -> None:
     rows[::2, 1, 0] = scores
     rows[::2, 2, 0] = 1.0
     found = attention.attend(rows, forest, heads=1, kv_heads=1, scale=8**-0.5)[1::2, 0, 0].double()
-    given = (rows[1::2, 0, 0] * 8**-0.5 * rows[::2, 1, 0]).double()  # as float32 rounds it
-    wanted = given.exp() / (1 + given.exp())
-    assert ((found - wanted).abs() / wanted).max() <= 4 * 2**-24
+    given = (rows[1::2, 0, 0] * (8**-0.5 * 1.4426950408889634) * rows[::2, 1, 0]).double()  # as float32 rounds it
+    wanted = given.exp2() / (1 + given.exp2())
+    assert ((found - wanted).abs() / wanted).max() <= 6 * 2**-24  # 2 of it, and a sum, its inverse and a product
 
 
 @pytest.mark.parametrize(("heads", "kv", "size"), LAYOUTS)
@@ -181,17 +198,17 @@ def test_a_step_is_the_last_row_of_the_forest(heads: int, kv: int, size: int) ->
         factors = torch.polar(torch.ones_like(angles), angles)[positions, None]
         return torch.cat((torch.view_as_real(pairs * factors).flatten(-2), rows[:, heads + kv :]), 1)
 
-    prompts = turned(torch.randn(len(forest), width, size, generator=draw), forest.positions_T)
+    prompts = torch.randn(len(forest), width, size, generator=draw)
     keys = torch.full((6, kv, size, columns), float("nan"))
     values = torch.full((6, kv, columns, size), float("nan"))
-    kernel.store(prompts, forest.start_S, forest.length_S, slots, keys, values)
+    kernel.store(prompts, turns, forest.start_S, forest.length_S, slots, keys, values)
     rows = torch.tensor([0, 1, 3])
     own = torch.randn(3, width, size, generator=draw)
     out = kernel.step(own, turns, rows, lengths, keys, values, append=True)
     again = kernel.step(own, turns, rows, lengths, keys, values, append=False)
     assert torch.equal(out, again)
     for n in range(3):
-        whole = torch.cat((prompts[forest.segment_T == n], turned(own[n : n + 1], lengths[n : n + 1])))
+        whole = turned(torch.cat((prompts[forest.segment_T == n], own[n : n + 1])), torch.arange(lengths[n] + 1))
         one = roots(torch.ones(len(whole), dtype=torch.int64), torch.tensor([len(whole)]))
         wanted = attention.attend(whole, one, heads=heads, kv_heads=kv, scale=size**-0.5, backend="dense")[-1]
         assert (out[n] - wanted.flatten()).abs().max() <= 2e-6
