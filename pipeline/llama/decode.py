@@ -315,6 +315,8 @@ class _Layer:
         self.gate_up = Linears([mlp.gate_proj, mlp.up_proj], dtype)
         self.down = Linears([mlp.down_proj], dtype)
         self.activation = mlp.act_fn
+        silu = getattr(config, "hidden_act", None) in ("silu", "swish")
+        self.swiglu = silu and kernel.takes(layer.input_layernorm.weight, mlp.gate_proj.out_features)
 
     def heads(self, x: Tensor) -> Tensor:
         """Queries, keys and values [..., H*G + 2H, W] of x [..., hidden], not turned."""
@@ -329,7 +331,10 @@ class _Layer:
 
     def rest(self, x: Tensor, attended: Tensor) -> Tensor:
         x = self.out.onto(x, attended)
-        gate, up = self.gate_up(self.norm_mlp(x)).chunk(2, -1)
+        both = self.gate_up(self.norm_mlp(x))
+        if self.swiglu:
+            return self.down.onto(x, kernel.swiglu(both.contiguous()))
+        gate, up = both.chunk(2, -1)
         return self.down.onto(x, self.activation(gate) * up)
 
     def prompts(self, x: Tensor, turn: Tensor, mask_TT: Tensor | None, slot: SlotLayer, slots_PK: Tensor) -> Tensor:
@@ -413,13 +418,15 @@ class Linears:
 
 
 def normed(layer: nn.Module) -> Callable[[Tensor], Tensor]:
-    """An RMSNorm of float32 weights as the fused function, which takes half the time of a module; others are called."""
+    """An RMSNorm of float32 weights without the costs of a module, by the kernel where it can; others are called."""
     weight = getattr(layer, "weight", None)
     if type(layer).__name__ != "LlamaRMSNorm" or layer._forward_hooks or layer._forward_pre_hooks:
         return layer
     if not isinstance(weight, Tensor) or weight.dtype != torch.float32 or hasattr(weight, "ds_id"):
         return layer
     weight, eps = weight.detach(), float(layer.variance_epsilon)  # type: ignore[arg-type]
+    if kernel.takes(weight, len(weight)):
+        return lambda x: kernel.norm(x.contiguous(), weight, eps, x.new_empty(x.shape[:-1], dtype=torch.float32))
     return lambda x: F.rms_norm(x, weight.shape, weight, eps)
 
 

@@ -174,16 +174,17 @@ class PolicyModel(nn.Module):
 
 
 class ScalarModel(nn.Module):
-    """The scalar head of a sequence classifier at every position."""
+    """The scalar head of a sequence classifier at every position, and a constant `shift` on top of it."""
 
-    def __init__(self, classifier: nn.Module) -> None:
+    def __init__(self, classifier: nn.Module, shift: float = 0.0) -> None:
         super().__init__()
         self.classifier = classifier
+        self.shift = shift
 
     def forward(self, forest: Forest) -> Tensor:
         """float32 [T]: the head's output at each token's own position, the state after reading that token."""
         scores = unwrapped(self.classifier).score(_filled_states(self.classifier, forest)).squeeze(-1).float()
-        return scores[: len(forest)]
+        return scores[: len(forest)] + self.shift if self.shift else scores[: len(forest)]
 
 
 def at_predictor(values_T: Tensor, forest: Forest) -> Tensor:

@@ -471,7 +471,7 @@ INLINE void decode(const Decode *f, int64_t n, int kv, int size, float *weights)
 
 INLINE vf load(const void *from, int64_t at, int half) {
     if (!half) return *(const vfu *)((const float *)from + at);
-    vf x;
+    vf x = {0};
     for (int i = 0; i < LANES; i++) x[i] = widen(((const uint16_t *)from)[at + i]);
     return x;
 }

@@ -93,7 +93,10 @@ def _critic(
     if settings.critic.start == "shared":
         return ValueHead(unwrapped(trained.model).config.get_text_config().hidden_size, seed)
     start = policy if settings.critic.start == "policy" or reward is None else reward
-    return cast(ScalarModel, open_trainable_classifier(start, adapter, seed).module)
+    critic = cast(ScalarModel, open_trainable_classifier(start, adapter, seed).module)
+    if start is reward:  # its scores have mean 0 with the shift, and they are what the critic is to foresee
+        critic.shift = float(reward.lineage.get("shift", 0.0))
+    return critic
 
 
 def _follower_of(policy: Policy, adapter: LoraSettings | None, seed: int) -> Trainable:

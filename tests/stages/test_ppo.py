@@ -11,14 +11,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pipeline.data.forest import Segment, build
 from pipeline.data.records import Document
 from pipeline.flow.errors import Damaged, NonFinite, UserError
 from pipeline.flow.stage import Workspace
+from pipeline.llama.heads import at_last
 from pipeline.llama.open import new_classifier
-from pipeline.rollout.reward import write_probe
+from pipeline.rollout.reward import open_reward, write_probe
 from pipeline.rollout.rewards import Rewards
 from pipeline.train.memory import human
 from pipeline.train.ppo_settings import PpoSettings
+from pipeline.train.roles import open_roles
 from stages.ppo import Ppo
 from tests.small import policy, save
 from tests.stages.rows import Place, Row, train
@@ -77,6 +80,17 @@ def test_every_setting_trains_and_starts_exactly(place: Place, inputs: dict[str,
     critic = settings.get("advantage", "gae") == "gae"
     assert ("value_loss" in row.log[0]) is critic
     assert row.log[0]["gradient_norm/policy"] > 0 if critic else "gradient_norm/policy" not in row.log[0]
+
+
+def test_the_critic_starts_as_the_normalised_reward(inputs: dict[str, Any]):
+    """At an answer's last token the reward model's score is what the critic says, its shift with it."""
+    forest = build([[Segment([5, 6, 7]), Segment([8, 9], 0)]])
+    reward = open_reward(inputs["reward"])
+    critic = open_roles(inputs["policy"], inputs["reward"], PpoSettings(), None, 0).actor.value
+    assert reward.shift != 0.0
+    assert at_last(critic(forest), forest).tolist() == pytest.approx(
+        [score + reward.shift for score in at_last(reward.model(forest), forest).tolist()], abs=1e-6
+    )
 
 
 def test_a_warm_up_trains_the_critic_alone(place: Place, inputs: dict[str, Any]):
