@@ -112,6 +112,8 @@ class Rejection(Stage):
             if "policy" not in given:
                 raise UserError("input policy: not given, but answers to prompts are drawn; wire it")
             config.reward.require_source("rejection", "reward" in given)
+        elif "reward" not in given and not config.reward.functions:
+            config.reward.require_unset("rejection")
 
     @classmethod
     def withheld(cls, config: Any) -> frozenset[str]:

@@ -488,6 +488,8 @@ def environment_differences(manifest: Mapping[str, Any], processes: int) -> list
     """What is another now than when the row was computed, versions and world size: said, never identity."""
     from importlib.metadata import PackageNotFoundError, version
 
+    from pipeline.flow.stage import has_kernel
+
     environment = manifest["environment"]
     world = environment["world"]
     differences = [] if world == processes else [f"{world} processes, here it is {processes}"]
@@ -496,6 +498,8 @@ def environment_differences(manifest: Mapping[str, Any], processes: int) -> list
             now = version(package)
             if now != then:
                 differences.append(f"{package} {then}, here it is {now}")
+    if (then := environment.get("kernel")) is not None and then != has_kernel():
+        differences.append(f"the compiled attention {'built' if then else 'not built'}, here it is otherwise")
     return differences
 
 

@@ -35,6 +35,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
 
@@ -345,10 +346,16 @@ def environment(launch: Mapping[str, Any], world: int) -> dict[str, Any]:
         "packages": {name: found for name in PACKAGES if (found := _version(name))},
         "git": git_revision(),
         "device": _device(),
+        "kernel": has_kernel(),
         "world": world,
         "threads": os.environ.get("OMP_NUM_THREADS"),
         "launch": dict(launch),
     }
+
+
+def has_kernel() -> bool:
+    """Whether the compiled attention (`pipeline/llama/kernel.c`) was built when this package was installed."""
+    return find_spec("pipeline.llama._kernel") is not None
 
 
 def _version(package: str) -> str | None:

@@ -163,6 +163,16 @@ class RewardSettings(Settings):
                 f"{stage}.reward.functions"
             )
 
+    def require_unset(self, stage: str) -> None:
+        """UserError where a setting differs from its default although nothing is scored. For a stage's `check`."""
+        plain = RewardSettings()
+        changed = [name for name in type(self).model_fields if getattr(self, name) != getattr(plain, name)]
+        if changed:
+            raise UserError(
+                f"{stage}.reward.{changed[0]}: has no effect, the scores in the store are taken as they are: wire a "
+                f"reward model (reward: reward.model) or set {stage}.reward.functions, or leave {changed[0]} out"
+            )
+
 
 # ------------------------------------------------------------------------ functions, read and not yet imported
 

@@ -31,6 +31,7 @@ from pipeline.flow.runner import (
     environment_differences,
     read_summary,
 )
+from pipeline.flow.stage import has_kernel
 from pipeline.flow.store import Store, read_rows
 
 PLAN = """
@@ -189,6 +190,11 @@ def test_another_environment_is_said_and_no_reason_to_run(done: Place) -> None:
     manifest = {"environment": {"world": 2, "packages": {"pydantic": "0.0.1", "never-installed": "1"}}}
     world, package = environment_differences(manifest, 1)
     assert world == "2 processes, here it is 1" and package.startswith("pydantic 0.0.1, here it is 2")
+    built = {"environment": {"world": 1, "packages": {}, "kernel": has_kernel()}}
+    assert environment_differences(built, 1) == []
+    built["environment"]["kernel"] = not has_kernel()
+    (said,) = environment_differences(built, 1)
+    assert said.startswith("the compiled attention")
     result = done.run("launch.processes=2", "launch.strategy=ddp", last="first")
     assert statuses(result) == {"first": "reused"}
     assert "first said: was computed with 1 processes, here it is 2" in done.heard.lines

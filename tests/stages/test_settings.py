@@ -119,6 +119,7 @@ def test_ids_and_weights_cross_only_between_one_tokenizer() -> None:
         ({}, {"policy", "reward"}, "input prompts: nothing to draw answers for"),
         ({}, {"samples", "reward"}, "input policy: nothing to train"),
         ({}, {"prompts", "policy"}, "rejection: nothing rewards an answer"),
+        ({"reward": {"clip": 5.0}}, {"policy", "samples"}, "rejection.reward.clip: has no effect"),
         (
             {"train": None},
             {"prompts", "reward", "samples"},
