@@ -143,18 +143,23 @@ INLINE int64_t runs_of(const Forest *f, int64_t segment, int64_t origin, Run *ru
     return count;
 }
 
-/* A block of LANES queries: lane r is query head r % G of token r / G, so that short segments fill the lanes too. */
+/* A block of LANES queries: the G query heads of a token side by side, so that short segments fill the lanes too. */
 typedef struct {
-    int64_t row, count;  /* first lane's row of the segment, lanes in use */
-    int64_t first, last; /* positions of the first and the last query */
-    vi position;         /* of each lane */
+    int count;                             /* lanes in use */
+    int64_t first, last;                   /* positions of the first and the last query */
+    int64_t token[LANES], head[LANES];     /* of the run of tokens, of the query heads */
+    vi position;                           /* of each lane */
 } Lanes;
 
-INLINE Lanes lanes_of(int64_t row, int64_t rows, int group, int64_t before) {
-    Lanes b = {row, rows - row < LANES ? rows - row : LANES, before + row / group, 0, {0}};
-    b.last = before + (row + b.count - 1) / group;
-    for (int i = 0; i < LANES; i++) b.position[i] = (int32_t)(before + (row + (i < b.count ? i : b.count - 1)) / group);
-    return b;
+INLINE void lanes_of(Lanes *b, int64_t row, int64_t rows, int group, int kv, int64_t start, int64_t before) {
+    int64_t token = row / group, head = row % group;
+    b->count = rows - row < LANES ? rows - row : LANES;
+    b->first = before + token;
+    for (int i = 0; i < LANES; i++) {
+        b->token[i] = start + token, b->head[i] = kv * group + head, b->position[i] = before + token;
+        if (i < b->count) b->last = before + token;
+        if (i < b->count - 1 && ++head == group) head = 0, token++;
+    }
 }
 
 /* Keys lo .. hi - 1 of a run that at least one lane sees. */
@@ -186,32 +191,31 @@ INLINE void pack(const Forest *f, int64_t origin, int64_t tokens, int kv, int si
     }
 }
 
-/* Rows of a block's lanes, side by side ([LANES, D], zeros in unused lanes) and turned ([D] of LANES). */
-INLINE void gather(const Forest *f, const void *from, const float *turns, int64_t token, int width, int head,
-                   int group, const Lanes *b, int size, float scale, float *plain, vf *turned) {
+/* Rows of a block's lanes in an array [T, width, D], side by side ([LANES, D], zeros in unused lanes) and transposed ([D]
+ * of LANES). */
+INLINE void gather(const Forest *f, const void *from, const float *turns, int width, const Lanes *b, int size,
+                   float scale, float *plain, vf *transposed) {
     for (int i = 0; i < LANES; i++) {
         float *row = plain + i * size;
         if (i < b->count) {
-            const int64_t r = b->row + i;
-            read_row(from, ((token + r / group) * width + head + r % group) * size, size, f->half, row);
-            if (turns) turn(row, turns + (token + r / group) * size, size, 1.0f);
+            read_row(from, (b->token[i] * width + b->head[i]) * size, size, f->half, row);
+            if (turns) turn(row, turns + b->token[i] * size, size, 1.0f);
             for (int d = 0; d < size; d++) row[d] *= scale;
         } else {
             memset(row, 0, 4 * size);
         }
     }
     for (int d = 0; d < size; d++)
-        for (int i = 0; i < LANES; i++) turned[d][i] = plain[i * size + d];
+        for (int i = 0; i < LANES; i++) transposed[d][i] = plain[i * size + d];
 }
 
-INLINE void scatter(const Forest *f, void *to, const float *turns, int64_t token, int width, int head, int group, const Lanes *b, int size,
-                    const vf *turned) {
+INLINE void scatter(const Forest *f, void *to, const float *turns, int width, const Lanes *b, int size,
+                    const vf *transposed) {
     float row[MAX_HEAD];
     for (int i = 0; i < b->count; i++) {
-        const int64_t r = b->row + i;
-        for (int d = 0; d < size; d++) row[d] = turned[d][i];
-        if (turns) turn(row, turns + (token + r / group) * size, size, -1.0f);
-        write_row(to, ((token + r / group) * width + head + r % group) * size, size, f->half, row);
+        for (int d = 0; d < size; d++) row[d] = transposed[d][i];
+        if (turns) turn(row, turns + b->token[i] * size, size, -1.0f);
+        write_row(to, (b->token[i] * width + b->head[i]) * size, size, f->half, row);
     }
 }
 
@@ -279,8 +283,9 @@ INLINE void forward(const Forest *f, int64_t group, int kv, int size, Room *room
         if (!rows) continue;
         const int64_t count = runs_of(f, s, origin, room->runs), before = room->runs[count - 1].position;
         for (int64_t row = 0; row < rows; row += LANES) {
-            const Lanes b = lanes_of(row, rows, each, before);
-            gather(f, f->rows, f->turns, f->start[s], width, kv * each, each, &b, size, f->scale * LOG2_E, plain, q);
+            Lanes b;
+            lanes_of(&b, row, rows, each, kv, f->start[s], before);
+            gather(f, f->rows, f->turns, width, &b, size, f->scale * LOG2_E, plain, q);
             vf most = splat(-1e30f), total = {0};
             for (int d = 0; d < size; d++) sum[d] = (vf){0};
             for (int64_t r = 0; r < count; r++) {
@@ -310,10 +315,9 @@ INLINE void forward(const Forest *f, int64_t group, int kv, int size, Room *room
             }
             const vf inverse = 1.0f / total;
             for (int d = 0; d < size; d++) sum[d] *= inverse;
-            scatter(f, f->out, NULL, f->start[s], f->heads, kv * each, each, &b, size, sum);
+            scatter(f, f->out, NULL, f->heads, &b, size, sum);
             for (int i = 0; i < b.count; i++) {
-                const int64_t r = row + i;
-                float *kept = f->softmax + 2 * ((f->start[s] + r / each) * f->heads + kv * each + r % each);
+                float *kept = f->softmax + 2 * (b.token[i] * f->heads + b.head[i]);
                 kept[0] = most[i], kept[1] = inverse[i];
             }
         }
@@ -334,16 +338,16 @@ INLINE void backward(const Forest *f, int64_t group, int kv, int size, Room *roo
         if (!rows) continue;
         const int64_t count = runs_of(f, s, origin, room->runs), before = room->runs[count - 1].position;
         for (int64_t row = 0; row < rows; row += LANES) {
-            const Lanes b = lanes_of(row, rows, each, before);
-            gather(f, f->rows, f->turns, f->start[s], width, kv * each, each, &b, size, f->scale * LOG2_E, q_plain, q);
-            gather(f, f->grad, NULL, f->start[s], f->heads, kv * each, each, &b, size, 1.0f, g_plain, g);
-            gather(f, f->out, NULL, f->start[s], f->heads, kv * each, each, &b, size, 1.0f, o_plain, o);
+            Lanes b;
+            lanes_of(&b, row, rows, each, kv, f->start[s], before);
+            gather(f, f->rows, f->turns, width, &b, size, f->scale * LOG2_E, q_plain, q);
+            gather(f, f->grad, NULL, f->heads, &b, size, 1.0f, g_plain, g);
+            gather(f, f->out, NULL, f->heads, &b, size, 1.0f, o_plain, o);
             /* in the order of `dot`, so that where one key has all the weight delta is its dot product to the bit */
             vf delta = {0}, most = {0}, inverse = {0};
             for (int d = 0; d < size; d++) delta += g[d] * o[d], dq[d] = (vf){0};
             for (int i = 0; i < b.count; i++) {
-                const int64_t r = row + i;
-                const float *kept = f->softmax + 2 * ((f->start[s] + r / each) * f->heads + kv * each + r % each);
+                const float *kept = f->softmax + 2 * (b.token[i] * f->heads + b.head[i]);
                 most[i] = kept[0], inverse[i] = kept[1];
             }
             for (int64_t r = 0; r < count; r++) {
@@ -363,7 +367,7 @@ INLINE void backward(const Forest *f, int64_t group, int kv, int size, Room *roo
                 }
             }
             for (int d = 0; d < size; d++) dq[d] *= f->scale;
-            scatter(f, f->grad_rows, f->turns, f->start[s], width, kv * each, each, &b, size, dq);
+            scatter(f, f->grad_rows, f->turns, width, &b, size, dq);
         }
     }
     for (int64_t t = 0; t < tokens; t++) {
