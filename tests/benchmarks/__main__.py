@@ -4,6 +4,7 @@
     python -m tests.benchmarks sft            a table
     python -m tests.benchmarks sft --json     one JSON line a figure on standard output
     python -m tests.benchmarks sft --small    a smoke test in a minute; its figures mean nothing
+    python -m tests.benchmarks ppo --case "hidden 64, mixed"    only the cases whose names hold this text
 
 Progress goes to standard error, and so does the table under --json.
 """
@@ -33,12 +34,14 @@ def main() -> int:
     parser.add_argument("--small", action="store_true", help="tiny sizes, to see that it runs")
     parser.add_argument("--repeats", type=int, help="alternating repetitions")
     parser.add_argument("--threads", type=int, help="of every contestant, 2 by default")
+    parser.add_argument("--case", default="", help="only the cases whose names hold this text")
     arguments = parser.parse_args()
     if arguments.name is None:
         print("\n".join(f"{name:10} {what}" for name, what in BENCHMARKS.items()))
         return 0
     if arguments.threads:
         os.environ["BENCH_THREADS"] = str(arguments.threads)
+    os.environ["BENCH_CASE"] = arguments.case
     from tests.benchmarks.common import QUIET, table
 
     os.environ.update(QUIET)

@@ -39,6 +39,11 @@ QUIET = {
 }
 
 
+def wanted(case: str) -> bool:
+    """Whether this case is to be measured (`--case`)."""
+    return os.environ.get("BENCH_CASE", "") in case
+
+
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 

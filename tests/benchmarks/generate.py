@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.common import Contestant, alternate, fastest, figures, require_same, say
+from tests.benchmarks.common import Contestant, alternate, fastest, figures, require_same, say, wanted
 from tests.benchmarks.shapes import Shape, draw_ids, draw_lengths, save_models, shapes
 
 OURS = "tests.benchmarks.generate_ours"
@@ -81,6 +81,8 @@ def _cases(base: Task, small: bool) -> dict[str, Task]:
 
 
 def _against_transformers(case: str, task: Task, small: bool, repeats: int) -> list[dict[str, Any]]:
+    if not wanted(case):
+        return []
     say(f"{case}: {repeats} repetitions of {task.prompts} prompts")
     chosen = dict(list(CANDIDATES.items())[: 1 if small else None])
     trial = replace(task, prompts=max(4, task.batch))
@@ -94,6 +96,8 @@ def _against_transformers(case: str, task: Task, small: bool, repeats: int) -> l
 
 
 def _against_copies(case: str, base: Task, small: bool, repeats: int) -> list[dict[str, Any]]:
+    if not wanted(case):
+        return []
     k = 4 if small else 8
     length = 64 if small else 256
     shared = replace(base, prompts=1, samples=k, batch=k, shortest=length, longest=length, new=8 if small else 32)

@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.common import Contestant, alternate, fastest, figures, require_same, say
+from tests.benchmarks.common import Contestant, alternate, fastest, figures, require_same, say, wanted
 from tests.benchmarks.rivals import trl_with_ppo
 from tests.benchmarks.shapes import Shape, draw_ids, draw_lengths, save_models, shapes
 
@@ -94,6 +94,8 @@ def _cases(base: Task, small: bool) -> dict[str, Task]:
 
 
 def _measure(case: str, task: Task, small: bool, repeats: int) -> list[dict[str, Any]]:
+    if not wanted(case):
+        return []
     say(f"{case}: {repeats} repetitions of {task.episodes} episodes and {task.updates} updates")
     trl = trl_with_ppo()
     candidates: dict[str, dict[str, Any]] = {

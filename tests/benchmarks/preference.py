@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tests.benchmarks.common import Contestant, alternate, fastest, figures, require_same, say
+from tests.benchmarks.common import Contestant, alternate, fastest, figures, require_same, say, wanted
 from tests.benchmarks.shapes import Shape, draw_ids, draw_lengths
 
 OURS = "tests.benchmarks.preference_ours"
@@ -76,6 +76,8 @@ def smoke(task: Task) -> Task:
 
 
 def measure(bench: str, case: str, task: Task, rival: str, small: bool, repeats: int) -> list[dict[str, Any]]:
+    if not wanted(case):
+        return []
     say(f"{bench}, {case}: {repeats} repetitions of {task.steps} steps of {task.batch} comparisons")
     whole = task.batch * task.pairs_each
     sizes = [(whole, False), (16, True), (8, True), (4, True)]

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.common import Contestant, alternate, fastest, figures, require_same, say
+from tests.benchmarks.common import Contestant, alternate, fastest, figures, require_same, say, wanted
 from tests.benchmarks.shapes import Shape, draw_ids, draw_lengths, save_models, shapes
 
 OURS = "tests.benchmarks.rloo_ours"
@@ -79,6 +79,8 @@ def run(*, small: bool = False, repeats: int | None = None) -> list[dict[str, An
 
 
 def _measure(case: str, task: Task, small: bool, repeats: int) -> list[dict[str, Any]]:
+    if not wanted(case):
+        return []
     say(f"{case}: {repeats} repetitions of {task.completions} answers and {task.updates} updates")
     ours = Contestant("ours", OURS, task)  # first: where it cannot run, nothing else needs to
     contestants = [ours]

@@ -13,7 +13,7 @@ import sys
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tests.benchmarks.common import Contestant, Figure, alternate, say
+from tests.benchmarks.common import Contestant, Figure, alternate, say, wanted
 
 OURS = "tests.benchmarks.sft_ours"
 RIVAL = "tests.benchmarks.sft_rival"
@@ -95,6 +95,8 @@ def run(*, small: bool = False, repeats: int | None = None) -> list[dict[str, An
 
 
 def _run(precision: str, small: bool, repeats: int) -> list[dict[str, Any]]:
+    if not wanted(precision):
+        return []
     shape = SMALL if small else {}
     base = Task(**shape, turns=repeats + 2, precision=precision)
     say(f"{precision}: {repeats} repetitions of {base.steps} steps of {base.batch} records each")
