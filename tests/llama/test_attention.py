@@ -92,7 +92,8 @@ def gradients(model: nn.Module, logits: Tensor, weights: Tensor) -> list[Tensor]
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_forest_equals_each_sequence_alone(family: str, long: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through the kernel (None), and grouped with all segments in buckets, some, none."""
-    monkeypatch.setattr(attention, "LONG", long)
+    if long:
+        monkeypatch.setattr(attention, "LONG", long)
     model, groups = make(family), example()
     expected = alone(model, groups)
     weights = torch.randn_like(expected)
@@ -137,7 +138,8 @@ def test_random_trees_equal_each_sequence_alone() -> None:
 
 @pytest.mark.parametrize("long", [384, 10, None])
 def test_a_token_changes_nothing_outside_its_descendants(long: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "LONG", long)
+    if long:
+        monkeypatch.setattr(attention, "LONG", long)
     model = make("ours")
     groups = example()
     lay_out = grouped if long else build
