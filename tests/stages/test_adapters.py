@@ -72,7 +72,7 @@ def ppo(place: Place, sft: Row, reward: Row, prompts: Any) -> Row:
 @pytest.fixture(scope="module")
 def rejection(place: Place, ppo: Row, reward: Row, prompts: Any) -> Row:
     inputs = {"policy": ppo.out["policy"], "reward": reward.out["model"], "prompts": prompts}
-    return place.run("rejection", inputs, sampling={"samples": 8, "max_new_tokens": 12}, train=train())
+    return place.run("rejection", inputs, sampling={"samples": 8, "max_new_tokens": 60}, train=train())
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +129,7 @@ def test_rejection_trains_on_its_best_and_writes_pairs(rejection: Row) -> None:
         if s["stopped"] and s["text"].strip() and s["scores"]["proxy"] > best.get(s["prompt"]["id"], (-1e9, ""))[0]:
             best[s["prompt"]["id"]] = (s["scores"]["proxy"], s["text"])
     chosen = [c["messages"][-1]["content"] for c in rejection.rows("conversations")]
-    assert sorted(chosen) == sorted(text for _, text in best.values()) and len(chosen) >= 2
+    assert sorted(chosen) == sorted(text for _, text in best.values()) and len(chosen) >= 4
     for row in rejection.rows("comparisons"):
         assert row["completions"][0]["score"] > row["completions"][1]["score"]
     assert shape(rejection) == "adapter" and rejection.metrics["chosen"] == len(chosen)
