@@ -332,7 +332,7 @@ class _Layer:
     def rest(self, x: Tensor, attended: Tensor) -> Tensor:
         x = self.out.onto(x, attended)
         both = self.gate_up(self.norm_mlp(x))
-        if self.swiglu:
+        if self.swiglu and kernel.takes(both, both.shape[-1] // 2):
             return self.down.onto(x, kernel.swiglu(both.contiguous()))
         gate, up = both.chunk(2, -1)
         return self.down.onto(x, self.activation(gate) * up)
@@ -425,9 +425,13 @@ def normed(layer: nn.Module) -> Callable[[Tensor], Tensor]:
     if not isinstance(weight, Tensor) or weight.dtype != torch.float32 or hasattr(weight, "ds_id"):
         return layer
     weight, eps = weight.detach(), float(layer.variance_epsilon)  # type: ignore[arg-type]
-    if kernel.takes(weight, len(weight)):
-        return lambda x: kernel.norm(x.contiguous(), weight, eps, x.new_empty(x.shape[:-1], dtype=torch.float32))
-    return lambda x: F.rms_norm(x, weight.shape, weight, eps)
+
+    def compute(x: Tensor) -> Tensor:
+        if kernel.takes(x, len(weight)):
+            return kernel.norm(x.contiguous(), weight, eps, x.new_empty(x.shape[:-1], dtype=torch.float32))
+        return F.rms_norm(x, weight.shape, weight, eps)
+
+    return compute
 
 
 def _is_plain(layer: nn.Module) -> bool:
@@ -504,7 +508,8 @@ def _refuse_windows(config: Any, columns: int) -> None:
 
 @contextmanager
 def sampling_mode(model: nn.Module) -> Iterator[None]:
-    """Dropout off, no gradients, plain attention; everything as before afterwards, also after an error."""
+    """Dropout off, no gradients, no autocast from outside, plain attention; everything as before afterwards, also after
+    an error. Precision is the engine's own setting."""
     base = base_model(model)
     if any(p.numel() == 0 for p in base.parameters()):
         raise RuntimeError("parameters are empty: gather the sharded policy before sampling from it")
@@ -514,7 +519,7 @@ def sampling_mode(model: nn.Module) -> Iterator[None]:
         model.eval()
         if attention not in ("eager", "sdpa", "forest"):  # "forest" is SDPA where no forest is given
             base.set_attn_implementation("sdpa")
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(next(base.parameters()).device.type, enabled=False):
             yield
     finally:
         for module, training in modes:

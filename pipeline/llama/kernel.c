@@ -15,6 +15,7 @@
  * pipeline/llama/kernel.py is the Python side and says what the arguments are.
  */
 
+#include <float.h>
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -46,11 +47,11 @@ INLINE vf choose(vi which, vf yes, vf no) { return (vf)((which & (vi)yes) | (~wh
 
 INLINE vf larger(vf a, vf b) { return choose(a > b, a, b); }
 
-/* 2^x as 2^n 2^r with |r| <= 1/2 and a polynomial of degree 6, to about 1 ulp. Stops at the smallest normal number; NaN
- * stays NaN. */
+/* 2^x as 2^n 2^r with |r| <= 1/2 and a polynomial of degree 6, to about 1 ulp. 0 below the normal numbers; NaN stays. */
 INLINE vf power_of_two(vf x) {
     const vf low = splat(-126.0f);
-    x = choose(x <= low, low, x);
+    const vi under = x <= low;
+    x = choose(under, low, x);
     const vf shifted = x + 12582912.0f; /* 1.5 * 2^23: n stands in the low bits */
     const vf r = x - (shifted - 12582912.0f);
     vf p = splat(1.5403530393381608e-4f); /* (ln 2)^k / k! */
@@ -60,7 +61,7 @@ INLINE vf power_of_two(vf x) {
     p = p * r + 2.4022650695910071e-1f;
     p = p * r + 6.9314718055994531e-1f;
     p = p * r + 1.0f;
-    return p * (vf)(((vi)shifted << 23) + 0x3f800000);
+    return (vf)(~under & (vi)(p * (vf)(((vi)shifted << 23) + 0x3f800000)));
 }
 
 #define LOG2_E 1.44269504088896341f
@@ -274,7 +275,9 @@ INLINE void add_lanes(const vf *ds, const vf *p, const float *q, const float *g,
 
 INLINE void forward(const Forest *f, int64_t group, int kv, int size, Room *room) {
     const int each = f->heads / f->kv_heads, width = f->heads + 2 * f->kv_heads;
-    const int64_t begin = f->first[group], end = f->first[group + 1], origin = f->start[begin];
+    const int64_t begin = f->first[group], end = f->first[group + 1];
+    if (begin == end) return;
+    const int64_t origin = f->start[begin];
     pack(f, origin, f->start[end - 1] + f->length[end - 1] - origin, kv, size, room);
     vf q[MAX_HEAD], sum[MAX_HEAD], scores[BLOCK];
     float plain[LANES * MAX_HEAD];
@@ -286,7 +289,7 @@ INLINE void forward(const Forest *f, int64_t group, int kv, int size, Room *room
             Lanes b;
             lanes_of(&b, row, rows, each, kv, f->start[s], before);
             gather(f, f->rows, f->turns, width, &b, size, f->scale * LOG2_E, plain, q);
-            vf most = splat(-1e30f), total = {0};
+            vf most = splat(-FLT_MAX), total = {0};
             for (int d = 0; d < size; d++) sum[d] = (vf){0};
             for (int64_t r = 0; r < count; r++) {
                 int64_t lo, hi;
@@ -326,7 +329,9 @@ INLINE void forward(const Forest *f, int64_t group, int kv, int size, Room *room
 
 INLINE void backward(const Forest *f, int64_t group, int kv, int size, Room *room) {
     const int each = f->heads / f->kv_heads, width = f->heads + 2 * f->kv_heads;
-    const int64_t begin = f->first[group], end = f->first[group + 1], origin = f->start[begin];
+    const int64_t begin = f->first[group], end = f->first[group + 1];
+    if (begin == end) return;
+    const int64_t origin = f->start[begin];
     const int64_t tokens = f->start[end - 1] + f->length[end - 1] - origin;
     pack(f, origin, tokens, kv, size, room);
     for (int64_t i = 0; i < tokens * size; i++) room->dkeys[i] = room->dvalues[i] = 0.0f;

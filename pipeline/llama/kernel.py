@@ -22,6 +22,7 @@ from pipeline.data.forest import Forest
 
 VERSION = 3  # of the functions' arguments, the same as in kernel.c
 LANES = 16  # columns of a cache come in multiples of this
+TYPES = (torch.float32, torch.bfloat16)
 LARGEST = 256  # head size
 
 _INT: Any = ctypes.c_int
@@ -61,6 +62,14 @@ def _require(code: int) -> None:
         raise MemoryError("attention: no memory for the keys and values of one group of a forest")
 
 
+def _check(types: tuple[torch.dtype, ...], *tensors: Tensor) -> None:
+    """TypeError before memory is read as what it is not: every address goes on as a bare number."""
+    for x in tensors:
+        if x.dtype not in types or not x.is_contiguous() or x.device.type != "cpu":
+            kind = f"{x.dtype} on {x.device}{'' if x.is_contiguous() else ', not contiguous'}"
+            raise TypeError(f"the compiled attention takes contiguous {' or '.join(map(str, types))}, not {kind}")
+
+
 def _layout(forest: Forest) -> tuple[Tensor, int, int]:
     """First segment of each group and one past the last; most tokens and most segments of a group."""
     if "kernel" not in forest.cache:
@@ -76,7 +85,7 @@ class _OnForest(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, turns: Tensor | None, forest: Forest, settings: tuple[Any, ...]) -> Tensor:
         tokens, _, size = rows.shape
         heads = settings[0]
-        out, softmax = rows.new_empty(tokens, heads, size), torch.empty(tokens, heads, 2)
+        out, softmax = rows.new_empty(tokens, heads, size), torch.empty(tokens, heads, 2, dtype=torch.float32)
         out[len(forest) :] = 0.0
         ctx.forest, ctx.settings = forest, settings
         _run(rows, turns, out, softmax, forest, settings)
@@ -103,7 +112,10 @@ def _run(
     *gradients: Tensor,
 ) -> None:
     heads, kv, scale, window = settings
+    _check((rows.dtype,) if rows.dtype in TYPES else TYPES, rows, out, *gradients)
+    _check((torch.float32,), softmax, *(() if turns is None else (turns,)))
     first, most_tokens, most_segments = _layout(forest)
+    window = window if window < most_tokens else 0  # as good as none
     table = [x.data_ptr() for x in (forest.start_S, forest.length_S, forest.parent_S, first)]
     sizes = [forest.groups, most_tokens, most_segments, window, heads, kv, rows.shape[-1]]
     pointers = [None if x is None else x.data_ptr() for x in (turns, rows, out, softmax, *gradients)]
@@ -142,6 +154,8 @@ def step(
     n, width, size = projected.shape
     kv, columns = values.shape[1], values.shape[2]
     heads = width - 2 * kv
+    _check((torch.float32,), projected, turns, keys, values)
+    _check((torch.int64,), rows, positions)
     out = projected.new_empty(n, heads * size)
     pointers = [x.data_ptr() for x in (rows, positions, projected, turns, keys, values, out)]
     threads = torch.get_num_threads()
@@ -160,6 +174,8 @@ def store(
     prompts, samples = rows.shape
     kv, columns, size = values.shape[1:]
     heads = projected.shape[1] - 2 * kv
+    _check((torch.float32,), projected, turns, keys, values)
+    _check((torch.int64,), start, length, rows)
     pointers = [x.data_ptr() for x in (start, length, rows, projected, turns, keys, values)]
     library().rlhf_store(prompts, samples, columns, heads, kv, size, torch.get_num_threads(), *pointers)
 
@@ -169,8 +185,7 @@ ROWS = 64  # of a task, as in kernel.c
 
 def takes(x: Tensor, size: int) -> bool:
     """Whether `norm` and `swiglu` compute rows of `size` numbers of this tensor."""
-    types = (torch.float32, torch.bfloat16)
-    return x.device.type == "cpu" and size % LANES == 0 and x.dtype in types and library() is not None
+    return x.device.type == "cpu" and size % LANES == 0 and x.dtype in TYPES and library() is not None
 
 
 def norm(
@@ -181,6 +196,8 @@ def norm(
     inverse  [...] float32, 1 / rms: written forward, read backward
     dweight  [ceil(rows / ROWS), D] float32: parts of the weight's gradient, to be added up
     """
+    _check((x.dtype,) if x.dtype in TYPES else TYPES, x, *(() if grad is None else (grad,)))
+    _check((torch.float32,), weight, inverse, *(() if dweight is None else (dweight,)))
     out, size = torch.empty_like(x), x.shape[-1]
     half, threads = x.dtype == torch.bfloat16, torch.get_num_threads()
     pointers = [None if t is None else t.data_ptr() for t in (x, weight, out, inverse, grad, dweight)]
@@ -190,6 +207,7 @@ def norm(
 
 def swiglu(x: Tensor, grad: Tensor | None = None) -> Tensor:
     """silu(gate) * up of x = [gate | up] [..., 2 I] -> [..., I], or with `grad` [..., I] the gradient of x."""
+    _check((x.dtype,) if x.dtype in TYPES else TYPES, x, *(() if grad is None else (grad,)))
     size = x.shape[-1] // 2
     out = torch.empty_like(x) if grad is not None else x.new_empty(*x.shape[:-1], size)
     half, rows = x.dtype == torch.bfloat16, x.numel() // (2 * size)

@@ -63,7 +63,7 @@ class _Norm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         ctx.compiled = kernel.takes(x, x.shape[-1]) and weight.dtype == torch.float32
         if ctx.compiled:
-            x, inverse = x.contiguous(), torch.empty(x.shape[:-1])
+            x, inverse = x.contiguous(), torch.empty(x.shape[:-1], dtype=torch.float32)
             ctx.save_for_backward(x, weight, inverse)
             return kernel.norm(x, weight, eps, inverse)
         wide = x.float()
@@ -79,7 +79,8 @@ class _Norm(torch.autograd.Function):
         x, weight, inverse = ctx.saved_tensors
         if ctx.compiled:
             size = x.shape[-1]
-            parts = torch.empty(-(-(x.numel() // size) // kernel.ROWS), size) if ctx.needs_input_grad[1] else None
+            count = -(-(x.numel() // size) // kernel.ROWS)
+            parts = torch.empty(count, size, dtype=torch.float32) if ctx.needs_input_grad[1] else None
             dx = kernel.norm(x, weight, 0.0, inverse, grad.to(x.dtype).contiguous(), parts)
             return dx, None if parts is None else parts.sum(0), None
         unit = x.float() * inverse
@@ -135,7 +136,10 @@ class LlamaMLP(nn.Module):
             both = F.linear(x, torch.cat((gate.weight, up.weight)))  # one product instead of two
         else:
             both = torch.cat((gate(x), up(x)), -1)
-        return self.down_proj(_Swiglu.apply(both))
+        if not kernel.takes(both, gate.out_features):  # autocast to float16, or a layer that gives what it likes
+            gates, ups = both.chunk(2, -1)
+            return self.down_proj(self.act_fn(gates) * ups)
+        return self.down_proj(_Swiglu.apply(both.contiguous()))
 
 
 def _rotate_half_split(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -150,6 +150,59 @@ def test_what_is_not_finite_shows(poison: float) -> None:
         assert part == 6 or torch.isfinite(out[:20]).all()
 
 
+def test_scores_of_minus_infinity_show_and_tiny_ones_are_ranked() -> None:
+    forest = forest_of([(3, -1)])
+    for query, shown in ((-float("inf"), True), (-1e33, False)):
+        rows = torch.zeros(3, 3, 8)
+        rows[2, 0, 0] = query
+        rows[:, 1, 0] = torch.tensor([1.0, 1.5, 2.0])
+        rows[:, 2] = torch.tensor([10.0, 20.0, 30.0])[:, None]
+        out = attention.attend(rows, forest, heads=1, kv_heads=1, scale=1.0)[2, 0]
+        assert out.isnan().all() if shown else (out == 10.0).all()
+
+
+def test_empty_groups_and_windows_beyond_everything() -> None:
+    for groups in ([[], [(5, -1)]], [[(5, -1)], []], [[(2, -1)], [], [(3, -1)]]):
+        forest = forest_of(*groups)
+        rows, grad = example(forest, 4, 2, 8)
+        found = compute(rows, forest, 4, 2, grad, "kernel", 2**32)
+        for a, b in zip(found, compute(rows, forest, 4, 2, grad, "dense"), strict=True):
+            assert (a - b)[: len(forest)].abs().max() <= 2e-6 * max(1.0, float(b.abs().max()))
+
+
+def test_swiglu_of_gates_of_any_size() -> None:
+    gates = torch.tensor([-1e38, -1e37, -100.0, -1.0, 0.0, 1.0, 100.0, 1e30] * 2)
+    x = torch.stack((gates, torch.ones(16)), 0).view(1, 32)
+    assert (kernel.swiglu(x)[0] - torch.nn.functional.silu(gates)).abs().max() <= 1e-6
+    leaf = gates.double().requires_grad_()
+    torch.nn.functional.silu(leaf).sum().backward()
+    assert (kernel.swiglu(x, torch.ones(1, 16))[0, :16] - leaf.grad).abs().max() <= 1e-6
+
+
+def test_memory_of_another_type_is_refused() -> None:
+    forest = forest_of([(3, -1)])
+    rows, _ = example(forest, 4, 2, 8)
+    with pytest.raises(TypeError, match="takes contiguous"):
+        kernel.on_forest(rows.half(), forest, 4, 2, 1.0)
+    with pytest.raises(TypeError, match="not contiguous"):
+        kernel.swiglu(torch.zeros(32, 4).t())
+    half = torch.zeros(1, 32, dtype=torch.bfloat16)
+    with pytest.raises(TypeError, match="float32"):
+        kernel.swiglu(half, torch.zeros(1, 16))
+
+
+def test_another_default_type_changes_nothing() -> None:
+    forest = FORESTS["a tree"]
+    rows, grad = example(forest, 4, 2, 8)
+    wanted = compute(rows, forest, 4, 2, grad, "kernel")
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = compute(rows, forest, 4, 2, grad, "kernel")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
 def test_random_forests() -> None:
     rng = random.Random(0)
     for seed in range(30):
