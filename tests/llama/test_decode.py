@@ -201,3 +201,20 @@ def test_cache_memory_is_predicted():
     layers = [cache.slot(i) for i in range(3)]
     taken = sum(x.nbytes for layer in layers for x in (layer.keys, layer.values))
     assert taken == 4 * decode.row_bytes(model, 8) == 4 * 16 * 384  # columns in multiples of 16
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_around_it_changes_no_bit(dtype):
+    """Precision of sampling is the engine's own setting, and the kernel reads float32."""
+    model = new_model()
+    ids, lengths = padded(PROMPTS)
+
+    def logits():
+        with decode.sampling_mode(model):
+            return decode.new_runner(model, decode.new_cache(model, 4, 8)).prefill(
+                ids, lengths, torch.arange(4)[:, None]
+            )
+
+    wanted = logits()
+    with torch.autocast("cpu", dtype):
+        assert torch.equal(logits(), wanted)

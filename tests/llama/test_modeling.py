@@ -15,7 +15,7 @@ from safetensors import safe_open
 from transformers import LlamaConfig
 
 from pipeline.llama import modeling
-from pipeline.llama.modeling import LlamaForCausalLM, LlamaForSequenceClassification, LlamaRMSNorm
+from pipeline.llama.modeling import LlamaForCausalLM, LlamaForSequenceClassification, LlamaMLP, LlamaRMSNorm
 
 PAD = 3
 
@@ -317,3 +317,14 @@ def test_score_stands_at_the_last_real_token_whatever_the_padding() -> None:
     assert (theirs(plain).logits - model(plain).logits).abs().max() <= 1e-6
     with pytest.raises(ValueError, match="attention_mask"):
         LlamaForSequenceClassification(tiny(num_labels=1, pad_token_id=None))(plain)
+
+
+def test_autocast_to_float16_is_left_to_pytorch():
+    """The compiled SwiGLU takes float32 and bfloat16, and what it gets is the product, not its input."""
+    torch.manual_seed(0)
+    config = LlamaConfig(hidden_size=32, intermediate_size=48, num_attention_heads=4, vocab_size=97)
+    mlp, x = LlamaMLP(config), torch.randn(7, 32)
+    exact = mlp(x)
+    for dtype, bound in ((torch.float16, 2e-3), (torch.bfloat16, 2e-2)):
+        with torch.autocast("cpu", dtype):
+            assert (mlp(x).float() - exact).abs().max() <= bound
