@@ -147,15 +147,13 @@ class Dpo(Stage):
             else:
                 held = trainer.share(held)
             evaluate = lambda: trainer.evaluate(held, training.weigh(held))
-        watch = self._watch(inputs, reader, workspace, ranks)
+        watch = self._watch(inputs, policy, reader, workspace, ranks)
         outcome = fit(
             trainer,
             plan,
             workspace,
             evaluate=evaluate,
-            look=(lambda: watch(policy)) if watch else None,
-            best_by="choice" if watch and watch.chosen_by else "loss",
-            higher_is_better=bool(watch and watch.chosen_by),
+            watch=watch,
             figures=("loss", "accuracy", "margin"),
         )
         save_policy(policy, workspace)
@@ -171,7 +169,7 @@ class Dpo(Stage):
             "read": reader.counts,
         }
 
-    def _watch(self, inputs: Inputs, reader: Any, workspace: Workspace, ranks: Any) -> Any:
+    def _watch(self, inputs: Inputs, policy: Any, reader: Any, workspace: Workspace, ranks: Any) -> Any:
         """What is looked at on `dev`; None without it."""
         if inputs.dev is None:
             return None
@@ -181,6 +179,7 @@ class Dpo(Stage):
         config: Dpo.Config = self.config
         return open_watch(
             reader.read("dev", inputs.dev, "prompts"),
+            policy=policy,
             proxy=inputs.reward,
             heldout=inputs.heldout_reward,
             judge=inputs.judge,

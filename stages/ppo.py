@@ -20,7 +20,6 @@ from typing import Any
 from pydantic import Field
 
 from pipeline.flow.artifacts import Conversations, Documents, Judge, Policy, Prompts, RewardModel, Samples
-from pipeline.flow.config import not_identity
 from pipeline.flow.errors import UserError
 from pipeline.flow.stage import OneOrMore, Stage, Workspace
 from pipeline.llama.adapters import LoraSettings
@@ -52,9 +51,10 @@ class Ppo(Stage):
             default=512, ge=8, description="Longest prompt with its answer; longer prompts are dropped."
         )
         adapter: LoraSettings | None = Field(default=None, description="Train a LoRA adapter instead of all weights.")
-        checkpoint_every: int = not_identity(1, "Iterations between two checkpoints; 0 writes none.", ge=0)
         train: TrainSettings = Field(
-            default=TrainSettings(learning_rate=1e-4, schedule="constant", warmup=0.0, betas=(0.9, 0.999)),
+            default=TrainSettings(
+                learning_rate=1e-4, schedule="constant", warmup=0.0, betas=(0.9, 0.999), checkpoint_every=1
+            ),
             description="Optimiser and token budget; how much is trained is set by iterations, epochs and minibatch.",
         )
 
@@ -139,7 +139,7 @@ class Ppo(Stage):
         first = inputs.reward[0] if inputs.reward else None
         roles = open_roles(inputs.policy, first, config, config.adapter, workspace.seed)
         rewards = Rewards.open(inputs.reward, config.reward, inputs.policy.lineage, config.train.token_budget)
-        watch = _watch(config, inputs, rewards, reader, workspace, ranks.device)
+        watch = _watch(config, inputs, roles.policy, rewards, reader, workspace, ranks.device)
         frozen = [*roles.frozen, *rewards.networks, *(watch.networks if watch else [])]
         for model in (roles.actor, *frozen):
             model.to(ranks.device)
@@ -201,20 +201,21 @@ class Ppo(Stage):
         start = progress.resume()
         origin = origin_of(inputs.policy, workspace.stage, workspace.seed, temperature=temperature)
         log = SampleLog(workspace.working("samples.jsonl"), start=start, main=ranks.main)
-        for iteration in range(start, config.iterations):
-            rollout = sampler.sample(prompts.take(stream.batch(iteration)), iteration=iteration, ranks=ranks)
-            drawn = replace(origin, policy=origin.policy if iteration == 0 else None, iteration=iteration)
-            log.append(recorded(rollout.samples, rollout.prompt_ids, drawn))
-            scores = rewards.total(rollout.samples, ranks)
-            targets = learner.targets(rollout.groups(scores), progress.kl.coefficient, iteration)
-            if not config.importance.correct:
-                coarse = config.engine.precision != "model" or config.engine.engine != "native"
-                precision = "bf16" if coarse else config.train.precision
-                ppo_checks.require_sampler(targets.largest_gap, targets.figures["sampler_gap"], precision)
-            updated = learner.optimise(targets, progress.kl.coefficient, iteration)
-            roles.after_iteration(iteration + 1)
-            figures = {**rollout.figures, **targets.figures, **updated, "kl_coefficient": progress.kl.coefficient}
-            progress.finish(iteration, figures, samples=len(rollout.samples))
+        with progress.saving.stoppable():
+            for iteration in range(start, config.iterations):
+                rollout = sampler.sample(prompts.take(stream.batch(iteration)), iteration=iteration, ranks=ranks)
+                drawn = replace(origin, policy=origin.policy if iteration == 0 else None, iteration=iteration)
+                log.append(recorded(rollout.samples, rollout.prompt_ids, drawn))
+                scores = rewards.total(rollout.samples, ranks)
+                targets = learner.targets(rollout.groups(scores), progress.kl.coefficient, iteration)
+                if not config.importance.correct:
+                    coarse = config.engine.precision != "model" or config.engine.engine != "native"
+                    precision = "bf16" if coarse else config.train.precision
+                    ppo_checks.require_sampler(targets.largest_gap, targets.figures["sampler_gap"], precision)
+                updated = learner.optimise(targets, progress.kl.coefficient, iteration)
+                roles.after_iteration(iteration + 1)
+                figures = {**rollout.figures, **targets.figures, **updated, "kl_coefficient": progress.kl.coefficient}
+                progress.finish(iteration, figures, samples=len(rollout.samples))
         chosen = progress.settle()
         save_policy(policy, workspace)
         if ranks.main:
@@ -259,7 +260,9 @@ def _mix(config: Ppo.Config, inputs: Any, reader: Any, chat: Any, seed: int) -> 
     return streams
 
 
-def _watch(config: Ppo.Config, inputs: Any, rewards: Any, reader: Any, workspace: Workspace, device: Any) -> Any:
+def _watch(
+    config: Ppo.Config, inputs: Any, policy: Any, rewards: Any, reader: Any, workspace: Workspace, device: Any
+) -> Any:
     """What is looked at on `dev`; None without it."""
     if inputs.dev is None:
         return None
@@ -267,6 +270,7 @@ def _watch(config: Ppo.Config, inputs: Any, rewards: Any, reader: Any, workspace
 
     return open_watch(
         reader.read("dev", inputs.dev, "prompts"),
+        policy=policy,
         proxy=rewards,
         heldout=inputs.heldout_reward,
         judge=inputs.judge,

@@ -262,21 +262,19 @@ class Rejection(Stage):
         encoded.required("the chosen answers", config.max_tokens)
         plan = Plan(encoded.groups, config.train, seed=workspace.seed, strategy=ranks)
         trainer = Trainer(policy.module, next_token, config.train, ranks, total=len(plan), seed=workspace.seed)
-        watch = self._watch(inputs, reader, workspace, ranks)
+        watch = self._watch(inputs, policy, reader, workspace, ranks)
         outcome = fit(
             trainer,
             plan,
             workspace,
-            look=(lambda: watch(policy)) if watch else None,
-            best_by="choice" if watch and watch.chosen_by else "loss",
-            higher_is_better=bool(watch and watch.chosen_by),
+            watch=watch,
             figures=("loss", "nll"),
         )
         save_policy(policy, workspace)
         watched = watch.chosen(outcome.kept_step, chose=outcome.chose, looked=len(outcome.looks)) if watch else {}
         return watched | {"loss": outcome.last.get("nll"), "steps": outcome.steps, "trained_tokens": outcome.tokens}
 
-    def _watch(self, inputs: Inputs, reader: Reader, workspace: Workspace, ranks: Strategy) -> Any:
+    def _watch(self, inputs: Inputs, policy: Trainable, reader: Reader, workspace: Workspace, ranks: Strategy) -> Any:
         """What is looked at on `dev` while the policy learns; None without it."""
         if inputs.dev is None:
             return None
@@ -287,6 +285,7 @@ class Rejection(Stage):
         assert config.train and inputs.policy
         return open_watch(
             reader.read("dev", inputs.dev, "prompts"),
+            policy=policy,
             proxy=Rewards.open(inputs.reward, config.reward, inputs.policy.lineage, config.token_budget)
             if inputs.reward or config.reward.functions
             else None,

@@ -1,7 +1,7 @@
 """What a policy stage looks at while it trains: its answers to prompts that it does not train on.
 
     watch = open_watch(dev, proxy=rewards, heldout=inputs.heldout_reward, judge=inputs.judge, start=inputs.policy, ...)
-    figures = watch(policy)        # {"proxy": .., "heldout": .., "gold": .., "kl": .., "stop_rate": .., "choice": ..}
+    figures = watch()              # {"proxy": .., "heldout": .., "gold": .., "kl": .., "stop_rate": .., "choice": ..}
 
 `choice` is what the best checkpoint is chosen by; the judge never is.
 
@@ -39,6 +39,7 @@ CHOICE = "choice"
 def open_watch(
     dev: Sequence[Prompt],
     *,
+    policy: Trainable,
     proxy: RewardModel | Rewards | None,
     heldout: RewardModel | None,
     judge: Judge | None,
@@ -51,8 +52,9 @@ def open_watch(
     kl_budget: float | None,
     say: Callable[[str], None],
 ) -> Watch:
-    """`start` is the policy that the row starts from: KL is to it. Answers are drawn as `sampling` says, one a prompt,
-    at temperature 1. A proxy of several sources is their combined score, before length terms and missing ends.
+    """`policy` is what is trained, `start` what the row starts from: KL is to it. Answers are drawn as `sampling` says,
+    one a prompt, at temperature 1. A proxy of several sources is their combined score, before length terms and
+    missing ends.
 
     UserError where no prompt fits.
     """
@@ -65,7 +67,9 @@ def open_watch(
         raise UserError(f"dev: {problem}") from problem
     if len(fits) < len(dev):
         say(f"dev: {len(dev) - len(fits)} of {len(dev)} prompts are too long and left out")
-    made = Watch(fits, panel, reference, sampling, NoiseKey(seed, "dev"), max_tokens, token_budget, kl_budget, say)
+    made = Watch(
+        policy, fits, panel, reference, sampling, NoiseKey(seed, "dev"), max_tokens, token_budget, kl_budget, say
+    )
     for network in made.networks:
         network.to(device)
     return made
@@ -75,6 +79,7 @@ def open_watch(
 class Watch:
     """`kl_budget` in nats a response; None chooses among all."""
 
+    policy: Trainable
     prompts: Sequence[Prompt]
     panel: Panel
     reference: Trainable
@@ -88,14 +93,14 @@ class Watch:
     parted: str | None = None
     _within: bool = False  # whether a look was within the budget
 
-    def __call__(self, policy: Trainable) -> dict[str, float]:
+    def __call__(self) -> dict[str, float]:
         """The figures of the policy now. KL is known at temperature 1 only."""
-        found = answer("", policy, self.prompts, self.sampling, self.max_tokens, self.key)
+        found = answer("", self.policy, self.prompts, self.sampling, self.max_tokens, self.key)
         self.panel.score(found)
         figures = {name: float(values.mean()) for name, values in found.scores.items()}
         figures |= {"length": float(found.length.mean()), "stop_rate": float(found.stopped.mean())}
         if self.sampling.temperature == 1.0 and not self.sampling.truncated:
-            figures["kl"] = kl_to(self.reference, policy, found.samples, self.token_budget)
+            figures["kl"] = kl_to(self.reference, self.policy, found.samples, self.token_budget)
         self._compare(found.scores)
         return figures if self.chosen_by is None else figures | {CHOICE: self.choice(figures)}
 

@@ -48,7 +48,10 @@ class Interrupted(UserError):
 
     def __init__(self, number: int) -> None:
         name = signal.Signals(number).name
-        super().__init__(f"interrupted by {name}; the same command reuses the sealed rows and starts this one again")
+        super().__init__(
+            f"interrupted by {name}; the same command goes on: it reuses the sealed rows and continues this one after "
+            "its last checkpoint, where it has one"
+        )
         self.exit_code = 128 + number
 
 
@@ -159,6 +162,7 @@ class Runner:
         self.result = RunResult(self.run_dir.name, self.run_dir)
         self._workers: Workers | None = None
         self._interrupted: int | None = None
+        self._row = self.run_dir.name  # the row at work, for what is said
         self.started = False  # the run directory is ours and the plan is loaded
         self._began = time.time()
 
@@ -330,7 +334,7 @@ class Runner:
         from pipeline.flow.launch import Workers, launch_settings, processes_of
         from pipeline.flow.worker import RESULT
 
-        launch = launch_settings(asked.launch)
+        self._row, launch = row.name, launch_settings(asked.launch)
         if self._workers is None:
             self._workers = Workers(launch, log=self.run_dir / "logs" / "server.log")
         partial = self.store.prepare(asked)
@@ -420,6 +424,11 @@ class Runner:
 
         def handle(number: int, _frame: object) -> None:
             if self._workers is not None and self._workers.signal(number):
+                if self._interrupted is None:
+                    name = signal.Signals(number).name
+                    self.listener.said(
+                        self._row, f"{name}: the step at hand is finished and saved; again to leave at once"
+                    )
                 self._interrupted = self._interrupted or number
             else:
                 raise Interrupted(number)

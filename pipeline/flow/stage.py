@@ -240,7 +240,11 @@ class Workspace:
     def metrics_size(self) -> int:
         """Bytes of metrics.jsonl so far: what `rewind_metrics` goes back to."""
         path = self.partial / "metrics.jsonl"
-        return path.stat().st_size if path.exists() else 0
+        if not path.exists():
+            return 0
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())  # a checkpoint must not outlive the lines that it counts
+            return file.seek(0, os.SEEK_END)
 
     def rewind_metrics(self, size: int = 0) -> None:
         """Cut off what was logged after a checkpoint, so that no line appears twice."""

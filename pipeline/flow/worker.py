@@ -19,25 +19,17 @@ import contextlib
 import ctypes
 import json
 import os
-import signal
 import sys
 import traceback
 from pathlib import Path
 from typing import Any
 
+from pipeline.flow import stopping
 from pipeline.flow.errors import RowFailed, UserError
 
 RESULT = "result.json"  # the row's manifest, beside the request
 GANG_MESSAGE_BYTES = 3000  # of several ranks an error line stays below PIPE_BUF, so that two never mix
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc, malloc.h
-
-
-class Interrupted(BaseException):
-    """SIGINT or SIGTERM reached the worker; not an Exception, so that no stage swallows it."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
-        self.exit_code = 128 + number
 
 
 class Events:
@@ -62,9 +54,9 @@ def work(request_path: Path, *, rank: int, events: int) -> int:
     """Run one row's stage in this process and return the exit code. Never raises."""
     channel = Events(events, rank)
     try:
-        _interruptible()
+        stopping.install()
         _work(request_path, rank, channel)
-    except Interrupted as stop:
+    except stopping.Interrupted as stop:
         return stop.exit_code
     except UserError as error:
         traceback.print_exc()
@@ -93,14 +85,6 @@ def _work(request_path: Path, rank: int, channel: Events) -> None:
     leave_world(processes)
     if manifest is not None:
         _write(request_path.with_name(RESULT), manifest)
-
-
-def _interruptible() -> None:
-    def stop(number: int, _frame: object) -> None:
-        raise Interrupted(number)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
 
 
 def keep_freed_memory() -> None:

@@ -3,36 +3,40 @@
     checkpoints = Checkpoints(workspace.checkpoints, fingerprint, ranks)
     found = checkpoints.newest(workspace.say)              # None: nothing was ever completed
     checkpoints.save(step, tensors, state)                 # tensors by name, state as JSON
+    checkpoints.finish()                                   # what is still being written is on the disk
 
     step-000003/tensors.safetensors, state.json, manifest.json      the manifest is written last
+                tensors-00001.safetensors, ...                      parts of other ranks, where weights are cut up
 
-A checkpoint is written beside its place, synced and renamed by rank 0; older ones go only after it verifies. A damaged
-one is named and the next older is taken; where none verifies the row is refused. Nothing is pickled.
+A checkpoint is written beside its place, synced and renamed by rank 0, in a thread of its own while training goes on;
+older ones go only after it verifies. A damaged one is named and the next older is taken; where none verifies the row is
+refused. Nothing is pickled.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
-from pipeline.flow.errors import Damaged, UserError
+from pipeline.flow.errors import Damaged, RowFailed, UserError
 
 if TYPE_CHECKING:
-    from pipeline.train.loop import Trainer
     from pipeline.train.strategy import Strategy
 
 SCHEMA = 1
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
-MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+WRITING, LEAVING = ".tmp-", ".trash-"  # before the names of checkpoints that are not whole yet, or not any more
 
 
 @dataclass(frozen=True)
@@ -48,51 +52,112 @@ class Checkpoints:
     def __init__(self, directory: Path, identity: str, ranks: Strategy, *, keep: int = 2) -> None:
         """`identity` is the row's fingerprint: a checkpoint of another row is refused."""
         self.directory, self.identity, self.ranks, self.keep = directory, identity, ranks, keep
+        self._thread: ThreadPoolExecutor | None = None
+        self._writing: Future[None] | None = None
 
-    def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        """Every rank calls it; rank 0 writes."""
-        if self.ranks.main:
-            from safetensors.torch import save_file
+    def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], *, whole: bool = True) -> None:
+        """Every rank calls it. Rank 0 copies the tensors and writes while the caller goes on; where they are not the
+        whole, but each rank's own part, every rank writes its part before anybody goes on.
 
-            self.directory.mkdir(parents=True, exist_ok=True)
-            place = self.directory / f"step-{step:06d}"
-            work = self.directory / f".tmp-{place.name}"
+        RowFailed where this checkpoint, or the one before it, cannot be written: the older ones stay as they are.
+        """
+        text = json.dumps(_plain(dict(state)), allow_nan=False)
+        if not whole and self.ranks.world > 1:
+            self._save_together(step, tensors, text)
+        elif self.ranks.main:
+            self.finish()
+            copied = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}
+            self._thread = self._thread or ThreadPoolExecutor(1, "checkpoint")
+            self._writing = self._thread.submit(self._write, step, copied, text)
+
+    def finish(self) -> None:
+        """Wait for the last `save`; raises what went wrong in it."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def _write(self, step: int, tensors: Mapping[str, Tensor], state: str) -> None:
+        place, work = self._place(step)
+        with self._told(place, work, tensors):
+            self._begin(work)
+            _write_tensors(tensors, work / TENSORS)
+            self._complete(step, place, work, state)
+
+    def _save_together(self, step: int, tensors: Mapping[str, Tensor], state: str) -> None:
+        """Rank 0 makes the directory, all write their parts, rank 0 completes; a failure of one is one of all."""
+        place, work = self._place(step)
+
+        def all_ranks(act: Callable[[], None] | None) -> None:
+            problem = None
+            try:
+                with self._told(place, work, tensors):
+                    if act:
+                        act()
+            except RowFailed as error:
+                problem = str(error)
+            if problems := [p for p in self.ranks.gather(problem) if p]:
+                raise RowFailed(problems[0])
+
+        copied = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}
+        all_ranks((lambda: self._begin(work)) if self.ranks.main else None)
+        all_ranks(lambda: _write_tensors(copied, work / _part(self.ranks.rank)))
+        all_ranks((lambda: self._complete(step, place, work, state)) if self.ranks.main else None)
+
+    def _place(self, step: int) -> tuple[Path, Path]:
+        name = f"step-{step:06d}"
+        return self.directory / name, self.directory / (WRITING + name)
+
+    @contextlib.contextmanager
+    def _told(self, place: Path, work: Path, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
             shutil.rmtree(work, ignore_errors=True)
-            work.mkdir()
-            save_file({k: v.detach().contiguous().cpu().clone() for k, v in tensors.items()}, work / TENSORS)
-            (work / STATE).write_text(json.dumps(dict(state), allow_nan=False), encoding="utf-8")
-            files = {name: _facts(work / name) for name in (TENSORS, STATE)}
-            for name in files:
-                _sync(work / name)
-            manifest = {"schema": SCHEMA, "identity": self.identity, "step": step, "world": self.ranks.world}
-            (work / MANIFEST).write_text(json.dumps({**manifest, "files": files}, indent=1), encoding="utf-8")
-            _sync(work / MANIFEST)
-            _sync(work)
-            if place.exists():  # left by a run that was killed before it could use it
-                shutil.rmtree(place)
-            os.rename(work, place)
-            _sync(self.directory)
-            self._verify(place)
-            for old in self._places()[self.keep :]:
-                shutil.rmtree(old)
-        self.ranks.barrier()
+            raise RowFailed(self._cannot_write(place, tensors, error)) from error
+
+    def _begin(self, work: Path) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for left in (*self.directory.glob(f"{WRITING}*"), *self.directory.glob(f"{LEAVING}*")):
+            shutil.rmtree(left)
+        work.mkdir()
+
+    def _complete(self, step: int, place: Path, work: Path, state: str) -> None:
+        """The tensors are written: the rest, the new name, and away with what is too old."""
+        (work / STATE).write_text(state, encoding="utf-8")
+        _sync(work / STATE)
+        files = {path.name: _facts(path) for path in sorted(work.iterdir())}
+        manifest = {"schema": SCHEMA, "identity": self.identity, "step": step, "world": self.ranks.world}
+        (work / MANIFEST).write_text(json.dumps({**manifest, "files": files}, indent=1), encoding="utf-8")
+        _sync(work / MANIFEST)
+        _sync(work)
+        if place.exists():  # damaged, else the row had gone on from it
+            _remove(place)
+        os.rename(work, place)
+        _sync(self.directory)
+        self._verify(place)
+        for old in self._places()[self.keep :]:
+            _remove(old)
+
+    def _cannot_write(self, place: Path, tensors: Mapping[str, Tensor], error: OSError) -> str:
+        left = self._places()
+        stays = f"{left[0].name} is the last good one" if left else "there is none before it"
+        return (
+            f"checkpoint {place}: cannot be written ({error.strerror or error}): it needs {megabytes(tensors)} MB and "
+            f"{free_megabytes(self.directory)} MB are free; {stays}: make room and run the same command again"
+        )
 
     def newest(self, say: Callable[[str], None]) -> Checkpoint | None:
         """The newest checkpoint that verifies; None where none was ever completed.
 
         Damaged where there are some and none verifies; UserError where the world has another size now.
         """
-        places = self._places()
         problems = []
-        for place in places:
+        for place in self._places():
             try:
-                manifest = self._verify(place)
-                found = self._read(place, manifest)
+                return self._read(place, self._verify(place))
             except Damaged as problem:
                 problems.append(str(problem))
                 say(f"{problem}; trying the one before it")
-                continue
-            return found
         if problems:
             raise Damaged(
                 f"{self.directory}: no checkpoint verifies ({problems[0]}); remove that directory to start the row anew"
@@ -103,7 +168,7 @@ class Checkpoints:
         """Remove all: a row that writes none must not leave an earlier try's."""
         if self.ranks.main:
             for place in self._places():
-                shutil.rmtree(place)
+                _remove(place)
         self.ranks.barrier()
 
     def _places(self) -> list[Path]:
@@ -112,14 +177,18 @@ class Checkpoints:
     def _verify(self, place: Path) -> dict[str, Any]:
         try:
             manifest: dict[str, Any] = json.loads((place / MANIFEST).read_text(encoding="utf-8"))
-            listed = manifest["files"].items()
-            wrong = [(name, facts, _facts(place / name)) for name, facts in listed if _facts(place / name) != facts]
+            listed = {name: dict(facts) for name, facts in manifest["files"].items()}
+            known = (manifest["schema"], manifest["identity"], f"step-{manifest['step']:06d}")
+            found = {path.name: _facts(path) for path in place.iterdir() if path.name != MANIFEST}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise Damaged(f"checkpoint {place}: cannot be read ({error})") from error
-        for name, expected, found in wrong:
-            raise Damaged(f"checkpoint {place / name}: is {found}, its manifest says {expected}")
-        if manifest.get("identity") != self.identity:
-            raise Damaged(f"checkpoint {place}: belongs to another row")
+        if found.keys() != listed.keys() or not {TENSORS, STATE} <= listed.keys():
+            raise Damaged(f"checkpoint {place}: holds {sorted(found)}, its manifest says {sorted(listed)}")
+        for name, facts in listed.items():
+            if facts != found[name]:
+                raise Damaged(f"checkpoint {place / name}: is {found[name]}, its manifest says {facts}")
+        if known != (SCHEMA, self.identity, place.name):
+            raise Damaged(f"checkpoint {place}: belongs to another row, step or version: {list(known)}")
         return manifest
 
     def _read(self, place: Path, manifest: Mapping[str, Any]) -> Checkpoint:
@@ -130,46 +199,60 @@ class Checkpoints:
                 f"checkpoint {place}: written by {manifest['world']} processes, now there are {self.ranks.world}: go "
                 f"on with launch.processes={manifest['world']}, or remove {self.directory} to start the row anew"
             )
-        state = json.loads((place / STATE).read_text(encoding="utf-8"))
-        return Checkpoint(int(manifest["step"]), load_file(place / TENSORS), state)
+        state = json.loads((place / STATE).read_text(encoding="utf-8"), object_hook=_float)
+        own = place / _part(self.ranks.rank)
+        return Checkpoint(int(manifest["step"]), load_file(own if own.exists() else place / TENSORS), state)
 
 
-def trainer_tensors(trainer: Trainer) -> dict[str, Tensor]:
-    """Trained parameters and both of Adam's moments with its step, by parameter name. One process or DDP."""
-    _require_whole(trainer)
-    found: dict[str, Tensor] = {}
-    for name, parameter in _trained(trainer):
-        found[f"model.{name}"] = parameter
-        for key, value in trainer.engine.optimizer.state.get(parameter, {}).items():
-            if key in MOMENTS:
-                found[f"{key}.{name}"] = torch.as_tensor(value)
-    return found
+def _part(rank: int) -> str:
+    return TENSORS if rank == 0 else f"tensors-{rank:05d}.safetensors"
 
 
-@torch.no_grad()
-def restore_trainer(trainer: Trainer, tensors: Mapping[str, Tensor], done: int) -> None:
-    """The inverse. Damaged where a parameter has no tensor of its shape."""
-    _require_whole(trainer)
-    state = trainer.engine.optimizer.state
-    for name, parameter in _trained(trainer):
-        stored = tensors.get(f"model.{name}")
-        if stored is None or stored.shape != parameter.shape:
-            raise Damaged(f"the checkpoint holds no {name} of shape {tuple(parameter.shape)}")
-        parameter.copy_(stored)
-        moments = {key: tensors[f"{key}.{name}"] for key in MOMENTS if f"{key}.{name}" in tensors}
-        if moments:
-            device = parameter.device
-            state[parameter] = {key: value.clone().to(device) for key, value in moments.items()}
-    trainer.done = done
+def _write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(dict(tensors), path)
+    except SafetensorError as error:  # how it reports what the system refused
+        raise OSError(str(error)) from error
+    _sync(path)
 
 
-def _trained(trainer: Trainer) -> list[tuple[str, torch.nn.Parameter]]:
-    return [(name, p) for name, p in trainer.module.named_parameters() if p.requires_grad]
+def megabytes(tensors: Mapping[str, Tensor]) -> int:
+    """What these tensors take in a file, rounded up."""
+    return math.ceil(sum(t.numel() * t.element_size() for t in tensors.values()) / 1e6)
 
 
-def _require_whole(trainer: Trainer) -> None:
-    if hasattr(trainer.engine.module, "zero_optimization_stage"):
-        raise UserError("checkpoints inside a row are not written under DeepSpeed: set checkpoint_every to 0")
+def free_megabytes(directory: Path) -> int:
+    """What the file system of a directory, there already or not, can still take."""
+    while not directory.exists():
+        directory = directory.parent
+    return shutil.disk_usage(directory).free // 10**6
+
+
+SPECIAL = "float"  # JSON has no numbers that are not finite: they are written as {"float": "nan"}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return {SPECIAL: repr(value)}
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _float(value: dict[str, Any]) -> Any:
+    return float(value[SPECIAL]) if value.keys() == {SPECIAL} and isinstance(value[SPECIAL], str) else value
+
+
+def _remove(place: Path) -> None:
+    """First out of its name in one step: what is half removed must not look like a damaged checkpoint."""
+    leaving = place.with_name(LEAVING + place.name)
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(leaving)
+    os.rename(place, leaving)
+    shutil.rmtree(leaving)
 
 
 def _facts(path: Path) -> dict[str, Any]:

@@ -26,12 +26,13 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.data.forest import Forest, Group, build, cut, size
-from pipeline.flow.errors import NonFinite
+from pipeline.flow.errors import Damaged, NonFinite
 from pipeline.llama.arithmetic import fast_products
 from pipeline.train import optim
 from pipeline.train.batches import Plan, check_sizes
 from pipeline.train.metrics import Number, Sums, exact_sum, merge
 from pipeline.train.randomness import seed_dropout
+from pipeline.train.resume import Resume
 from pipeline.train.settings import TrainSettings
 from pipeline.train.strategy import Strategy
 
@@ -59,7 +60,7 @@ class LossFunction(Protocol):
         """
 
 
-CHOICE = "choice"  # what `look` calls the figure that decides, where it has one
+CHOICE = "choice"  # what a watch calls the figure that decides, where it has one
 FEW_STEPS = 10  # below this hardly anything is learnt
 Work = Sequence[Group] | Sequence[Forest]
 LOSS, TOKENS = "loss/", "tokens"
@@ -170,6 +171,15 @@ class Trainer:
         with self.engine.autocast(), fast_products(self.strategy.device, self.settings.precision):
             yield
 
+    def state(self) -> dict[str, Tensor]:
+        """`Engine.state`."""
+        return self.engine.state()
+
+    def load_state(self, tensors: Mapping[str, Tensor], done: int) -> None:
+        """Stand where `state` was taken, after `done` updates."""
+        self.engine.load_state(tensors)
+        self.done = done
+
     def share(self, groups: Sequence[Group]) -> list[Group]:
         """This rank's part of groups that all ranks hold."""
         return [groups[i] for i in self.strategy.share([size(g) for g in groups])]
@@ -271,7 +281,7 @@ class Outcome:
 
     @property
     def looks(self) -> list[dict[str, float]]:
-        """The figures of `look` alone, as it gave them."""
+        """The figures of the watch alone, as it gave them."""
         return [{k[4:]: v for k, v in e.items() if k.startswith("dev/")} for e in self.evaluations]
 
     @property
@@ -280,52 +290,78 @@ class Outcome:
         return next((e for e in self.evaluations if e["step"] == self.kept_step), {})
 
 
+class Watch(Protocol):
+    """`pipeline.evaluate.watch.Watch`, which a stage opens on its policy."""
+
+    @property
+    def chosen_by(self) -> str | None: ...
+    def __call__(self) -> dict[str, float]: ...
+    def chosen(self, kept_step: int, *, chose: bool, looked: int) -> dict[str, Any]: ...
+    def state(self) -> dict[str, Any]: ...
+    def load(self, state: Mapping[str, Any]) -> None: ...
+
+
 def fit(
     trainer: Trainer,
     plan: Plan,
     workspace: Any,
     *,
     evaluate: Callable[[], Mapping[str, float]] | None = None,
-    look: Callable[[], Mapping[str, float]] | None = None,
+    watch: Watch | None = None,
     best_by: str = "loss",
-    higher_is_better: bool = False,
     figures: Sequence[str] = ("loss", "learning_rate"),
 ) -> Outcome:
     """Run the plan. Logs every step, evaluates `settings.evaluations` times, ends on the best or the last
-    weights.
+    weights. A row that was stopped goes on after its last checkpoint.
 
     evaluate   figures of the current weights on held-out records, the same on every rank; logged as heldout/<name>
-    look       figures of what the current weights answer; logged as dev/<name>
-    best_by    which of them all decides under `keep: best`; of `look` one that is not finite is never the best
+    watch      figures of what the current weights answer; logged as dev/<name>
+    best_by    which of the held-out figures decides under `keep: best`, the lowest; a watch that chooses goes first
     """
+    settings = trainer.settings
     if len(plan) < FEW_STEPS and trainer.strategy.main:
         workspace.say(
             f"only {len(plan)} optimiser steps from {len(plan.groups)} records: hardly anything can be learnt; "
             "give more data, more train.epochs, or a smaller train.batch"
         )
-    due = evaluation_steps(len(plan), trainer.settings.evaluations) if evaluate or look else set()
-    choosing = (evaluate or best_by == CHOICE) and trainer.settings.keep == "best"
-    best = Best(best_by, higher_is_better) if choosing else None
+    due = evaluation_steps(len(plan), settings.evaluations) if evaluate or watch else set()
+    choosing = bool(watch and watch.chosen_by)
+    best_by = CHOICE if choosing else best_by
+    best = Best(best_by, choosing) if (choosing or evaluate) and settings.keep == "best" else None
+    progress = Resume(workspace, trainer, best, every=settings.checkpoint_every, keep=settings.keep_last)
     evaluations: list[dict[str, float]] = []
     tokens, last = 0, {}
-    for batch in plan:
-        started = time.perf_counter()
-        last = trainer.step(batch.groups, batch.weights, batch.filler)
-        seconds = time.perf_counter() - started
-        tokens += int(last[TOKENS])
-        report = last | {"time/tokens_per_second": last[TOKENS] / seconds}
-        if trainer.done in due:
-            found, seen = dict(evaluate() if evaluate else {}), dict(look() if look else {})
-            if not math.isfinite(found.get(best_by, 0.0)):
-                raise NonFinite(f"after step {trainer.done}: held-out {best_by} is {found[best_by]}")
-            evaluations.append(found | {f"dev/{k}": v for k, v in seen.items()} | {"step": trainer.done})
-            report |= {f"heldout/{name}": value for name, value in found.items()}
-            report |= {f"dev/{name}": value for name, value in seen.items() if math.isfinite(value)}
-            if best:
-                best.offer(trainer, found | seen)
-        if trainer.strategy.main:
-            workspace.log(step=trainer.done, **report)
-            workspace.progress(tokens, plan.tokens, "tokens", **{k: report[k] for k in figures if k in report})
+    if (own := progress.start()) is not None:
+        tokens, last, evaluations = own["tokens"], own["last"], own["evaluations"]
+        if watch:
+            watch.load(own["watch"])
+    state = lambda: {
+        "tokens": tokens,
+        "last": last,
+        "evaluations": evaluations,
+        "watch": watch.state() if watch else None,
+    }
+    with progress.stoppable():
+        for number in range(trainer.done, len(plan)):
+            batch = plan.batch(number)
+            started = time.perf_counter()
+            last = trainer.step(batch.groups, batch.weights, batch.filler)
+            seconds = time.perf_counter() - started
+            tokens += int(last[TOKENS])
+            report = last | {"time/tokens_per_second": last[TOKENS] / seconds}
+            if trainer.done in due:
+                found, seen = dict(evaluate() if evaluate else {}), dict(watch() if watch else {})
+                if not math.isfinite(found.get(best_by, 0.0)):
+                    raise NonFinite(f"after step {trainer.done}: held-out {best_by} is {found[best_by]}")
+                evaluations.append(found | {f"dev/{k}": v for k, v in seen.items()} | {"step": trainer.done})
+                report |= {f"heldout/{name}": value for name, value in found.items()}
+                report |= {f"dev/{name}": value for name, value in seen.items() if math.isfinite(value)}
+                if best:
+                    best.offer(trainer, found | seen)
+            if trainer.strategy.main:
+                workspace.log(step=trainer.done, **report)
+                workspace.progress(tokens, plan.tokens, "tokens", **{k: report[k] for k in figures if k in report})
+            progress.after(trainer.done, len(plan), state)
     kept = best.restore(trainer) if best and best.step else trainer.done
     return Outcome(last, evaluations, kept, trainer.done, tokens, chose=bool(best and best.step))
 
@@ -357,6 +393,17 @@ class Best:
         if math.isfinite(value) and value > self.value:
             self.value, self.step = value, trainer.done
             self.state = [t.detach().to("cpu", copy=True) for t in _held(trainer.engine.parameters)]
+
+    def saved(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """For a checkpoint: JSON values, and tensors by name."""
+        tensors = {f"best.{i}": tensor for i, tensor in enumerate(self.state)}
+        return {"value": self.value, "step": self.step, "tensors": len(tensors)}, tensors
+
+    def load(self, found: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        names = [f"best.{i}" for i in range(found["tensors"])]
+        if missing := [name for name in names if name not in tensors]:
+            raise Damaged(f"the checkpoint does not hold the best weights whole: no {missing[0]}")
+        self.value, self.step, self.state = found["value"], found["step"], [tensors[name] for name in names]
 
     def restore(self, trainer: Trainer) -> int:
         if self.step != trainer.done:

@@ -59,6 +59,11 @@ class TrainSettings(Settings):
         default="best", description="Weights of the best evaluation, or those of the last step."
     )
 
+    checkpoint_every: int = not_identity(
+        100, "Optimiser steps (iterations in PPO) between two checkpoints inside the row; 0 writes none.", ge=0
+    )
+    keep_last: int = not_identity(2, "Checkpoints inside the row that stay; the best weights are in each.", ge=1)
+
     @model_validator(mode="after")
     def _sane(self) -> TrainSettings:
         if not all(0 <= beta < 1 for beta in self.betas):

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from pipeline.flow.errors import UserError
+from pipeline.flow.errors import Damaged, UserError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-UNCLIPPED = 1e6  # DeepSpeed takes a clipping of 0 for "unset" and puts 1.0 in its place
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # AdamW's state of one parameter
 
 
 class Strategy:
@@ -86,14 +86,17 @@ class Strategy:
         return [i for turn, i in enumerate(order) if there_and_back[turn % len(there_and_back)] == self.rank]
 
     def engine(self, module: nn.Module, optimizer: torch.optim.Optimizer, precision: str) -> Engine:
-        from accelerate.utils import DistributedType
+        if self.deepspeed is None:
+            return Engine(self, module, optimizer, precision)
+        from pipeline.train.zero import DeepSpeedEngine
 
-        kind = DeepSpeedEngine if self.accelerator.distributed_type == DistributedType.DEEPSPEED else Engine
-        return kind(self, module, optimizer, precision)
+        return DeepSpeedEngine(self, module, optimizer, precision)
 
 
 class Engine:
     """One module and its optimiser in one process or under DDP."""
+
+    whole_state = True  # `state` gives the same on every rank; otherwise each rank has a part of its own
 
     def __init__(self, strategy: Strategy, module: nn.Module, optimizer: torch.optim.Optimizer, precision: str) -> None:
         self.strategy = strategy
@@ -158,45 +161,36 @@ class Engine:
         """
         return {name: tensor.detach().to("cpu") for name, tensor in self.bare.state_dict().items()}
 
+    def trained(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, p) for name, p in self.bare.named_parameters() if p.requires_grad]
 
-class DeepSpeedEngine(Engine):
-    """ZeRO 1-3. DeepSpeed clips inside its step, so a gradient's norm is known only after the update."""
+    def state(self) -> dict[str, torch.Tensor]:
+        """What an update reads and writes, the live tensors: weights in float32, both moments and their step."""
+        found: dict[str, torch.Tensor] = {}
+        for name, parameter in self.trained():
+            found[f"model.{name}"] = parameter
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                if key in MOMENTS:
+                    found[f"{key}.{name}"] = torch.as_tensor(value)
+        return found
 
-    def _prepare(self) -> None:
-        self.module, _ = self.strategy.accelerator.prepare(self.bare, self.optimizer)
-        self.optimizer = self.module.optimizer
+    @torch.no_grad()
+    def load_state(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """The inverse, on every rank. Damaged where something is missing or has another shape."""
+        for name, parameter in self.trained():
+            stored = stored_state(name, parameter.shape, tensors)
+            parameter.copy_(stored.pop("model"))
+            if stored:  # one that no update has reached yet has none
+                self.optimizer.state[parameter] = {k: v.clone().to(parameter.device) for k, v in stored.items()}
 
-    def autocast(self) -> AbstractContextManager[Any]:
-        return nullcontext()  # precision is part of DeepSpeed's own configuration
 
-    def accumulate(self, last: bool) -> AbstractContextManager[Any]:
-        self.module.set_gradient_accumulation_boundary(is_boundary=last)
-        return nullcontext()
-
-    def backward(self, loss: torch.Tensor) -> None:
-        self.module.backward(loss)
-
-    def gradient_norm(self, clip: float) -> float | None:
-        return None
-
-    def part_norm(self, prefix: str) -> float | None:
-        return None
-
-    def hold(self, prefixes: Collection[str]) -> None:
-        """Their rate is 0; DeepSpeed's step needs every gradient, so that their moments decay."""
-
-    def update(self) -> float | None:
-        self.module.step()
-        norm = self.module.get_global_grad_norm()
-        return None if norm is None else float(norm)
-
-    def clear(self) -> None:
-        """DeepSpeed clears gradients in its step."""
-
-    def weights(self) -> dict[str, torch.Tensor]:
-        if self.module.zero_optimization_stage() < 3:
-            return super().weights()
-        return self.strategy.accelerator.get_state_dict(self.module) or {}
+def stored_state(name: str, shape: torch.Size, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What `Engine.state` gave of one parameter: its `model`, and none or all of MOMENTS. Damaged otherwise."""
+    found = {key: tensors[f"{key}.{name}"] for key in ("model", *MOMENTS) if f"{key}.{name}" in tensors}
+    wrong = [key for key, value in found.items() if key != "step" and value.shape != shape]
+    if "model" not in found or len(found) not in (1, 1 + len(MOMENTS)) or wrong:
+        raise Damaged(f"the checkpoint does not hold {name} of shape {tuple(shape)} whole, but {sorted(found)}")
+    return found
 
 
 def build(
@@ -226,8 +220,9 @@ def build(
     on_cpu = device == "cpu" or not torch.cuda.is_available()
     keywords: dict[str, Any] = {"gradient_accumulation_steps": 1, "mixed_precision": "no"}
     if strategy == "deepspeed":
-        configuration = deepspeed_config(zero_stage, offload, precision, clip, deepspeed)
-        keywords |= _deepspeed_keywords(configuration, on_cpu)
+        from pipeline.train import zero
+
+        keywords |= zero.keywords(zero.configuration(zero_stage, offload, precision, clip, deepspeed), on_cpu)
     else:
         keywords |= _ddp_keywords() | {"cpu": on_cpu}
     made = Strategy(Accelerator(**keywords))
@@ -243,47 +238,7 @@ def for_row(workspace: Any, *, precision: str = "fp32", clip: float = 1.0) -> St
     return build(processes=workspace.world, **chosen, precision=precision, clip=clip)
 
 
-def deepspeed_config(
-    zero_stage: int, offload: str, precision: str, clip: float, more: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """DeepSpeed's configuration: the loop's own step boundary, our optimiser, no scheduler."""
-    zero: dict[str, Any] = {"stage": zero_stage}
-    if offload in ("optimizer", "all"):
-        zero["offload_optimizer"] = {"device": "cpu"}
-    if offload == "all":
-        zero["offload_param"] = {"device": "cpu"}
-    if zero_stage == 3:
-        zero["stage3_gather_16bit_weights_on_model_save"] = True
-    base = {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": clip if clip > 0 else UNCLIPPED,
-        "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": precision == "bf16"},
-    }
-    return _merged(base, more or {})
-
-
-def _merged(base: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
-    out = dict(base)
-    for key, value in more.items():
-        both = isinstance(value, Mapping) and isinstance(out.get(key), Mapping)
-        out[key] = _merged(out[key], value) if both else value
-    return out
-
-
 def _ddp_keywords() -> dict[str, Any]:
     from accelerate.utils import DistributedDataParallelKwargs
 
     return {"kwargs_handlers": [DistributedDataParallelKwargs(broadcast_buffers=False)]}
-
-
-def _deepspeed_keywords(configuration: Mapping[str, Any], on_cpu: bool) -> dict[str, Any]:
-    from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
-
-    keywords: dict[str, Any] = {"deepspeed_plugin": DeepSpeedPlugin(hf_ds_config=dict(configuration))}
-    if on_cpu:  # with cpu=True accelerate believes in a single process here
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        keywords["kwargs_handlers"] = [InitProcessGroupKwargs(backend="gloo")]
-    return keywords

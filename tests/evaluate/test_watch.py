@@ -16,19 +16,29 @@ from pipeline.rollout.reward import Reward
 from tests.small import chat, forget_gradients, policy, prompts, scorer
 
 
-def watch(*names: str, budget: float | None = None) -> Watch:
+def watch(*names: str, budget: float | None = None, seed: int = 0) -> Watch:
     rewards = {name: Reward(scorer(i).module, chat(), 0.0) for i, name in enumerate(names)}
     sampling = SamplingSettings(max_new_tokens=5)
     panel, reference = Panel(rewards, None, 64), forget_gradients(policy())
-    return Watch(prompts("a", "b", "c"), panel, reference, sampling, NoiseKey(0, "dev"), 99, 64, budget)
+    return Watch(
+        forget_gradients(policy(seed)),
+        prompts("a", "b", "c"),
+        panel,
+        reference,
+        sampling,
+        NoiseKey(0, "dev"),
+        99,
+        64,
+        budget,
+    )
 
 
 def test_a_policy_is_seen_with_its_scores_and_its_kl():
-    found = watch("proxy", "heldout")(forget_gradients(policy()))
+    found = watch("proxy", "heldout")()
     assert set(found) == {"proxy", "heldout", "length", "stop_rate", "kl", "choice"}
     assert found["choice"] == found["heldout"]
     assert found["kl"] == 0.0  # the reference itself
-    assert watch("proxy")(forget_gradients(policy(3)))["kl"] > 0
+    assert watch("proxy", seed=3)()["kl"] > 0
 
 
 def test_the_heldout_model_chooses_and_the_proxy_where_there_is_none():

@@ -29,7 +29,7 @@ from tests.stages.rows import Place, Row, train
 SHORT = {"samples": 4, "max_new_tokens": 6}
 SMALL: dict[str, Any] = {
     "iterations": 2, "prompts": 4, "minibatch": 8, "sampling": SHORT,
-    "reward": {"unfinished_score": None}, "train": train(),
+    "reward": {"unfinished_score": None}, "train": {**train(), "checkpoint_every": 1},
 }  # fmt: skip
 
 
@@ -178,7 +178,7 @@ MOVING: dict[str, Any] = {
     "kl": {"control": "adaptive", "target": 0.01, "horizon": 100},
     "reference": {"kind": "average"},
     "average": 0.9,
-    "train": {**train(), "evaluations": 4, "keep": "best"},
+    "train": {**SMALL["train"], "evaluations": 4, "keep": "best"},
 }
 
 
@@ -196,7 +196,7 @@ def test_a_row_that_was_stopped_goes_on_to_the_same_bits(
             place.run("ppo", watched, again=broken, **MOVING)
     shutil.rmtree(broken / "out", ignore_errors=True)
     again = place.run("ppo", watched, again=broken, **MOVING)
-    assert "goes on after iteration 2 of 4" in again.said
+    assert "goes on after iteration 2, from its checkpoint" in again.said
     assert len(again.rows("samples")) == 4 * 4 * 4
     for slot in ("policy", "average", "samples"):
         assert again.out[slot].digest == whole.out[slot].digest
@@ -235,7 +235,7 @@ def damage(path: Path) -> None:
 def test_dev_is_recorded_and_chooses_within_the_budget(place: Place, inputs: dict[str, Any]):
     heldout = other_reward(place)
     watched = {**inputs, "dev": place.prompts(), "heldout_reward": heldout}
-    settings = {**SMALL, "iterations": 3, "train": {**train(), "evaluations": 3, "keep": "best"}}
+    settings = {**SMALL, "iterations": 3, "train": {**SMALL["train"], "evaluations": 3, "keep": "best"}}
     row = place.run("ppo", watched, **settings)
     assert {"dev/proxy", "dev/heldout", "dev/kl", "dev/stop_rate"} <= row.log[0].keys()
     best = max(range(3), key=lambda i: row.log[i]["dev/heldout"])

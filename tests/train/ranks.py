@@ -1,6 +1,8 @@
 """Trains the tiny model as one rank of several and writes what came out as JSON.
 
-torchrun --nproc_per_node 2 tests/train/ranks.py OUT STRATEGY [ZERO_STAGE [records|ratings]]
+torchrun --nproc_per_node 2 tests/train/ranks.py OUT STRATEGY [ZERO_STAGE [records|ratings|stopped [OFFLOAD]]]
+
+`stopped` leaves without a word in the third step, and goes on with checkpoints under OUT.work when called again.
 """
 
 from __future__ import annotations
@@ -29,15 +31,25 @@ from tests.small import ask, chat, policy  # noqa: E402
 from tests.train.tiny import Listener, Tiny, next_token, records  # noqa: E402
 
 
-def train(strategy: Strategy) -> dict[str, object]:
+def train(strategy: Strategy, root: Path | None = None, leave_in: int | None = None) -> dict[str, object]:
     """9 records in batches of 4, 4 and 1, unequal lengths, several passes a step; the last batch is one
     rank's.
     """
-    settings = TrainSettings(batch=4, token_budget=14, learning_rate=1e-2, evaluations=2, keep="last")
+    settings = TrainSettings(
+        batch=4, token_budget=14, learning_rate=1e-2, evaluations=2, keep="last", checkpoint_every=1
+    )
     plan = Plan(records(9), settings, seed=1, strategy=strategy)
     trainer = Trainer(Tiny(), next_token, settings, strategy, total=len(plan), seed=3)
     heldout = trainer.share(records(5, longest=9))
-    heard = Listener()
+    heard = Listener(root)
+    step = trainer.step
+
+    def stepping(*arguments: Any) -> dict[str, float]:
+        if trainer.done + 1 == leave_in:
+            os._exit(0)
+        return step(*arguments)
+
+    trainer.step = stepping  # type: ignore[method-assign, assignment]
     outcome = fit(
         trainer, plan, heard, evaluate=lambda: trainer.evaluate(heldout, weigh_tokens(heldout)), best_by="nll"
     )
@@ -78,17 +90,23 @@ def train_ratings(strategy: Strategy) -> dict[str, object]:
     }
 
 
-def main(out: str, strategy: str, stage: str = "2", what: str = "records") -> None:
+def main(out: str, strategy: str, stage: str = "2", what: str = "records", offload: str = "none") -> None:
     torch.set_num_threads(1)
-    found = (train if what == "records" else train_ratings)(
-        build(
-            processes=int(os.environ["WORLD_SIZE"]),
-            strategy=strategy,
-            device="cpu",
-            zero_stage=int(stage),
-            clip=1.0,
-        )
+    made = build(
+        processes=int(os.environ["WORLD_SIZE"]),
+        strategy=strategy,
+        device="cpu",
+        zero_stage=int(stage),
+        offload=offload,
+        clip=1.0,
     )
+    if what == "ratings":
+        found = train_ratings(made)
+    else:
+        root = Path(f"{out}.work")
+        begun = root.exists()
+        made.barrier()  # before anybody makes it
+        found = train(made, root, leave_in=3 if what == "stopped" and not begun else None)
     Path(f"{out}.{found['rank']}").write_text(json.dumps(found), encoding="utf-8")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import math
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from pipeline.flow.errors import Damaged, UserError
-from pipeline.train.checkpoints import Checkpoints, restore_trainer, trainer_tensors
+from pipeline.flow.errors import Damaged, RowFailed, UserError
+from pipeline.train.checkpoints import Checkpoints
 from pipeline.train.loop import Trainer
 from pipeline.train.settings import TrainSettings
 from pipeline.train.strategy import build
@@ -36,15 +39,21 @@ def saved(directory: Path, *steps: int, **more: Any) -> Checkpoints:
     made = checkpoints(directory, **more)
     for step in steps:
         made.save(step, {"w": torch.full((3,), float(step))}, {"iteration": step, "kl": 0.1})
+    made.finish()
     return made
 
 
 def test_what_was_saved_comes_back_exactly(tmp_path: Path):
     value = torch.tensor([0.1, 1e-30, 3.0])
-    checkpoints(tmp_path).save(7, {"w": value, "step": torch.tensor(2.0)}, {"x": 0.1 + 0.2})
+    made = checkpoints(tmp_path)
+    made.save(7, {"w": value, "step": torch.tensor(2.0)}, {"x": 0.1 + 0.2, "y": [math.nan, -math.inf]})
+    value_then = value.clone()
+    value.fill_(0.0)  # training goes on while it is written
+    made.finish()
     found = checkpoints(tmp_path).newest(print)
-    assert found is not None and found.step == 7 and found.state == {"x": 0.1 + 0.2}
-    assert torch.equal(found.tensors["w"], value) and float(found.tensors["step"]) == 2.0
+    assert found is not None and found.step == 7 and found.state["x"] == 0.1 + 0.2
+    assert math.isnan(found.state["y"][0]) and found.state["y"][1] == -math.inf
+    assert torch.equal(found.tensors["w"], value_then) and float(found.tensors["step"]) == 2.0
 
 
 def test_the_newest_ones_stay(tmp_path: Path):
@@ -58,7 +67,7 @@ def test_nothing_saved_is_nothing_to_go_on_from(tmp_path: Path):
     assert checkpoints(tmp_path).newest(print) is None
 
 
-@pytest.mark.parametrize("what", ["flipped", "shortened", "gone", "manifest", "empty manifest"])
+@pytest.mark.parametrize("what", ["flipped", "shortened", "gone", "manifest", "empty manifest", "more", "step"])
 def test_damage_is_named_and_the_one_before_is_taken(tmp_path: Path, what: str):
     made = saved(tmp_path, 1, 2)
     place = made.directory / "step-000002"
@@ -72,6 +81,11 @@ def test_damage_is_named_and_the_one_before_is_taken(tmp_path: Path, what: str):
         (place / "tensors.safetensors").unlink()
     elif what == "manifest":
         (place / "manifest.json").unlink()
+    elif what == "more":
+        (place / "other.json").write_text("{}")
+    elif what == "step":
+        manifest = json.loads((place / "manifest.json").read_text())
+        (place / "manifest.json").write_text(json.dumps({**manifest, "step": 3}))
     else:
         (place / "manifest.json").write_text("[]")
     said: list[str] = []
@@ -97,6 +111,37 @@ def test_another_number_of_processes_is_refused(tmp_path: Path):
         made.newest(print)
 
 
+def test_what_a_killed_save_left_is_cleared_and_a_damaged_one_replaced(tmp_path: Path):
+    made = saved(tmp_path, 1, 2)
+    for name in (".tmp-step-000003", ".trash-step-000001"):
+        (made.directory / name).mkdir()
+        (made.directory / name / "tensors.safetensors").write_text("half")
+    (made.directory / "step-000002" / "state.json").unlink()
+    again = checkpoints(tmp_path)
+    assert again.newest(lambda _: None).step == 1  # type: ignore[union-attr]
+    saved(tmp_path, 2)
+    assert sorted(p.name for p in made.directory.iterdir()) == ["step-000001", "step-000002"]
+    assert again.newest(print).step == 2  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("call", ["fsync", "rename"])
+def test_a_full_disk_is_told_and_the_last_good_one_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str):
+    made = saved(tmp_path, 1)
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, call, full)
+    made.save(2, {"w": torch.zeros(1_000_000)}, {})
+    with pytest.raises(
+        RowFailed, match=r"step-000002: cannot be written \(No space left.*needs 4 MB and \d+ MB are free"
+    ):
+        made.finish()
+    monkeypatch.undo()
+    assert [p.name for p in made.directory.iterdir()] == ["step-000001"]
+    assert made.newest(print).step == 1  # type: ignore[union-attr]
+
+
 def test_a_trainer_goes_on_with_the_same_bits(tmp_path: Path):
     """Weights and both moments with their step: three updates at once, or two, a stop, and one."""
     whole, first = trainer(), trainer()
@@ -104,13 +149,27 @@ def test_a_trainer_goes_on_with_the_same_bits(tmp_path: Path):
         step(whole)
     for _ in range(2):
         step(first)
-    checkpoints(tmp_path).save(2, trainer_tensors(first), {})
+    made = checkpoints(tmp_path)
+    made.save(2, first.state(), {})
+    made.finish()
     found = checkpoints(tmp_path).newest(print)
     second = trainer()
     assert found is not None
-    restore_trainer(second, found.tensors, 2)
+    second.load_state(found.tensors, 2)
     step(second)
     for a, b in zip(second.module.parameters(), whole.module.parameters(), strict=True):
         assert torch.equal(a, b)
-    with pytest.raises(Damaged, match="holds no"):
-        restore_trainer(second, {}, 2)
+
+
+@pytest.mark.parametrize(
+    "left_out", ["model.norm.weight", "exp_avg.norm.weight", "exp_avg_sq.head.weight", "step.head.weight"]
+)
+def test_no_part_of_the_state_may_be_missing(left_out: str):
+    made = trainer()
+    step(made)
+    tensors = {name: tensor for name, tensor in made.state().items() if name != left_out}
+    with pytest.raises(Damaged, match=f"does not hold {left_out.partition('.')[2]} of shape"):
+        trainer().load_state(tensors, 1)
+    wrong = {**made.state(), "exp_avg.norm.weight": torch.zeros(3)}
+    with pytest.raises(Damaged, match="does not hold norm.weight"):
+        trainer().load_state(wrong, 1)

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 
 from pipeline.flow.errors import UserError
-from pipeline.train.strategy import Strategy, build, deepspeed_config, for_row
+from pipeline.train import zero
+from pipeline.train.strategy import Strategy, build, for_row
 from tests.train.ranks import train
 
 SCRIPT = Path(__file__).with_name("ranks.py")
 
 
-def torchrun(out: Path, processes: int, *arguments: str) -> list[dict[str, Any]]:
+def torchrun(out: Path, processes: int, *arguments: str, ends: bool = True) -> list[dict[str, Any]]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     environment.pop("WORLD_SIZE", None)
@@ -29,7 +30,7 @@ def torchrun(out: Path, processes: int, *arguments: str) -> list[dict[str, Any]]
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(Path(f"{out}.{rank}").read_text()) for rank in range(processes)]
+    return [json.loads(Path(f"{out}.{rank}").read_text()) for rank in range(processes)] if ends else []
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +70,44 @@ def test_four_ranks_train_like_one(tmp_path: Path, alone: dict[str, Any]) -> Non
     assert_same(torchrun(tmp_path / "ddp", 4, "ddp"), alone)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("offload", ["optimizer", "all"])
+@pytest.mark.parametrize("stage", ["2", "3"])
+def test_offloaded_zero_trains_like_one_process(
+    tmp_path: Path, alone: dict[str, Any], stage: str, offload: str
+) -> None:
+    if (stage, offload) != ("2", "all"):  # parameters are offloaded by ZeRO-3 alone
+        assert_same(torchrun(tmp_path / "zero", 2, "deepspeed", stage, "records", offload), alone)
+
+
+def stopped(out: Path, processes: int, *arguments: str) -> list[dict[str, Any]]:
+    """All ranks leave in the third step; the same command afterwards."""
+    torchrun(out, processes, *arguments, ends=False)
+    left = sorted(p.name for p in Path(f"{out}.work/checkpoints").glob("step-*"))
+    assert left[:1] == ["step-000001"] and "step-000003" not in left  # the second was being written, perhaps
+    return torchrun(out, processes, *arguments)
+
+
+def assert_same_bits(found: list[dict[str, Any]], whole: list[dict[str, Any]]) -> None:
+    for one, other in zip(found, whole, strict=True):
+        assert [one[k] for k in ("last", "evaluations", "weights")] == [
+            other[k] for k in ("last", "evaluations", "weights")
+        ]
+
+
+def test_two_ranks_that_were_stopped_go_on_to_the_same_bits(tmp_path: Path) -> None:
+    whole = torchrun(tmp_path / "whole", 2, "ddp")
+    assert_same_bits(stopped(tmp_path / "parts", 2, "ddp", "2", "stopped"), whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("stage", ["1", "2", "3"])
+def test_stopped_zero_goes_on_to_the_same_bits(tmp_path: Path, stage: str, processes: int) -> None:
+    whole = torchrun(tmp_path / "whole", processes, "deepspeed", stage)
+    assert_same_bits(stopped(tmp_path / "parts", processes, "deepspeed", stage, "stopped"), whole)
+
+
 def test_a_world_of_another_size_is_refused() -> None:
     with pytest.raises(UserError, match="2 asked for, but this process is one of 1"):
         build(processes=2, strategy="ddp")
@@ -96,7 +135,7 @@ def test_sharing_is_a_partition_of_nearly_equal_loads(world: int) -> None:
 
 
 def test_deepspeed_sees_no_accumulation_and_no_clipping_of_its_own() -> None:
-    plain = deepspeed_config(3, "all", "bf16", 0.0, {"zero_optimization": {"overlap_comm": True}})
+    plain = zero.configuration(3, "all", "bf16", 0.0, {"zero_optimization": {"overlap_comm": True}})
     assert plain["gradient_accumulation_steps"] == 1
     assert plain["gradient_clipping"] == 1e6  # 0 would silently become 1.0
     assert plain["zero_optimization"]["stage"] == 3 and plain["zero_optimization"]["overlap_comm"]

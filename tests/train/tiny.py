@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -59,15 +61,25 @@ def records(n: int, shortest: int = 2, longest: int = 12) -> list[Group]:
 
 
 class Listener:
-    """A workspace that remembers what it was told."""
+    """A workspace that remembers what it was told, and keeps checkpoints in `root` where that is given."""
 
-    def __init__(self) -> None:
+    fingerprint = "0" * 64
+
+    def __init__(self, root: Path | None = None) -> None:
+        self._own = None if root else tempfile.TemporaryDirectory()
+        self.checkpoints = Path(root or self._own.name) / "checkpoints"  # type: ignore[union-attr]
         self.lines: list[dict[str, Any]] = []
         self.reports: list[tuple[float, float, str, dict[str, Any]]] = []
         self.said: list[str] = []
 
     def log(self, *, step: int, **metrics: Any) -> None:
         self.lines.append({"step": step, **metrics})
+
+    def metrics_size(self) -> int:
+        return len(self.lines)
+
+    def rewind_metrics(self, size: int = 0) -> None:
+        del self.lines[size:]
 
     def progress(self, done: float, total: float, unit: str = "tokens", **figures: Any) -> None:
         self.reports.append((done, total, unit, figures))
