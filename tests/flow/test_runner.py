@@ -416,7 +416,7 @@ def test_a_signal_reaches_the_worker_and_ends_the_run(place: Place, number: int,
         runner.run()
     stop.join()
     assert ended.value.exit_code == code and time.monotonic() - began < 15
-    assert "reuses the sealed rows and starts this one again" in str(ended.value)
+    assert "it reuses the sealed rows and continues this one after" in str(ended.value)
     assert statuses(runner.result) == {"first": "executed", "second": "failed"}
 
 
