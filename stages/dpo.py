@@ -156,7 +156,8 @@ class Dpo(Stage):
             watch=watch,
             figures=("loss", "accuracy", "margin"),
         )
-        save_policy(policy, workspace)
+        with trainer.whole():
+            save_policy(policy, workspace)
         return {
             **(watch.chosen(outcome.kept_step, chose=outcome.chose, looked=len(outcome.looks)) if watch else {}),
             **{name: outcome.last[name] for name in FIGURES if name in outcome.last},

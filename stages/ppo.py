@@ -203,7 +203,8 @@ class Ppo(Stage):
         log = SampleLog(workspace.working("samples.jsonl"), start=start, main=ranks.main)
         with progress.saving.stoppable():
             for iteration in range(start, config.iterations):
-                rollout = sampler.sample(prompts.take(stream.batch(iteration)), iteration=iteration, ranks=ranks)
+                with trainer.whole():
+                    rollout = sampler.sample(prompts.take(stream.batch(iteration)), iteration=iteration, ranks=ranks)
                 drawn = replace(origin, policy=origin.policy if iteration == 0 else None, iteration=iteration)
                 log.append(recorded(rollout.samples, rollout.prompt_ids, drawn))
                 scores = rewards.total(rollout.samples, ranks)
@@ -217,7 +218,8 @@ class Ppo(Stage):
                 figures = {**rollout.figures, **targets.figures, **updated, "kl_coefficient": progress.kl.coefficient}
                 progress.finish(iteration, figures, samples=len(rollout.samples))
         chosen = progress.settle()
-        save_policy(policy, workspace)
+        with trainer.whole():
+            save_policy(policy, workspace)
         if ranks.main:
             shutil.copyfile(log.path, workspace.slot("samples") / "data.jsonl")
         describe_samples(workspace, "samples", [origin], rewards.digests)

@@ -83,8 +83,10 @@ class Pretrain(Stage):
             held = trainer.share(encoded_heldout.required("heldout", config.max_tokens).groups)
         evaluate = (lambda: trainer.evaluate(held)) if held is not None else None
         outcome = fit(trainer, plan, workspace, evaluate=evaluate, best_by="nll", figures=("loss", "learning_rate"))
-        save_model(model, tokenizer, workspace.slot("policy"))
-        save_tokenizer(tokenizer, workspace.slot("tokenizer"))
+        with trainer.whole():
+            if ranks.main:
+                save_model(model, tokenizer, workspace.slot("policy"))
+                save_tokenizer(tokenizer, workspace.slot("tokenizer"))
         found = outcome.evaluations[-1] if outcome.evaluations else {}
         return {
             "loss": outcome.last.get("nll"),

@@ -270,7 +270,8 @@ class Rejection(Stage):
             watch=watch,
             figures=("loss", "nll"),
         )
-        save_policy(policy, workspace)
+        with trainer.whole():
+            save_policy(policy, workspace)
         watched = watch.chosen(outcome.kept_step, chose=outcome.chose, looked=len(outcome.looks)) if watch else {}
         return watched | {"loss": outcome.last.get("nll"), "steps": outcome.steps, "trained_tokens": outcome.tokens}
 

@@ -114,19 +114,20 @@ class Reward(Stage):
         if inputs.prompts:
             found = reader.read("prompts", inputs.prompts, "prompts")[: config.normalise_prompts]
             prompts = encode_prompts(found, scorer.chat, config.max_tokens, config.max_new_tokens)
-        scale = normalise(
-            scorer,
-            policy=open_frozen(inputs.policy) if prompts else None,
-            prompts=prompts,
-            sampling=sampling,
-            groups=encoded.groups,
-            key=NoiseKey(workspace.seed, workspace.stage),
-            token_budget=config.train.token_budget,
-            ranks=ranks,
-        )
-        save_policy(scorer, workspace, "model")
-        workspace.lineage("model", shift=scale.shift, normalised_on=scale.on)
-        write_probe(scorer.module, encoded.groups, workspace.slot("model"))
+        with trainer.whole():  # the scale goes into the head
+            scale = normalise(
+                scorer,
+                policy=open_frozen(inputs.policy) if prompts else None,
+                prompts=prompts,
+                sampling=sampling,
+                groups=encoded.groups,
+                key=NoiseKey(workspace.seed, workspace.stage),
+                token_budget=config.train.token_budget,
+                ranks=ranks,
+            )
+            save_policy(scorer, workspace, "model")
+            workspace.lineage("model", shift=scale.shift, normalised_on=scale.on)
+            write_probe(scorer.module, encoded.groups, workspace.slot("model"))
         accuracy = outcome.kept.get("accuracy")
         interval = None if accuracy is None else wilson(accuracy * pairs, pairs)
         return {

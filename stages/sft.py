@@ -72,7 +72,8 @@ class Sft(Stage):
             held = trainer.share(encode(reader.read("heldout", inputs.heldout, "conversations"), "heldout").groups)
             evaluate = lambda: trainer.evaluate(held)
         outcome = fit(trainer, plan, workspace, evaluate=evaluate, best_by="nll", figures=("loss", "accuracy"))
-        save_policy(policy, workspace)
+        with trainer.whole():
+            save_policy(policy, workspace)
         return {
             "loss": outcome.last.get("nll"),
             "accuracy": outcome.last.get("accuracy"),

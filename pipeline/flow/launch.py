@@ -32,7 +32,7 @@ class LaunchSettings(Settings):
     """The `launch:` part of a plan. Nothing here is part of a row's identity; it is recorded."""
 
     processes: int = Field(default=1, ge=1, description="worker processes (ranks) a row")
-    strategy: Literal["single", "ddp", "deepspeed"] = Field(
+    strategy: Literal["single", "ddp", "deepspeed", "fsdp"] = Field(
         default="single", description="how several processes share the work; `single` for one process"
     )
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: CUDA where there is one")
@@ -54,7 +54,7 @@ class LaunchSettings(Settings):
         if self.strategy == "single" and self.processes > 1:
             raise ValueError(
                 f"launch.processes is {self.processes}, but launch.strategy is single: "
-                "set launch.strategy to ddp or deepspeed"
+                "set launch.strategy to ddp, deepspeed or fsdp"
             )
         return self
 

@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -170,6 +170,10 @@ class Trainer:
     def arithmetic(self) -> Iterator[None]:
         with self.engine.autocast(), fast_products(self.strategy.device, self.settings.precision):
             yield
+
+    def whole(self) -> AbstractContextManager[None]:
+        """`Engine.whole`: to sample from the module, or to save it."""
+        return self.engine.whole()
 
     def state(self) -> dict[str, Tensor]:
         """`Engine.state`."""
@@ -350,7 +354,7 @@ def fit(
             tokens += int(last[TOKENS])
             report = last | {"time/tokens_per_second": last[TOKENS] / seconds}
             if trainer.done in due:
-                found, seen = dict(evaluate() if evaluate else {}), dict(watch() if watch else {})
+                found, seen = dict(evaluate() if evaluate else {}), _seen(trainer, watch)
                 if not math.isfinite(found.get(best_by, 0.0)):
                     raise NonFinite(f"after step {trainer.done}: held-out {best_by} is {found[best_by]}")
                 evaluations.append(found | {f"dev/{k}": v for k, v in seen.items()} | {"step": trainer.done})
@@ -364,6 +368,13 @@ def fit(
             progress.after(trainer.done, len(plan), state)
     kept = best.restore(trainer) if best and best.step else trainer.done
     return Outcome(last, evaluations, kept, trainer.done, tokens, chose=bool(best and best.step))
+
+
+def _seen(trainer: Trainer, watch: Watch | None) -> dict[str, float]:
+    if watch is None:
+        return {}
+    with trainer.whole():
+        return dict(watch())
 
 
 def evaluation_steps(steps: int, evaluations: int) -> set[int]:
@@ -392,7 +403,7 @@ class Best:
         value = self.sign * found[self.by]
         if math.isfinite(value) and value > self.value:
             self.value, self.step = value, trainer.done
-            self.state = [t.detach().to("cpu", copy=True) for t in _held(trainer.engine.parameters)]
+            self.state = [t.detach().to("cpu", copy=True) for t in trainer.engine.held()]
 
     def saved(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """For a checkpoint: JSON values, and tensors by name."""
@@ -407,16 +418,8 @@ class Best:
 
     def restore(self, trainer: Trainer) -> int:
         if self.step != trainer.done:
-            with torch.no_grad():
-                for tensor, kept in zip(_held(trainer.engine.parameters), self.state, strict=True):
-                    tensor.copy_(kept)
+            trainer.engine.take(self.state)
         return self.step
-
-
-def _held(parameters: Iterable[nn.Parameter]) -> Iterator[Tensor]:
-    """What this rank holds of each parameter: its shard under ZeRO-3, else all of it."""
-    for parameter in parameters:
-        yield getattr(parameter, "ds_tensor", parameter)
 
 
 @contextmanager

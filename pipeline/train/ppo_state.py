@@ -76,7 +76,8 @@ class Progress:
         ppo_checks.require_finite_weights(dict(self.trainer.module.named_parameters()), self.saving.last_good)
         report = dict(figures)
         if self.watch and done in self.due:
-            self.dev = self.watch()
+            with self.trainer.whole():
+                self.dev = self.watch()
             report |= {f"dev/{name}": value for name, value in self.dev.items() if math.isfinite(value)}
             if self.best:
                 self.best.offer(self.trainer, self.dev)

@@ -1,4 +1,4 @@
-"""Devices and ranks: one process, DDP or DeepSpeed behind the few operations that the loop needs.
+"""Devices and ranks: one process, DDP, DeepSpeed (zero.py) or FSDP2 (fsdp.py) behind what the loop needs.
 
 A `Strategy` knows ranks and exchanges numbers; an `Engine` holds one module and its optimiser. Accelerate
 places, wraps and shards; where a step begins and ends is decided by the loop alone (accelerate and DeepSpeed
@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,8 +28,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # AdamW's state of one parameter
 class Strategy:
     """The ranks of this run and what they tell each other. `build` makes one."""
 
-    def __init__(self, accelerator: Accelerator) -> None:
-        self.accelerator = accelerator
+    def __init__(self, accelerator: Accelerator, fsdp: bool = False) -> None:
+        self.accelerator, self.fsdp = accelerator, fsdp
 
     @property
     def rank(self) -> int:
@@ -55,7 +55,7 @@ class Strategy:
     @property
     def sharded(self) -> bool:
         """Whether weights are cut up over ranks."""
-        return self.deepspeed is not None and self.deepspeed.zero_stage == 3
+        return self.fsdp or (self.deepspeed is not None and self.deepspeed.zero_stage == 3)
 
     def barrier(self) -> None:
         self.accelerator.wait_for_everyone()
@@ -86,6 +86,10 @@ class Strategy:
         return [i for turn, i in enumerate(order) if there_and_back[turn % len(there_and_back)] == self.rank]
 
     def engine(self, module: nn.Module, optimizer: torch.optim.Optimizer, precision: str) -> Engine:
+        if self.fsdp:
+            from pipeline.train.fsdp import FsdpEngine
+
+            return FsdpEngine(self, module, optimizer, precision)
         if self.deepspeed is None:
             return Engine(self, module, optimizer, precision)
         from pipeline.train.zero import DeepSpeedEngine
@@ -154,12 +158,22 @@ class Engine:
     def clear(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
 
-    def weights(self) -> dict[str, torch.Tensor]:
-        """All parameters and buffers by name, whole and on the CPU. Every rank must call it.
-
-        Under ZeRO-3 only rank 0 gets them, the others an empty dict; a bf16 run there gives bfloat16.
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Inside, the bare module holds all its weights on every rank, and may be called without the engine: to sample
+        from it, or to save it. Gathered once, where they are cut up. Every rank must enter it; without gradients.
         """
-        return {name: tensor.detach().to("cpu") for name, tensor in self.bare.state_dict().items()}
+        yield
+
+    def held(self) -> list[torch.Tensor]:
+        """What this rank holds of each trained parameter: its shard, where they are cut up."""
+        return list(self.parameters)
+
+    @torch.no_grad()
+    def take(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Put back what `held` gave. For what is left of a row: an update would go on from the later weights."""
+        for own, kept in zip(self.held(), tensors, strict=True):
+            own.copy_(kept)
 
     def trained(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, p) for name, p in self.bare.named_parameters() if p.requires_grad]
@@ -212,8 +226,8 @@ def build(
     """
     from accelerate import Accelerator
 
-    if strategy not in ("single", "ddp", "deepspeed"):
-        raise UserError(f"launch.strategy: {strategy!r} does not train here; use single, ddp or deepspeed")
+    if strategy not in ("single", "ddp", "deepspeed", "fsdp"):
+        raise UserError(f"launch.strategy: {strategy!r} does not train here; use single, ddp, deepspeed or fsdp")
     found = int(os.environ.get("WORLD_SIZE", "1"))
     if found != processes:
         raise UserError(f"launch.processes: {processes} asked for, but this process is one of {found}")
@@ -225,7 +239,9 @@ def build(
         keywords |= zero.keywords(zero.configuration(zero_stage, offload, precision, clip, deepspeed), on_cpu)
     else:
         keywords |= _ddp_keywords() | {"cpu": on_cpu}
-    made = Strategy(Accelerator(**keywords))
+    made = Strategy(Accelerator(**keywords), fsdp=strategy == "fsdp" and found > 1)
+    if strategy == "deepspeed":
+        zero.load_whole()
     if made.world != processes:  # accelerate may take several processes for one without a word
         raise UserError(f"launch.processes: {processes} asked for, but accelerate found {made.world}")
     return made

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,9 +17,12 @@ UNCLIPPED = 1e6  # DeepSpeed takes a clipping of 0 for "unset" and puts 1.0 in i
 class DeepSpeedEngine(Engine):
     """ZeRO 1-3. DeepSpeed clips inside its step, so a gradient's norm is known only after the update."""
 
+    whole_state = False
+
     def _prepare(self) -> None:
         self.module, _ = self.strategy.accelerator.prepare(self.bare, self.optimizer)
         self.optimizer = self.module.optimizer
+        load_whole()
 
     def autocast(self) -> AbstractContextManager[Any]:
         return nullcontext()  # precision is part of DeepSpeed's own configuration
@@ -48,7 +51,30 @@ class DeepSpeedEngine(Engine):
     def clear(self) -> None:
         """DeepSpeed clears gradients in its step."""
 
-    whole_state = False
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """DeepSpeed's hooks would cut the weights up again after the first layer that is called, so they are off inside
+        (as trl's unwrap_model_for_generation has it)."""
+        if self.module.zero_optimization_stage() < 3:
+            yield
+            return
+        import deepspeed
+
+        offload = self.optimizer.parameter_offload
+        with deepspeed.zero.GatheredParameters(list(self.bare.parameters())):
+            parameters: list[Any] = list(self.bare.parameters())
+            for parameter in parameters:
+                parameter.ds_active_sub_modules.clear()
+            for hook in (*offload.forward_hooks, *offload.backward_hooks):
+                hook.remove()
+            offload.forward_hooks, offload.backward_hooks = [], []
+            try:
+                yield
+            finally:
+                offload._register_deepspeed_module(offload.module)
+
+    def held(self) -> list[torch.Tensor]:
+        return [getattr(p, "ds_tensor", p) for p in self.parameters]
 
     def state(self) -> dict[str, torch.Tensor]:
         """This rank's part of the float32 weights and of the optimiser's state, by flat group."""
@@ -79,15 +105,33 @@ class DeepSpeedEngine(Engine):
         if self.module.zero_optimization_stage() < 3:
             self.optimizer.update_lp_params()
             return
-        for i in range(len(self._flat_groups())):
-            self.optimizer._reassign_or_swap_out_partitioned_parameters(i)
-        if persistent := self.optimizer.persistent_parameters:
-            persistent[0].all_gather(persistent)
+        with self._small_ones_cut():
+            for i in range(len(self._flat_groups())):
+                self.optimizer._reassign_or_swap_out_partitioned_parameters(i)
 
-    def weights(self) -> dict[str, torch.Tensor]:
-        if self.module.zero_optimization_stage() < 3:
-            return super().weights()
-        return self.strategy.accelerator.get_state_dict(self.module) or {}
+    @contextmanager
+    def _small_ones_cut(self) -> Iterator[None]:
+        """Small weights stay whole on every rank under ZeRO-3: inside they are cut, so that what changes the shards
+        reaches them."""
+        small = self.optimizer.persistent_parameters if self.module.zero_optimization_stage() == 3 else []
+        if small:
+            small[0].partition(small)
+        yield
+        if small:
+            small[0].all_gather(small)
+
+    @torch.no_grad()
+    def take(self, tensors: Sequence[torch.Tensor]) -> None:
+        with self._small_ones_cut():
+            super().take(tensors)
+
+
+def load_whole() -> None:
+    """Models opened from now on, frozen ones that nothing updates, are whole on every rank: under ZeRO-3 transformers
+    would cut them up while it loads them, outside of any engine that could gather them."""
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
 
 
 def configuration(

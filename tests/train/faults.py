@@ -44,7 +44,7 @@ def row(root: Path) -> str:
     made = Trainer(Tiny(dropout=0.2), next_token, settings, RANKS, total=len(plan), seed=0)
     outcome = fit(made, plan, Listener(root), evaluate=lambda: {"loss": abs(made.done - 2)})
     digest = hashlib.sha256(json.dumps([outcome.last, outcome.evaluations, outcome.kept_step]).encode())
-    for name, tensor in sorted({**made.engine.weights(), **made.state()}.items()):
+    for name, tensor in sorted({**made.module.state_dict(), **made.state()}.items()):
         digest.update(name.encode() + tensor.detach().contiguous().numpy().tobytes())
     return digest.hexdigest()
 

@@ -35,9 +35,7 @@ def train(strategy: Strategy, root: Path | None = None, leave_in: int | None = N
     """9 records in batches of 4, 4 and 1, unequal lengths, several passes a step; the last batch is one
     rank's.
     """
-    settings = TrainSettings(
-        batch=4, token_budget=14, learning_rate=1e-2, evaluations=2, keep="last", checkpoint_every=1
-    )
+    settings = TrainSettings(batch=4, token_budget=14, learning_rate=1e-2, evaluations=2, checkpoint_every=1)
     plan = Plan(records(9), settings, seed=1, strategy=strategy)
     trainer = Trainer(Tiny(), next_token, settings, strategy, total=len(plan), seed=3)
     heldout = trainer.share(records(5, longest=9))
@@ -51,14 +49,20 @@ def train(strategy: Strategy, root: Path | None = None, leave_in: int | None = N
 
     trainer.step = stepping  # type: ignore[method-assign, assignment]
     outcome = fit(
-        trainer, plan, heard, evaluate=lambda: trainer.evaluate(heldout, weigh_tokens(heldout)), best_by="nll"
+        trainer,
+        plan,
+        heard,
+        evaluate=lambda: trainer.evaluate(heldout, weigh_tokens(heldout)) | {"age": trainer.done},
+        best_by="age",  # the first evaluation is the best, so its weights come back at the end
     )
-    state = trainer.engine.weights()
+    with trainer.whole():
+        state = {name: tensor.detach().clone() for name, tensor in trainer.module.state_dict().items()}
     return {
         "rank": strategy.rank,
         "world": strategy.world,
         "lines": [{k: v for k, v in line.items() if not k.startswith("time/")} for line in heard.lines],
         "last": outcome.last,
+        "kept": outcome.kept_step,
         "evaluations": outcome.evaluations,
         "weights": {name: tensor.flatten().tolist() for name, tensor in state.items()},
     }
@@ -81,12 +85,14 @@ def train_ratings(strategy: Strategy) -> dict[str, object]:
     trainer = training.trainer(policy().module, settings, strategy, total=len(plan), seed=3)
     plan = plan_of(with_reference(trainer, plan, Listener(), PARTS))
     steps = [trainer.step(batch.groups, batch.weights, batch.filler) for batch in plan]
+    with trainer.whole():
+        state = {name: tensor.detach().clone() for name, tensor in trainer.module.state_dict().items()}
     return {
         "rank": strategy.rank,
         "world": strategy.world,
         "points": [step["reference_point"] for step in steps],
         "losses": [step["loss"] for step in steps],
-        "weights": {name: tensor.flatten().tolist() for name, tensor in trainer.engine.weights().items()},
+        "weights": {name: tensor.flatten().tolist() for name, tensor in state.items()},
     }
 
 

@@ -73,7 +73,7 @@ def row(root: Path, killed_in: int | None = None, watch: Eyes | None = None, at:
     score = lambda: {"loss": SCORES[[2, 4, 6].index(made.done)]}
     outcome = fit(made, plan, listener, evaluate=None if watch else score, watch=watch)
     lines = [{k: v for k, v in line.items() if not k.startswith("time/")} for line in listener.lines]
-    return outcome, {k: v.clone() for k, v in made.engine.weights().items()}, lines, listener.said
+    return outcome, {k: v.clone() for k, v in made.module.state_dict().items()}, lines, listener.said
 
 
 _LINES: dict[str, list[dict[str, Any]]] = {}  # what a metrics file keeps from try to try

@@ -41,6 +41,7 @@ def alone() -> dict[str, Any]:
 def assert_same(ranks: list[dict[str, Any]], alone: dict[str, Any]) -> None:
     assert [r["world"] for r in ranks] == [len(ranks)] * len(ranks)
     assert not any(r["lines"] for r in ranks[1:])  # rank 0 alone writes
+    assert alone["kept"] == 2 and len(alone["lines"]) == 3 and all(r["kept"] == 2 for r in ranks)
     assert all(r["evaluations"] == ranks[0]["evaluations"] and r["last"] == ranks[0]["last"] for r in ranks)
     for line, expected in zip(ranks[0]["lines"], alone["lines"], strict=True):
         assert line["tokens"] == expected["tokens"] and line["learning_rate"] == expected["learning_rate"]
@@ -49,13 +50,17 @@ def assert_same(ranks: list[dict[str, Any]], alone: dict[str, Any]) -> None:
             assert name not in line or line[name] == pytest.approx(expected[name], rel=1e-5), name
     for name, values in alone["weights"].items():
         norm = sum(v * v for v in values) ** 0.5
-        for found in (r["weights"][name] for r in ranks if r["weights"]):  # ZeRO-3: rank 0 alone
+        for found in (r["weights"][name] for r in ranks):
             apart = sum((a - b) ** 2 for a, b in zip(found, values, strict=True)) ** 0.5
             assert apart <= 1e-5 * norm, name
 
 
 def test_two_ranks_train_like_one_on_ragged_batches(tmp_path: Path, alone: dict[str, Any]) -> None:
     assert_same(torchrun(tmp_path / "ddp", 2, "ddp"), alone)
+
+
+def test_two_ranks_of_sharded_weights_train_like_one(tmp_path: Path, alone: dict[str, Any]) -> None:
+    assert_same(torchrun(tmp_path / "fsdp", 2, "fsdp"), alone)
 
 
 @pytest.mark.slow
@@ -66,8 +71,9 @@ def test_zero_trains_like_one_process(tmp_path: Path, alone: dict[str, Any], sta
 
 
 @pytest.mark.slow
-def test_four_ranks_train_like_one(tmp_path: Path, alone: dict[str, Any]) -> None:
-    assert_same(torchrun(tmp_path / "ddp", 4, "ddp"), alone)
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_four_ranks_train_like_one(tmp_path: Path, alone: dict[str, Any], strategy: str) -> None:
+    assert_same(torchrun(tmp_path / strategy, 4, strategy), alone)
 
 
 @pytest.mark.slow
@@ -95,9 +101,10 @@ def assert_same_bits(found: list[dict[str, Any]], whole: list[dict[str, Any]]) -
         ]
 
 
-def test_two_ranks_that_were_stopped_go_on_to_the_same_bits(tmp_path: Path) -> None:
-    whole = torchrun(tmp_path / "whole", 2, "ddp")
-    assert_same_bits(stopped(tmp_path / "parts", 2, "ddp", "2", "stopped"), whole)
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_ranks_that_were_stopped_go_on_to_the_same_bits(tmp_path: Path, strategy: str) -> None:
+    whole = torchrun(tmp_path / "whole", 2, strategy)
+    assert_same_bits(stopped(tmp_path / "parts", 2, strategy, "2", "stopped"), whole)
 
 
 @pytest.mark.slow
