@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +11,7 @@ import typer
 from pipeline.cli.common import RUNS, STORE, Json, RunsDir, StoreDir, print_json, print_table
 
 if TYPE_CHECKING:
-    from pipeline.flow.store import Garbage
+    from pipeline.flow.store import Garbage, Store
 
 
 def gc(
@@ -55,28 +56,88 @@ def megabytes(count: int) -> str:
     return f"{count / 1e6:,.1f}"
 
 
-def verify(store: StoreDir = STORE, json: Json = False) -> None:
-    """Hash every file of every sealed row again, trusting nothing that is remembered."""
+def verify(
+    run: Annotated[
+        str | None, typer.Argument(metavar="[RUN]", help="only what this run is made of, its own files included")
+    ] = None,
+    store: StoreDir = STORE,
+    runs: RunsDir = RUNS,
+    json: Json = False,
+) -> None:
+    """Hash every file again, trusting nothing remembered: of all sealed rows, or of a run down to its raw data."""
     from pipeline.flow.errors import Damaged, UserError
     from pipeline.flow.store import Store
 
     opened = Store(store)
     if not opened.root.is_dir():
         raise UserError(f"{store}: there is no store here; --store names another place")
-    problems: dict[str, str | None] = {}
-    for path in sorted((opened.root / "rows").glob("*")):
-        if path.name.startswith("."):
-            continue
-        try:
-            opened.verify(path.name)
-            problems[path.name] = None
-        except Damaged as error:
-            problems[path.name] = str(error)
-    bad = [problem for problem in problems.values() if problem]
+    checked = _verify_run(opened, run, runs) if run else _verify_all(opened)
+    bad = [found["problem"] for found in checked if found["problem"]]
     if json:
-        rows = [{"fingerprint": fp, "intact": not problem, "problem": problem} for fp, problem in problems.items()]
-        print_json({"rows": rows, "damaged": len(bad)})
+        print_json({"artifacts" if run else "rows": checked, "damaged": len(bad)})
+    elif run:
+        print_table(("", "artifact", "digest", "MB", "files"), [_line(found) for found in checked], right=(3, 4))
+        print(f"{len(checked) - len(bad)} of {len(checked)} artifacts of {run} are intact")
     else:
-        print(f"{len(problems) - len(bad)} of {len(problems)} sealed rows are intact")
+        print(f"{len(checked) - len(bad)} of {len(checked)} sealed rows are intact")
     if bad:
-        raise Damaged("\n      ".join(bad))
+        raise Damaged("\n      ".join(dict.fromkeys(bad)))
+
+
+def _verify_all(store: Store) -> list[dict[str, Any]]:
+    """{"fingerprint", "intact", "problem"} of every sealed row."""
+    found = []
+    for path in sorted((store.root / "rows").glob("*")):
+        if not path.name.startswith("."):
+            problem = _problem(lambda fp=path.name: store.verify(fp))  # type: ignore[misc]
+            found.append({"fingerprint": path.name, "intact": problem is None, "problem": problem})
+    return found
+
+
+def _verify_run(store: Store, run: str, runs: Path) -> list[dict[str, Any]]:
+    """Every artifact of a run, the last row first, then the user's files that they descend from.
+
+    {"artifact": "sft.policy" or a file, "kind", "digest", "bytes", "files", "intact", "problem"}
+    """
+    from pipeline.cli.show import run_directory
+    from pipeline.flow.store import read_rows
+
+    found: list[dict[str, Any]] = []
+    places: dict[str, list[str]] = {}
+    for row, fingerprint in reversed(read_rows(run_directory(Path(run), runs)).items()):
+        problem = _problem(lambda fp=fingerprint: store.verify(fp))  # type: ignore[misc]
+        outputs: dict[str, Any] = {}
+        if _problem(lambda fp=fingerprint: store.manifest(fp)) is None:  # type: ignore[misc]
+            manifest = store.manifest(fingerprint)
+            outputs, places = manifest["outputs"], {**manifest.get("places", {}), **places}
+        for slot, output in outputs.items():
+            files = output["files"].values()
+            facts = {"kind": output["kind"], "digest": output["digest"], "files": len(files)}
+            size = sum(f["bytes"] for f in files)
+            mine = problem if problem and f"/{slot}" in problem else None  # the row's first damage, at its own slot
+            found.append({"artifact": f"{row}.{slot}", **facts, "bytes": size, "intact": not mine, "problem": mine})
+        if problem and not any(f["problem"] == problem for f in found):
+            facts = {"kind": "row", "digest": fingerprint, "files": 0, "bytes": 0}
+            found.append({"artifact": row, **facts, "intact": False, "problem": problem})
+    for digest, names in places.items():
+        paths = [Path(name) for name in names]
+        problem = _problem(lambda d=digest, p=paths: store.verify_source(d, p))  # type: ignore[misc]
+        size = sum(p.stat().st_size for p in paths if p.is_file())
+        facts = {"kind": "raw data", "digest": digest, "files": len(paths), "bytes": size}
+        found.append({"artifact": ", ".join(names), **facts, "intact": not problem, "problem": problem})
+    return found
+
+
+def _problem(act: Callable[[], Any]) -> str | None:
+    from pipeline.flow.errors import UserError
+
+    try:
+        act()
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _line(found: Mapping[str, Any]) -> list[str]:
+    state = "intact" if found["intact"] else "DAMAGED"
+    return [state, found["artifact"], found["digest"][:12], megabytes(found["bytes"]), str(found["files"])]

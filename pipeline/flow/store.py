@@ -276,6 +276,24 @@ class Store:
             locations=tuple(named.values()) if not paths[0].is_dir() else (),
         )
 
+    def verify_source(self, digest: str, paths: Sequence[Path]) -> None:
+        """Hash a user's files again. Damaged where they are not the ones that a row was computed from, or are gone."""
+        try:
+            for kind in KINDS.values():  # the kind is part of the digest, and a manifest does not say it of its inputs
+                for listed in (False, True):
+                    if all(path.is_file() for path in paths) or not listed:
+                        named = _named_files(kind, paths, listed, "source")
+                        if (
+                            artifact_digest(kind.kind, {n: self._hashes.of(p, fresh=True) for n, p in named.items()})
+                            == digest
+                        ):
+                            return
+        except UserError as error:
+            raise Damaged(f"{error}, but rows were computed from it ({digest})") from error
+        raise Damaged(
+            f"{', '.join(map(str, paths))}: changed since rows were computed from it: digest {digest} recorded"
+        )
+
     def check_sources(self, request: Request) -> None:
         """UserError where a file of the user is not what the request says of it. Every one is hashed again: a row
         must not be sealed under the digest of data that it did not read."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 
@@ -39,3 +41,42 @@ def test_verify_json(cli: Any, golden: Any) -> None:
 def test_a_store_that_is_not_there_is_not_intact(cli: Any) -> None:
     code, out, err = cli("verify", "--store", "nowhere")
     assert (code, out) == (2, "") and "nowhere: there is no store here" in err
+
+
+def test_verify_of_a_run_names_every_artifact_down_to_the_raw_data(cli: Any) -> None:
+    cli.json("run", "toy.yaml")
+    told = cli.json("verify", "toy")
+    assert told["damaged"] == 0 and all(found["intact"] for found in told["artifacts"])
+    names = [found["artifact"] for found in told["artifacts"]]
+    assert len(names) == len(set(names)) >= 3
+    raw = [found for found in told["artifacts"] if found["kind"] == "raw data"]
+    assert names[-2:] == [found["artifact"] for found in raw]  # both files that the plan names
+    out = cli("verify", "toy")[1]
+    assert f"{len(names)} of {len(names)} artifacts of toy are intact" in out and all(
+        name.split("/")[-1] in out for name in names
+    )
+
+
+def test_verify_of_a_run_names_what_is_damaged(cli: Any) -> None:
+    cli.json("run", "toy.yaml")
+    artifacts = cli.json("verify", "toy")["artifacts"]
+    source = next(Path(f["artifact"]) for f in artifacts if f["kind"] == "raw data")
+    before = source.read_bytes()
+    source.write_bytes(before + b" ")
+    code, out, err = cli("verify", "toy")
+    assert code == 3 and "DAMAGED" in out and f"{source}: changed since rows were computed from it" in err
+    source.unlink()
+    code, _, err = cli("verify", "toy")
+    assert code == 3 and f"there is no file {source}" in err
+    source.write_bytes(before)
+    assert cli("verify", "toy")[0] == 0
+    row, slot = next(f["artifact"] for f in artifacts if f["kind"] != "raw data").split(".")
+    fingerprint = json.loads((cli.root / "runs" / "toy" / "rows.json").read_text())[row]
+    stored = next(p for p in (cli.root / "store" / "rows" / fingerprint / slot).iterdir())
+    data = bytearray(stored.read_bytes())
+    data[0] ^= 1
+    stored.chmod(0o644)
+    stored.write_bytes(bytes(data))
+    code, out, err = cli("verify", "toy")
+    assert code == 3 and "DAMAGED" in out and str(stored.name) in err and "its manifest says" in err
+    assert cli("verify", "nosuch")[0] == 2
