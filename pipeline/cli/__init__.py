@@ -11,13 +11,14 @@ import io
 import os
 import signal
 import sys
+from pathlib import Path
 from typing import Any, NoReturn
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 from pipeline.cli import diff, plan, report, run, show, store
-from pipeline.flow.errors import UserError
+from pipeline.flow.errors import RowFailed, UserError, no_room
 
 LAZY = {
     "data": ("pipeline.cli.data", "Look at data: its records, its training masks, its problems."),
@@ -71,7 +72,8 @@ def main(args: list[str] | None = None) -> None:
     except UserError as error:
         _end(str(error), error.exit_code)
     except OSError as error:  # a full disk, a folder without permission: the message names the file
-        _end(str(error), UserError.exit_code)
+        full = no_room(error, Path.cwd())
+        _end(full or str(error), RowFailed.exit_code if full else UserError.exit_code)
 
 
 def _usable_streams() -> None:

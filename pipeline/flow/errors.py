@@ -9,6 +9,11 @@ Locked     5   another process works on the same row or run directory
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
+from pathlib import Path
+
 
 class UserError(Exception):
     """Shown without a traceback."""
@@ -30,3 +35,21 @@ class NonFinite(UserError):
 
 class Locked(UserError):
     exit_code = 5
+
+
+def no_room(error: BaseException, directory: Path) -> str | None:
+    """What to say of an error that means a full disk or quota; None of any other. `directory`: where, if it names none.
+
+    Libraries in other languages report it as text alone.
+    """
+    number = getattr(error, "errno", None)
+    if number not in (errno.ENOSPC, errno.EDQUOT) and os.strerror(errno.ENOSPC) not in str(error):
+        return None
+    named = getattr(error, "filename", None)
+    path = Path(os.fsdecode(named)) if isinstance(named, (str, bytes)) else directory
+    there = next((p for p in (path.absolute(), *path.absolute().parents) if p.exists()), Path("/"))
+    free = shutil.disk_usage(there).free // 10**6
+    return (
+        f"{path.absolute()}: no space left on the disk, {free} MB are free: make room and run the same command again; "
+        "what is sealed and the last checkpoint are as they were"
+    )

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.flow import stopping
-from pipeline.flow.errors import RowFailed, UserError
+from pipeline.flow.errors import RowFailed, UserError, no_room
 
 RESULT = "result.json"  # the row's manifest, beside the request
 GANG_MESSAGE_BYTES = 3000  # of several ranks an error line stays below PIPE_BUF, so that two never mix
@@ -63,7 +63,11 @@ def work(request_path: Path, *, rank: int, events: int) -> int:
         channel.error(str(error), code=error.exit_code, user=True)
         return error.exit_code
     except Exception as error:
-        traceback.print_exc()
+        with contextlib.suppress(OSError):  # the log may be what has no room
+            traceback.print_exc()
+        if (full := no_room(error, request_path.parent)) is not None:
+            channel.error(full, code=RowFailed.exit_code, user=True)
+            return RowFailed.exit_code
         last = "".join(traceback.format_exception_only(error)).strip().splitlines()
         channel.error(last[0] if last else type(error).__name__, code=1, user=False)
         return 1
