@@ -19,6 +19,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from pipeline.cli import diff, plan, report, run, show, store
 from pipeline.flow.errors import RowFailed, UserError, no_room
+from pipeline.flow.secrets import redact
 
 LAZY = {
     "data": ("pipeline.cli.data", "Look at data: its records, its training masks, its problems."),
@@ -87,7 +88,7 @@ def _usable_streams() -> None:
 
 def _end(message: str, code: int) -> NoReturn:
     with contextlib.suppress(OSError):  # nobody reads it any more
-        print(f"rlhf: {message}", file=sys.stderr)
+        print(f"rlhf: {redact(message)}", file=sys.stderr)
     raise SystemExit(code) from None
 
 

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.flow.errors import Damaged, Locked, NonFinite, RowFailed, UserError
+from pipeline.flow.secrets import redact
 from pipeline.flow.store import Store, read_record, read_rows, run_lock
 
 if TYPE_CHECKING:
@@ -412,7 +413,7 @@ class Runner:
             "started": self._began,
             "finished": time.time() if ended else None,
             "exit_code": (getattr(error, "exit_code", 1) if error else 0) if ended else None,
-            "error": (str(error) or type(error).__name__) if error else None,
+            "error": redact(str(error) or type(error).__name__) if error else None,
         }
         _write_json(self.run_dir / "summary.json", summary)
 

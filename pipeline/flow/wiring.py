@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from pydantic import field_validator
 
+from . import secrets
 from .artifacts import KINDS, Artifact, sha256_file
 from .config import (
     Keys,
@@ -105,6 +106,7 @@ class _Loading:
         self._check_top()
         names = self._row_names()
         self._apply_sets(sets, names)
+        secrets.require_none(self.values)
         seed = self._seed(("seed",), self._typed("seed", int, 0))
         launch_settings(self._typed("launch", dict, {}), self.places)
         sources = self._file_sources()

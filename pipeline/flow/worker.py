@@ -26,6 +26,7 @@ from typing import Any
 
 from pipeline.flow import stopping
 from pipeline.flow.errors import RowFailed, UserError, no_room
+from pipeline.flow.secrets import redact
 
 RESULT = "result.json"  # the row's manifest, beside the request
 GANG_MESSAGE_BYTES = 3000  # of several ranks an error line stays below PIPE_BUF, so that two never mix
@@ -45,6 +46,7 @@ class Events:
                 line = line[os.write(self._descriptor, line) :]
 
     def error(self, message: str, *, code: int, user: bool) -> None:
+        message = redact(message)
         while "WORLD_SIZE" in os.environ and len(json.dumps(message)) > GANG_MESSAGE_BYTES:
             message = message[: len(message) // 2]
         self.emit({"event": "error", "rank": self._rank, "code": code, "message": message, "user": user})
@@ -59,12 +61,11 @@ def work(request_path: Path, *, rank: int, events: int) -> int:
     except stopping.Interrupted as stop:
         return stop.exit_code
     except UserError as error:
-        traceback.print_exc()
+        _print_traceback()
         channel.error(str(error), code=error.exit_code, user=True)
         return error.exit_code
     except Exception as error:
-        with contextlib.suppress(OSError):  # the log may be what has no room
-            traceback.print_exc()
+        _print_traceback()
         if (full := no_room(error, request_path.parent)) is not None:
             channel.error(full, code=RowFailed.exit_code, user=True)
             return RowFailed.exit_code
@@ -72,6 +73,11 @@ def work(request_path: Path, *, rank: int, events: int) -> int:
         channel.error(last[0] if last else type(error).__name__, code=1, user=False)
         return 1
     return 0
+
+
+def _print_traceback() -> None:
+    with contextlib.suppress(OSError):  # the log may be what has no room
+        print(redact(traceback.format_exc()), file=sys.stderr)
 
 
 def _work(request_path: Path, rank: int, channel: Events) -> None:
