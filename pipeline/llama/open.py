@@ -30,13 +30,13 @@ from pipeline.llama.config import Verdict, check_config, read_json, refuse_code
 from pipeline.llama.heads import PolicyModel, ScalarModel, unwrapped
 from pipeline.llama.modeling import LlamaForCausalLM, LlamaForSequenceClassification
 from pipeline.llama.presets import ModelSettings
+from pipeline.llama.weights import require_weights
 
 if TYPE_CHECKING:
     from pipeline.data.chat import ChatFormat
     from pipeline.flow.stage import Workspace
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
 class ModelArtifact(Protocol):
@@ -134,7 +134,7 @@ def _open_full(path: Path, *, classifier: bool, dtype: torch.dtype, new_head: bo
     config_path = path / "config.json"
     config = read_json(config_path)
     verdict = check_config(config, str(config_path))
-    _require_safetensors(path, "model")
+    require_weights(path, "model", config)
     generation = path / "generation_config.json"
     if generation.is_file():
         refuse_code(read_json(generation), str(generation))
@@ -180,14 +180,6 @@ def _model_class(verdict: Verdict, classifier: bool) -> Any:
     return AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
 
 
-def _require_safetensors(path: Path, stem: str) -> None:
-    if any(path.glob(f"{stem}*.safetensors")):
-        return
-    pickles = sorted(p.name for p in path.iterdir() if p.suffix in PICKLES) if path.is_dir() else []
-    found = f"only pickled weights ({', '.join(pickles)}), which can run code when opened" if pickles else "no weights"
-    raise UserError(f"{path}: {found}; expected {stem}.safetensors: convert to safetensors elsewhere")
-
-
 def _require_loaded(path: Path, info: Mapping[str, Any], head: str | None) -> None:
     missing = set(info["missing_keys"]) - {head}
     # A causal LM's own head has no place in a classifier; old checkpoints stored the rotary frequencies.
@@ -212,16 +204,13 @@ def _require_loaded(path: Path, info: Mapping[str, Any], head: str | None) -> No
 
 def _open_adapter(base: Any, path: Path, *, classifier: bool, trainable: bool) -> Any:
     from peft import PeftModel, PeftType, get_peft_model_state_dict
-    from safetensors import safe_open
 
     config_path = path / ADAPTER_CONFIG
     config = read_json(config_path)
     refuse_code(config, str(config_path))
     if config.get("peft_type") != PeftType.LORA.value:
         raise UserError(f"{config_path}: peft_type is {config.get('peft_type')!r}, expected LORA")
-    _require_safetensors(path, "adapter_model")
-    with safe_open(path / ADAPTER_WEIGHTS, "pt") as file:
-        stored = set(file.keys())
+    stored = set(require_weights(path, "adapter_model"))
     if classifier != any(key.endswith("score.weight") for key in stored):
         holds = "holds no score.weight: an adapter of a policy" if classifier else "is an adapter of a classifier"
         raise UserError(f"{path / ADAPTER_WEIGHTS}: {holds}, another kind of model than is needed here")

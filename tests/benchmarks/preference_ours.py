@@ -33,7 +33,7 @@ def build_trainer(task: Task, groups: list[Any]) -> tuple[Any, list[Any]]:
         return Trainer(scorer.module, loss, settings, strategy, total=len(plan), seed=0), groups
     policy = open_trainable(policy_files(task.models), None, 0)
     without_dropout(policy.module)
-    loss = objectives.preference(make_loss("sigmoid", beta=0.1, label_smoothing=0.0), 0.0)
+    loss = objectives.preference(make_loss("sigmoid", beta=0.1, label_smoothing=0.0))
     trainer = Trainer(policy.module, loss, settings, strategy, total=len(plan), seed=0)
     return trainer, with_reference(trainer, plan, SimpleNamespace(progress=lambda *_, **__: None))
 

@@ -1,0 +1,134 @@
+"""What weight files say they hold, read before anything is allocated: their headers, and whether a config fits them.
+
+    found = require_weights(directory, "model", config)     {name: Entry} of all shards; UserError names file and mends
+
+The format (huggingface/safetensors): 8 bytes of length, a JSON object {name: {dtype, shape, data_offsets}}, the data.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.flow.errors import UserError
+
+MOST_HEADER = 100_000_000  # bytes, the library's own bound
+BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32,
+    "U32": 32, "F32": 32, "F64": 64, "I64": 64, "U64": 64,
+}  # fmt: skip
+SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+PICKLES = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")  # bare, or inside torch.save's archive
+LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class Entry:
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def require_weights(directory: Path, stem: str, config: Mapping[str, Any] | None = None) -> dict[str, Entry]:
+    """The tensors of `stem*.safetensors`. UserError where a file is no safetensors, is cut off or holds what its header
+    does not account for, or where `config` describes another model than the weights are.
+    """
+    found: dict[str, Entry] = {}
+    files = sorted(directory.glob(f"{stem}*.safetensors"))
+    if not files:
+        pickles = sorted(p.name for p in directory.iterdir() if p.suffix in SUFFIXES) if directory.is_dir() else []
+        named = (
+            f"only pickled weights ({', '.join(pickles)}), which can run code when opened" if pickles else "no weights"
+        )
+        raise UserError(f"{directory}: {named}; expected {stem}.safetensors: convert to safetensors elsewhere")
+    for path in files:
+        for name, entry in header(path).items():
+            if name in found:
+                raise UserError(f"{path}: holds {name}, which another file of {directory} holds too")
+            found[name] = entry
+    if config is not None:
+        _require_fit(directory, found, config)
+    return found
+
+
+def header(path: Path) -> dict[str, Entry]:
+    """The header of one file, checked against its size. UserError where something is wrong with it."""
+
+    def bad(what: str) -> UserError:
+        return UserError(f"{path}: {what}; expected a whole safetensors file: fetch or convert it again")
+
+    if not path.is_file():
+        raise bad("is not a regular file")
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        begin = file.read(8)
+        if begin.startswith(PICKLES):
+            raise bad("is a pickle under another name, which may run code")
+        length = struct.unpack("<Q", begin)[0] if len(begin) == 8 else -1
+        if not 2 <= length <= min(MOST_HEADER, size - 8):
+            raise bad(f"has {size} bytes and names a header of {length}")
+        text = file.read(length)
+    try:
+        table = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise bad(f"its header is no JSON object ({str(error)[:100]})") from error
+    if not isinstance(table, dict):
+        raise bad("its header is no JSON object")
+    table.pop("__metadata__", None)
+    entries, spans = {}, []
+    for name, facts in table.items():
+        entry, span = _entry(facts)
+        if entry is None:
+            raise bad(f"the entry of {name[:80]!r} makes no sense: {str(facts)[:100]}")
+        entries[name] = entry
+        spans.append(span)
+    at = 0
+    for begin_at, end_at in sorted(spans):
+        if begin_at != at:
+            raise bad(f"its tensors overlap, or leave a gap, at byte {at} of the data")
+        at = end_at
+    if at != size - 8 - length:
+        raise bad(f"its header accounts for {at} bytes of data, and there are {size - 8 - length}")
+    return entries
+
+
+def _entry(facts: Any) -> tuple[Entry | None, tuple[int, int]]:
+    """None where it makes no sense."""
+    whole = lambda x: isinstance(x, int) and not isinstance(x, bool) and 0 <= x < 2**62
+    nothing = None, (0, 0)
+    if not isinstance(facts, dict) or facts.keys() != {"dtype", "shape", "data_offsets"}:
+        return nothing
+    dtype, shape, offsets = facts["dtype"], facts["shape"], facts["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in BITS or not isinstance(shape, list) or not all(map(whole, shape)):
+        return nothing
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(whole, offsets)):
+        return nothing
+    if math.prod(shape) * BITS[dtype] != 8 * (offsets[1] - offsets[0]):
+        return nothing
+    return Entry(dtype, tuple(shape)), (offsets[0], offsets[1])
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        raise ValueError("a key stands twice")
+    return table
+
+
+def _require_fit(directory: Path, found: Mapping[str, Entry], config: Mapping[str, Any]) -> None:
+    """A config that asks for more than the weights are would be allocated first and found out afterwards."""
+    layers = len({int(match[1]) for name in found if (match := LAYER.search(name))})
+    asked = config.get("num_hidden_layers")
+    if isinstance(asked, int) and layers and layers != asked:
+        raise UserError(f"{directory / 'config.json'}: num_hidden_layers is {asked}, the weights have {layers}")
+    table = next((e.shape for name, e in found.items() if name.endswith("embed_tokens.weight")), None)
+    expected = (config.get("vocab_size"), config.get("hidden_size"))
+    if table is not None and None not in expected and table != expected:
+        raise UserError(
+            f"{directory / 'config.json'}: vocab_size and hidden_size are {expected}, the embedding is {table}"
+        )
