@@ -100,25 +100,27 @@ def _verify_run(store: Store, run: str, runs: Path) -> list[dict[str, Any]]:
     {"artifact": "sft.policy" or a file, "kind", "digest", "bytes", "files", "intact", "problem"}
     """
     from pipeline.cli.show import run_directory
+    from pipeline.flow.errors import UserError
     from pipeline.flow.store import read_rows
 
     found: list[dict[str, Any]] = []
     places: dict[str, list[str]] = {}
     for row, fingerprint in reversed(read_rows(run_directory(Path(run), runs)).items()):
-        problem = _problem(lambda fp=fingerprint: store.verify(fp))  # type: ignore[misc]
-        outputs: dict[str, Any] = {}
-        if _problem(lambda fp=fingerprint: store.manifest(fp)) is None:  # type: ignore[misc]
+        try:
             manifest = store.manifest(fingerprint)
-            outputs, places = manifest["outputs"], {**manifest.get("places", {}), **places}
-        for slot, output in outputs.items():
+        except UserError as error:
+            facts = {"kind": "row", "digest": fingerprint, "files": 0, "bytes": 0}
+            found.append({"artifact": row, **facts, "intact": False, "problem": str(error)})
+            continue
+        places = {**manifest.get("places", {}), **places}
+        for slot, output in manifest["outputs"].items():
             files = output["files"].values()
             facts = {"kind": output["kind"], "digest": output["digest"], "files": len(files)}
+            problem = _problem(lambda fp=fingerprint, slot=slot: store.verify_output(fp, slot))  # type: ignore[misc]
             size = sum(f["bytes"] for f in files)
-            mine = problem if problem and f"/{slot}" in problem else None  # the row's first damage, at its own slot
-            found.append({"artifact": f"{row}.{slot}", **facts, "bytes": size, "intact": not mine, "problem": mine})
-        if problem and not any(f["problem"] == problem for f in found):
-            facts = {"kind": "row", "digest": fingerprint, "files": 0, "bytes": 0}
-            found.append({"artifact": row, **facts, "intact": False, "problem": problem})
+            found.append(
+                {"artifact": f"{row}.{slot}", **facts, "bytes": size, "intact": not problem, "problem": problem}
+            )
     for digest, names in places.items():
         paths = [Path(name) for name in names]
         problem = _problem(lambda d=digest, p=paths: store.verify_source(d, p))  # type: ignore[misc]

@@ -164,6 +164,7 @@ class Outcome:
     code: int = 0
     message: str | None = None
     user: bool = False  # a clear message of ours, not the last line of a traceback
+    reported: bool = False  # by the worker itself
 
 
 class Workers:
@@ -280,7 +281,7 @@ def outcome(exited: list[dict[str, Any]], errors: list[dict[str, Any]]) -> Outco
     error = told.get(first["rank"])
     where = f"rank {first['rank']}: " if len(exited) > 1 else ""
     if error is not None and not first["signal"]:
-        return Outcome(first["code"], where + error["message"], user=error["user"])
+        return Outcome(first["code"], where + error["message"], user=error["user"], reported=True)
     if first["signal"]:
         return Outcome(1, where + f"the worker was killed ({_ended(-first['signal'])})", user=True)
     return Outcome(first["code"], where + f"the worker ended with exit status {first['code']} and no word", user=True)

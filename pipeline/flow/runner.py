@@ -348,7 +348,7 @@ class Runner:
             processes=processes_of(row.cls, launch),
             on_event=lambda event: self._hear(row.name, event),
         )
-        if self._interrupted is not None:
+        if self._interrupted is not None and not outcome.reported:  # else what went wrong while it stopped
             raise Interrupted(self._interrupted)
         if outcome.message is not None:
             raise _failure(row.name, outcome, log)
@@ -428,7 +428,7 @@ class Runner:
                 if self._interrupted is None:
                     name = signal.Signals(number).name
                     self.listener.said(
-                        self._row, f"{name}: the step at hand is finished and saved; again to leave at once"
+                        self._row, f"{name}: a row that trains ends its step and saves; again to leave at once"
                     )
                 self._interrupted = self._interrupted or number
             else:

@@ -18,14 +18,18 @@ from pipeline.flow.errors import UserError
 
 BLOT = "<secret>"
 FORMS = re.compile(
-    r"\bhf_[A-Za-z0-9]{12,}|\bsk-[A-Za-z0-9_-]{16,}|\bgh[pousr]_[A-Za-z0-9]{16,}|\bgithub_pat_\w{20,}"
-    r"|\bAKIA[0-9A-Z]{16}\b|\bxox[abprs]-[A-Za-z0-9-]{10,}|\beyJ[\w-]{6,}\.[\w-]{6,}\.[\w-]{6,}"
-    r"|(?:(?<=://)|(?<=[a-z]:/))[^/\s:@'\"]*:[^/\s@'\"]+(?=@)"
+    r"\bhf_[A-Za-z0-9]{12,}|\bsk-(?:proj|ant|svcacct)-[\w-]{16,}|\bsk-[A-Za-z0-9]{20,}|\bgh[pousr]_[A-Za-z0-9]{16,}"
+    r"|\bgithub_pat_\w{20,}|\bAKIA[0-9A-Z]{16}\b|\bxox[abprs]-[A-Za-z0-9-]{10,}"
+    r"|\beyJ[\w-]{6,}\.[\w-]{6,}\.[\w-]{6,}|(?i:(?<=bearer ))[\w.~+/-]{12,}"
+    r"|(?:(?<=://)|(?<=[a-z]:/))(?:[^/\s:@'\"]*:[^/\s@'\"]+|[\w-]{16,})(?=@)"
 )
-NAMES = re.compile(r"(^|[_-])(token|password|passwd|secret|api_?key|access_?key|credentials?)$", re.IGNORECASE)
-NAMED = re.compile(
-    r"(?i)\b([\w.-]*(?:token|password|passwd|secret|api_?key|access_?key)['\"]?\s*[=:]\s*['\"]?)([^\s'\",}]{8,})"
+WORDS = (  # `eos_token` and its kind are none
+    r"(?:hub|auth|access|api|bearer|hf|refresh|bot)[_-]?token|password|passwd|secret(?:[_-]?key)?|private[_-]?key|api[_-]?key"
+    r"|access[_-]?key|credentials?"
 )
+NAMES = re.compile(rf"(?:^|[_-])(?:{WORDS})$|^token$", re.IGNORECASE)
+NAMED = re.compile(rf"(?i)\b((?:[\w.-]*(?:{WORDS})['\"]?\s*[=:]|token\s*=)\s*['\"]?)([^\s'\",}}<]{{8,}})")
+VARIABLES = re.compile(r"(?:^|_)(TOKEN|PASSWORD|PASSWD|SECRET|(?:API|ACCESS|SECRET|PRIVATE)_?KEY|CREDENTIALS?)$")
 SHORTEST = 8  # characters; below that a value is a word, not a secret
 
 
@@ -54,7 +58,7 @@ def require_none(document: Any) -> None:
 
 def _of_environment() -> Iterator[str]:
     for name, value in os.environ.items():
-        if NAMES.search(name) and len(value) >= SHORTEST:
+        if VARIABLES.search(name.upper()) and len(value) >= SHORTEST:
             yield value
 
 

@@ -276,6 +276,10 @@ class Store:
             locations=tuple(named.values()) if not paths[0].is_dir() else (),
         )
 
+    def verify_output(self, fp: str, slot: str) -> None:
+        """Hash the files of one output again. Damaged at the first bad one."""
+        self._compare(self.row_dir(fp), {slot: self.manifest(fp)["outputs"][slot]}, full=True)
+
     def verify_source(self, digest: str, paths: Sequence[Path]) -> None:
         """Hash a user's files again. Damaged where they are not the ones that a row was computed from, or are gone."""
         try:

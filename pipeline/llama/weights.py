@@ -21,10 +21,12 @@ from pipeline.flow.errors import UserError
 MOST_HEADER = 100_000_000  # bytes, the library's own bound
 BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32,
-    "U32": 32, "F32": 32, "F64": 64, "I64": 64, "U64": 64,
+    "U32": 32, "F32": 32, "F64": 64, "I64": 64, "U64": 64, "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
 }  # fmt: skip
 SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 PICKLES = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")  # bare, or inside torch.save's archive
+SHARD = re.compile(r"[\w.-]+\.safetensors")
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
@@ -39,13 +41,7 @@ def require_weights(directory: Path, stem: str, config: Mapping[str, Any] | None
     does not account for, or where `config` describes another model than the weights are.
     """
     found: dict[str, Entry] = {}
-    files = sorted(directory.glob(f"{stem}*.safetensors"))
-    if not files:
-        pickles = sorted(p.name for p in directory.iterdir() if p.suffix in SUFFIXES) if directory.is_dir() else []
-        named = (
-            f"only pickled weights ({', '.join(pickles)}), which can run code when opened" if pickles else "no weights"
-        )
-        raise UserError(f"{directory}: {named}; expected {stem}.safetensors: convert to safetensors elsewhere")
+    files = _files(directory, stem)
     for path in files:
         for name, entry in header(path).items():
             if name in found:
@@ -54,6 +50,24 @@ def require_weights(directory: Path, stem: str, config: Mapping[str, Any] | None
     if config is not None:
         _require_fit(directory, found, config)
     return found
+
+
+def _files(directory: Path, stem: str) -> list[Path]:
+    """What transformers would read: one file, or the shards that an index names."""
+    one, index = directory / f"{stem}.safetensors", directory / f"{stem}.safetensors.index.json"
+    if one.exists():
+        return [one]
+    if index.is_file():
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(f"{index}: is no index of shards ({error!r:.100}): fetch or convert it again") from error
+        if not names or not all(isinstance(name, str) and SHARD.fullmatch(name) for name in names):
+            raise UserError(f"{index}: weight_map names something else than .safetensors files beside it")
+        return [directory / name for name in sorted(names)]
+    pickles = sorted(p.name for p in directory.iterdir() if p.suffix in SUFFIXES) if directory.is_dir() else []
+    named = f"only pickled weights ({', '.join(pickles)}), which can run code when opened" if pickles else "no weights"
+    raise UserError(f"{directory}: {named}; expected {stem}.safetensors: convert to safetensors elsewhere")
 
 
 def header(path: Path) -> dict[str, Entry]:
@@ -67,10 +81,10 @@ def header(path: Path) -> dict[str, Entry]:
     size = path.stat().st_size
     with open(path, "rb") as file:
         begin = file.read(8)
-        if begin.startswith(PICKLES):
-            raise bad("is a pickle under another name, which may run code")
         length = struct.unpack("<Q", begin)[0] if len(begin) == 8 else -1
         if not 2 <= length <= min(MOST_HEADER, size - 8):
+            if begin.startswith(PICKLES):
+                raise bad("is a pickle under another name, which may run code")
             raise bad(f"has {size} bytes and names a header of {length}")
         text = file.read(length)
     try:
@@ -124,8 +138,10 @@ def _require_fit(directory: Path, found: Mapping[str, Entry], config: Mapping[st
     """A config that asks for more than the weights are would be allocated first and found out afterwards."""
     layers = len({int(match[1]) for name in found if (match := LAYER.search(name))})
     asked = config.get("num_hidden_layers")
-    if isinstance(asked, int) and layers and layers != asked:
+    if isinstance(asked, int) and 0 < layers < asked:
         raise UserError(f"{directory / 'config.json'}: num_hidden_layers is {asked}, the weights have {layers}")
+    if config.get("model_type") != "llama":
+        return  # other families may keep embeddings of another width
     table = next((e.shape for name, e in found.items() if name.endswith("embed_tokens.weight")), None)
     expected = (config.get("vocab_size"), config.get("hidden_size"))
     if table is not None and None not in expected and table != expected:

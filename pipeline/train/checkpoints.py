@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from pipeline.train.strategy import Strategy
 
 SCHEMA = 1
+WHOLE = "whole"  # the layout of tensors that every rank has alike
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 WRITING, LEAVING = ".tmp-", ".trash-"  # before the names of checkpoints that are not whole yet, or not any more
 
@@ -49,9 +50,10 @@ class Checkpoint:
 class Checkpoints:
     """The checkpoints of one row; `keep` of them stay."""
 
-    def __init__(self, directory: Path, identity: str, ranks: Strategy, *, keep: int = 2) -> None:
-        """`identity` is the row's fingerprint: a checkpoint of another row is refused."""
+    def __init__(self, directory: Path, identity: str, ranks: Strategy, *, keep: int = 2, layout: str = WHOLE) -> None:
+        """`identity` is the row's fingerprint: a checkpoint of another row is refused. `layout` is `Engine.layout`."""
         self.directory, self.identity, self.ranks, self.keep = directory, identity, ranks, keep
+        self.layout = layout
         self._thread: ThreadPoolExecutor | None = None
         self._writing: Future[None] | None = None
 
@@ -93,7 +95,7 @@ class Checkpoints:
                 with self._told(place, work, tensors):
                     if act:
                         act()
-            except RowFailed as error:
+            except UserError as error:
                 problem = str(error)
             if problems := [p for p in self.ranks.gather(problem) if p]:
                 raise RowFailed(problems[0])
@@ -126,7 +128,13 @@ class Checkpoints:
         (work / STATE).write_text(state, encoding="utf-8")
         _sync(work / STATE)
         files = {path.name: _facts(path) for path in sorted(work.iterdir())}
-        manifest = {"schema": SCHEMA, "identity": self.identity, "step": step, "world": self.ranks.world}
+        manifest = {
+            "schema": SCHEMA,
+            "identity": self.identity,
+            "step": step,
+            "world": self.ranks.world,
+            "layout": self.layout,
+        }
         (work / MANIFEST).write_text(json.dumps({**manifest, "files": files}, indent=1), encoding="utf-8")
         _sync(work / MANIFEST)
         _sync(work)
@@ -135,7 +143,9 @@ class Checkpoints:
         os.rename(work, place)
         _sync(self.directory)
         self._verify(place)
-        for old in self._places()[self.keep :]:
+        others = [other for other in self._places() if other != place]
+        beyond = [other for other in others if _step(other) > step]  # damaged, else the row had gone on from them
+        for old in (*beyond, *others[len(beyond) + self.keep - 1 :]):
             _remove(old)
 
     def _cannot_write(self, place: Path, tensors: Mapping[str, Tensor], error: OSError) -> str:
@@ -172,7 +182,7 @@ class Checkpoints:
         self.ranks.barrier()
 
     def _places(self) -> list[Path]:
-        return sorted(self.directory.glob("step-*"), reverse=True)
+        return sorted(self.directory.glob("step-*"), key=_step, reverse=True)
 
     def _verify(self, place: Path) -> dict[str, Any]:
         try:
@@ -199,9 +209,19 @@ class Checkpoints:
                 f"checkpoint {place}: written by {manifest['world']} processes, now there are {self.ranks.world}: go "
                 f"on with launch.processes={manifest['world']}, or remove {self.directory} to start the row anew"
             )
+        if manifest.get("layout") != self.layout:
+            raise UserError(
+                f"checkpoint {place}: its weights lie as {manifest.get('layout')}, now as {self.layout}: go on "
+                f"with the launch settings that wrote it, or remove {self.directory} to start the row anew"
+            )
         state = json.loads((place / STATE).read_text(encoding="utf-8"), object_hook=_float)
         own = place / _part(self.ranks.rank)
         return Checkpoint(int(manifest["step"]), load_file(own if own.exists() else place / TENSORS), state)
+
+
+def _step(place: Path) -> int:
+    digits = place.name.removeprefix("step-")
+    return int(digits) if digits.isdecimal() else -1
 
 
 def _part(rank: int) -> str:

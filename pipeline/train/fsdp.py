@@ -22,6 +22,7 @@ class FsdpEngine(Engine):
     """One group of parameters a decoder layer, and one for the rest of the module."""
 
     whole_state = False
+    layout = "fsdp"
 
     def _prepare(self) -> None:
         names = {id(p): name for name, p in self.bare.named_parameters()}

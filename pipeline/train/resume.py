@@ -37,7 +37,10 @@ class Resume:
         self, workspace: Workspace, trainer: Trainer, best: Best | None, *, every: int, keep: int, unit: str = "step"
     ) -> None:
         self.workspace, self.trainer, self.best, self.every, self.unit = workspace, trainer, best, every, unit
-        self.checkpoints = Checkpoints(workspace.checkpoints, workspace.fingerprint, trainer.strategy, keep=keep)
+        layout = trainer.engine.layout
+        self.checkpoints = Checkpoints(
+            workspace.checkpoints, workspace.fingerprint, trainer.strategy, keep=keep, layout=layout
+        )
         self.saved = 0  # `done` of the last checkpoint
 
     def start(self, into: Mapping[str, Tensor] | None = None) -> Mapping[str, Any] | None:
@@ -80,7 +83,7 @@ class Resume:
             with stopping.after_steps():
                 yield
         except BaseException:
-            with suppress(RowFailed):  # what went wrong first is what is told
+            with suppress(UserError):  # what went wrong first is what is told
                 self.checkpoints.finish()
             raise
         self.checkpoints.finish()
@@ -96,9 +99,19 @@ class Resume:
         if noted or done % self.every == 0 or done == total:
             self._save(done, own())
         if noted:
-            self.checkpoints.finish()
+            self._finish_together()
             self.workspace.say(f"stopped after {self.unit} {done} of {total}; the same command goes on from there")
             raise stopping.Interrupted(noted[0])
+
+    def _finish_together(self) -> None:
+        """No rank leaves before what rank 0 writes is on the disk: a rank that is gone ends the others soon."""
+        problem = None
+        try:
+            self.checkpoints.finish()
+        except UserError as error:
+            problem = str(error)
+        if told := [p for p in self.trainer.strategy.gather(problem) if p]:
+            raise RowFailed(told[0])
 
     @property
     def last_good(self) -> str:

@@ -102,6 +102,11 @@ class Engine:
 
     whole_state = True  # `state` gives the same on every rank; otherwise each rank has a part of its own
 
+    @property
+    def layout(self) -> str:
+        """In which order `state` holds the numbers: what was saved under another one cannot be loaded."""
+        return "whole"
+
     def __init__(self, strategy: Strategy, module: nn.Module, optimizer: torch.optim.Optimizer, precision: str) -> None:
         self.strategy = strategy
         self.bare = module

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -18,6 +20,15 @@ class DeepSpeedEngine(Engine):
     """ZeRO 1-3. DeepSpeed clips inside its step, so a gradient's norm is known only after the update."""
 
     whole_state = False
+
+    @property
+    def layout(self) -> str:
+        """What is flattened first, and how it is cut, follows from DeepSpeed's settings."""
+        settings = json.dumps(
+            self.strategy.deepspeed.deepspeed_config["zero_optimization"], sort_keys=True, default=str
+        )
+        stage, digest = self.module.zero_optimization_stage(), hashlib.sha256(settings.encode()).hexdigest()
+        return f"deepspeed, zero_stage {stage}, settings {digest[:12]}"
 
     def _prepare(self) -> None:
         self.module, _ = self.strategy.accelerator.prepare(self.bare, self.optimizer)

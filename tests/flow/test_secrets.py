@@ -13,6 +13,7 @@ FORMS = {
     "github": "ghp_" + "Z9" * 12,
     "aws": "AKIA" + "ABCD1234EFGH5678",
     "slack": "xoxb-" + "1234567890-abc",
+    "older openai": "sk-" + "A1b2" * 8,
     "web token": "eyJhbGciOi.eyJzdWIiOiIx.SflKxwRJSMeKKF",
 }
 
@@ -31,6 +32,14 @@ def test_a_password_inside_an_address(address: str) -> None:
     assert "opensesame" not in redact(f"there is no file {address}")
     with pytest.raises(UserError, match="sources.pairs.path"):
         require_none({"sources": {"pairs": {"path": address}}})
+
+
+def test_a_token_before_a_host_and_behind_bearer() -> None:
+    assert redact("https://0123456789abcdef0123@host/x") == "https://<secret>@host/x"
+    assert redact("Authorization: Bearer abcdefghijklmnop") == "Authorization: Bearer <secret>"
+    for key in ("secret_key", "private_key", "auth_token", "authToken"):
+        with pytest.raises(UserError, match=key):
+            require_none({key: "opensesame1"})
 
 
 def test_a_secret_is_known_by_the_name_of_its_key() -> None:
@@ -56,6 +65,10 @@ def test_ordinary_settings_and_messages_stay_as_they_are() -> None:
         "k": "s3://b/k",
     }
     require_none(plain)
+    require_none(
+        {"path": ["data/sk-instructions-2024.jsonl", "en-sk-parallel-corpus-v2.jsonl"], "eos_token": "<|endoftext|>"}
+    )
+    assert redact("no such token: <|im_start|>") == "no such token: <|im_start|>"
     for text in (
         "ppo.train.token_budget: 4096 tokens a pass",
         "file.jsonl:12: 'prompt' is missing",

@@ -22,7 +22,7 @@ TENSORS = {
     "model.layers.0.norm.weight": torch.ones(4),
     "model.layers.1.norm.weight": torch.ones(4, dtype=torch.bfloat16),
 }
-CONFIG = {"vocab_size": 5, "hidden_size": 4, "num_hidden_layers": 2}
+CONFIG = {"model_type": "llama", "vocab_size": 5, "hidden_size": 4, "num_hidden_layers": 2}
 
 
 @pytest.fixture
@@ -100,10 +100,42 @@ def test_a_config_that_asks_for_more_than_there_is(file: Path, change: dict[str,
     assert told in str(error.value)
 
 
-def test_no_tensor_stands_in_two_files(file: Path) -> None:
-    save_file({"model.embed_tokens.weight": torch.zeros(5, 4)}, file.with_name("model-2.safetensors"))
-    with pytest.raises(UserError, match=r"model.safetensors: holds model.embed_tokens.weight, which another file"):
+def test_shards_are_those_that_the_index_names(file: Path) -> None:
+    save_file({"a": torch.zeros(2)}, file.with_name("model.fp16.safetensors"))
+    assert "a" not in require_weights(file.parent, "model")  # a variant beside it is not read
+    file.rename(file.with_name("model-1.safetensors"))
+    index = file.with_name("model.safetensors.index.json")
+    with pytest.raises(UserError, match="no weights"):
         require_weights(file.parent, "model")
+    index.write_text(json.dumps({"weight_map": {"a": "model.fp16.safetensors", "b": "model-1.safetensors"}}))
+    assert len(require_weights(file.parent, "model")) == 4
+    save_file({"a": torch.zeros(2)}, file.with_name("model-1.safetensors"))
+    with pytest.raises(UserError, match=r"model.fp16.safetensors: holds a, which another file"):
+        require_weights(file.parent, "model")
+    for bad in (
+        "[]",
+        "{",
+        '{"weight_map": {"a": "../x.safetensors"}}',
+        '{"weight_map": {"a": 1}}',
+        '{"weight_map": {}}',
+    ):
+        index.write_text(bad)
+        with pytest.raises(UserError, match="index.json"):
+            require_weights(file.parent, "model")
+
+
+@pytest.mark.parametrize("length", [640, 896, 1152, 1408])
+def test_a_header_whose_length_begins_like_a_pickle(tmp_path: Path, length: int) -> None:
+    """0x0280 and the like: 80 02 are also a pickle's first bytes."""
+    text = json.dumps({"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}).encode()
+    write(tmp_path / "model.safetensors", text + b" " * (length - len(text)), b"x")
+    assert header(tmp_path / "model.safetensors") == {"a": Entry("U8", (1,))}
+
+
+def test_what_a_config_need_not_say(file: Path) -> None:
+    """Fewer layers than the weights (prediction layers of some families), embeddings of another width."""
+    require_weights(file.parent, "model", {**CONFIG, "num_hidden_layers": 1})
+    require_weights(file.parent, "model", {**CONFIG, "model_type": "opt", "hidden_size": 8})
 
 
 @pytest.mark.parametrize("examples", [300, pytest.param(100_000, marks=pytest.mark.slow)])

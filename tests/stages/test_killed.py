@@ -136,7 +136,11 @@ def test_a_signal_saves_and_says_how_to_go_on(chain: Any, first: Any, number: si
     begun.process.send_signal(number)
     assert begun.process.wait(timeout=60) == code
     told = begun.log.read_text()
-    assert "is finished and saved; again to leave at once" in told and "the same command goes on" in told
+    assert (
+        "ends its step and saves; again to leave at once" in told
+        and "stopped after step" in told
+        and "the same command goes on" in told
+    )
     assert "Traceback" not in told
     done = chain.rlhf(
         "run", "plan.yaml", "--until", "sft", "--name", f"signal-{code}", *[w for s in settings for w in ("--set", s)]

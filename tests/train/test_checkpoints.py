@@ -61,6 +61,25 @@ def test_the_newest_ones_stay(tmp_path: Path):
     assert sorted(p.name for p in made.directory.iterdir()) == ["step-000002", "step-000003"]
 
 
+def test_steps_are_numbers_not_names(tmp_path: Path):
+    made = saved(tmp_path, 999_800, 999_900, 1_000_000, 1_000_100, keep=2)
+    assert made.newest(print).step == 1_000_100  # type: ignore[union-attr]
+    assert sorted(p.name for p in made.directory.iterdir()) == ["step-1000000", "step-1000100"]
+
+
+def test_one_saved_below_a_damaged_one_stays(tmp_path: Path):
+    made = saved(tmp_path, 90, 100)
+    (made.directory / "step-000100" / "state.json").unlink()
+    saved(tmp_path, 95, keep=1)  # gone on with from 90, at another interval
+    assert [p.name for p in made.directory.iterdir()] == ["step-000095"]
+
+
+def test_weights_that_lie_in_another_order_are_refused(tmp_path: Path):
+    saved(tmp_path, 1, layout="deepspeed, zero_stage 2")
+    with pytest.raises(UserError, match="its weights lie as deepspeed, zero_stage 2, now as whole"):
+        checkpoints(tmp_path).newest(print)
+
+
 def test_nothing_saved_is_nothing_to_go_on_from(tmp_path: Path):
     assert checkpoints(tmp_path).newest(print) is None
     (tmp_path / "checkpoints" / ".tmp-step-000001").mkdir(parents=True)  # killed while writing
