@@ -462,12 +462,15 @@ def _read_sealed(path: Path) -> dict[str, Any]:
     if not path.parent.is_dir():
         raise UserError(f"{path.parent}: there is no such row")
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_bytes().decode("utf-8")
+        manifest = json.loads(text)
         found, expected = _seal_of(manifest), manifest["seal"]
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise Damaged(f"{path}: cannot be read as a manifest ({error}); remove the row and run again") from error
     if found != expected:
         raise Damaged(f"{path}: was changed: its seal is {found}, it says {expected}; remove the row and run again")
+    if text != _rendered(manifest):  # also what means the same
+        raise Damaged(f"{path}: was changed: it is not written as it was sealed; remove the row and run again")
     if manifest["schema"] > SCHEMA:
         raise UserError(f"{path}: written by a newer version (schema {manifest['schema']}); update this one")
     return dict(manifest)
@@ -490,10 +493,14 @@ def read_record(path: Path) -> dict[str, Any]:
         raise Damaged(f"{error}; remove it and run the plan again") from error
 
 
+def _rendered(value: Any) -> str:
+    return json.dumps(value, indent=1, allow_nan=False) + "\n"
+
+
 def _write_json(path: Path, value: Any) -> None:
     """Whole or not at all: written beside, synced, renamed."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    beside.write_text(_rendered(value), encoding="utf-8")
     _sync(beside)
     beside.replace(path)
 
