@@ -1,5 +1,5 @@
-/* Fails or kills the process at the n-th change of a file below one directory: loaded with LD_PRELOAD, armed by
- * fault_arm(directory, n, kind). Kinds: 0 kills before the change; -1 makes half of a write and kills; others are the errno
+/* Fails or kills the process at the n-th change of a file whose path holds a text: loaded with LD_PRELOAD, armed by
+ * fault_arm(directory, n, kind). Kinds: 0 kills before the change; -1 makes half of a write and kills; -2 lets it take 8 seconds; others are the errno
  * that this change and all later ones report. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -53,9 +53,13 @@ static int hit(int fd, const char *path) {
         if (path) strcat(strcat(full, "/"), path);
     } else
         strncpy(full, path, sizeof full - 1);
-    if (strncmp(full, under, strlen(under))) return 0;
+    if (!strstr(full, under)) return 0;
     const long now = __atomic_add_fetch(&seen, 1, __ATOMIC_SEQ_CST);
     if (now < at) return 0;
+    if (what == -2) {
+        if (now == at) sleep(8);
+        return 0;
+    }
     if (what <= 0) {
         if (now == at && what == 0) kill(getpid(), SIGKILL);
         return what;

@@ -46,14 +46,15 @@ def settings_of(row: str, test: int, *more: str) -> list[str]:
 class Try:
     """One start of the command, which ends with the test at the latest."""
 
-    def __init__(self, chain: Any, row: str, name: str, settings: list[str]) -> None:
+    def __init__(self, chain: Any, row: str, name: str, settings: list[str], **environment: str) -> None:
         self.log = chain.directory / f"{name}.txt"
         self.place = chain.directory / "store" / "partial"
         self.metrics = chain.directory / "runs" / name / "metrics" / f"{row}.jsonl"
         with open(self.log, "w") as file:
             self.process = subprocess.Popen(
                 command(row, name, settings),
-                cwd=chain.directory, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+                cwd=chain.directory, stdout=file, stderr=subprocess.STDOUT,
+                env=os.environ | environment, start_new_session=True,
             )  # fmt: skip
 
     def wait_for_steps(self, count: int) -> bool:
@@ -155,6 +156,21 @@ def test_a_signal_saves_and_says_how_to_go_on(chain: Any, first: Any, number: si
     )
     assert done.returncode == 0 and "goes on after step" in done.stderr
     assert same_again(chain, "sft", settings)
+
+
+@pytest.mark.slow
+def test_no_rank_leaves_before_a_slow_save_is_done(chain: Any, first: Any, shim: Path) -> None:
+    """Ranks that are done may not take the one that still writes with them: once one is gone it has 5 seconds."""
+    settings = settings_of("sft", 4, *DDP, "sft.train.checkpoint_every=100")
+    begun = Try(chain, "sft", "slow", settings, LD_PRELOAD=str(shim), FAULT="/checkpoints/.tmp- 3 -2")
+    assert begun.wait_for_steps(2)
+    begun.process.send_signal(signal.SIGTERM)
+    asked = time.monotonic()
+    assert begun.process.wait(timeout=60) == 143
+    assert time.monotonic() - asked > 7 and "stopped after step" in begun.log.read_text()
+    told = [word for setting in settings for word in ("--set", setting)]
+    done = chain.rlhf("run", "plan.yaml", "--until", "sft", "--name", "slow", *told)
+    assert done.returncode == 0 and "goes on after step" in done.stderr
 
 
 def workers_below(process: int) -> list[int]:
