@@ -57,14 +57,14 @@ class Checkpoints:
         self._thread: ThreadPoolExecutor | None = None
         self._writing: Future[None] | None = None
 
-    def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], *, whole: bool = True) -> None:
+    def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Every rank calls it. Rank 0 copies the tensors and writes while the caller goes on; where they are not the
-        whole, but each rank's own part, every rank writes its part before anybody goes on.
+        whole (`layout`), but each rank's own part, every rank writes its part before anybody goes on.
 
         RowFailed where this checkpoint, or the one before it, cannot be written: the older ones stay as they are.
         """
         text = json.dumps(_plain(dict(state)), allow_nan=False)
-        if not whole and self.ranks.world > 1:
+        if self.layout != WHOLE and self.ranks.world > 1:
             self._save_together(step, tensors, text)
         elif self.ranks.main:
             self.finish()
@@ -159,7 +159,7 @@ class Checkpoints:
     def newest(self, say: Callable[[str], None]) -> Checkpoint | None:
         """The newest checkpoint that verifies; None where none was ever completed.
 
-        Damaged where there are some and none verifies; UserError where the world has another size now.
+        Damaged where there are some and none verifies; UserError where the world or the layout of weights is another now.
         """
         problems = []
         for place in self._places():

@@ -21,7 +21,6 @@ from pipeline.train.strategy import MOMENTS, Engine, stored_state
 class FsdpEngine(Engine):
     """One group of parameters a decoder layer, and one for the rest of the module."""
 
-    whole_state = False
     layout = "fsdp"
 
     def _prepare(self) -> None:

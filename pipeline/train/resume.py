@@ -128,7 +128,7 @@ class Resume:
             tensors |= kept
         size = self.workspace.metrics_size()
         state = {"updates": self.trainer.done, "best": best, "metrics_size": size, "own": dict(own)}
-        self.checkpoints.save(done, tensors, state, whole=self.trainer.engine.whole_state)
+        self.checkpoints.save(done, tensors, state)
         self.saved = done
 
     def _require_room(self) -> None:

@@ -100,11 +100,10 @@ class Strategy:
 class Engine:
     """One module and its optimiser in one process or under DDP."""
 
-    whole_state = True  # `state` gives the same on every rank; otherwise each rank has a part of its own
-
     @property
     def layout(self) -> str:
-        """In which order `state` holds the numbers: what was saved under another one cannot be loaded."""
+        """`whole`: `state` gives the same on every rank. Otherwise each rank has a part of its own, and what was saved
+        under another layout cannot be loaded."""
         return "whole"
 
     def __init__(self, strategy: Strategy, module: nn.Module, optimizer: torch.optim.Optimizer, precision: str) -> None:

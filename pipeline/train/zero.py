@@ -19,8 +19,6 @@ UNCLIPPED = 1e6  # DeepSpeed takes a clipping of 0 for "unset" and puts 1.0 in i
 class DeepSpeedEngine(Engine):
     """ZeRO 1-3. DeepSpeed clips inside its step, so a gradient's norm is known only after the update."""
 
-    whole_state = False
-
     @property
     def layout(self) -> str:
         """What is flattened first, and how it is cut, follows from DeepSpeed's settings."""
