@@ -159,7 +159,7 @@ class Checkpoints:
     def newest(self, say: Callable[[str], None]) -> Checkpoint | None:
         """The newest checkpoint that verifies; None where none was ever completed.
 
-        Damaged where there are some and none verifies; UserError where the world or the layout of weights is another now.
+        Damaged where there are some and none verifies; UserError where world or layout are others now.
         """
         problems = []
         for place in self._places():
