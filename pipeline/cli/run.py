@@ -48,6 +48,8 @@ def run(
     json: Json = False,
 ) -> None:
     """Run a plan: compute its stale rows, reuse the others. The same command continues an interrupted run."""
+    if _followed(plan, sets, name, skip_bad, runs):
+        return
     runner = _runner(plan, sets, name, skip_bad, accept_code, store, runs)
     try:
         runner.run(from_row, until_row)
@@ -73,6 +75,8 @@ def stage(
     if not force:
         run(plan, sets, row, row, name, skip_bad, accept_code, store, runs, json)
         return
+    if _followed(plan, sets, name, skip_bad, runs):
+        return
     runner = _runner(plan, sets, name, skip_bad, accept_code, store, runs)
     try:
         again = runner.again(row)
@@ -81,6 +85,27 @@ def stage(
     print_json(again_document(again)) if json else _print_again(again)
     if not again.same:
         raise typer.Exit(1)
+
+
+def _followed(plan: Path, sets: list[str] | None, name: str | None, skip_bad: bool, runs: Path) -> bool:
+    """On another node than the first of several: do what node 0 says until it ends. False where this node leads."""
+    from pipeline.flow.config import load_plan_file
+
+    values = load_plan_file(plan, sets or [])
+    launch = values.get("launch")
+    if not isinstance(launch, dict) or launch.get("nodes", 1) == 1:
+        return False
+    from pipeline.flow.launch import launch_settings
+    from pipeline.flow.nodes import node_of
+    from pipeline.flow.plan import load_plan
+    from pipeline.flow.runner import follow
+
+    settings = launch_settings(load_plan(plan, plan_sets(sets, skip_bad), stage_table()).launch)
+    if node_of(settings) == 0:
+        return False
+    given = values.get("name") if name is None else name
+    follow(settings, runs / run_name(plan.stem if given is None else given), lambda text: print(text, file=sys.stderr))
+    return True
 
 
 def _runner(

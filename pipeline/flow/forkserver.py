@@ -229,7 +229,8 @@ class _Server:
         self.exited, self.deadline = [], None
         sys.stdout.flush()
         sys.stderr.flush()
-        for rank, env in enumerate(command["ranks"]):
+        for env in command["ranks"]:
+            rank = int(env.get("RANK", 0))
             pid = os.fork()
             if pid == 0:
                 self._child(command, rank, env, events)

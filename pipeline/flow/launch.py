@@ -3,7 +3,7 @@
 One process and several go the same way: the run's fork server (`pipeline.flow.forkserver`) forks one worker a
 rank, each with the environment that torchrun would give it (RANK, WORLD_SIZE, MASTER_ADDR, ...), and every
 worker asserts the world size that it finds. `accelerate launch --cpu --num_processes 2` silently starts one
-process, so it is not used.
+process, so it is not used. With several nodes every node starts its share of the ranks (`pipeline.flow.nodes`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import os
 import selectors
 import signal
 import socket
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +23,8 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from pipeline.flow.config import Places, Settings, parse_settings
-from pipeline.flow.forkserver import PRELOAD, ForkServer, Lines, ServerGone
+from pipeline.flow.forkserver import GRACE_SECONDS, PRELOAD, ForkServer, Lines, ServerGone
+from pipeline.flow.nodes import NOT_THERE, Link, LinkGone, Say, gather, log_of, node_of
 
 CPU_TOPOLOGY = Path("/sys/devices/system/cpu")
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # cgroup v2, as containers see their own
@@ -31,7 +33,7 @@ CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # cgroup v2, as containers see their
 class LaunchSettings(Settings):
     """The `launch:` part of a plan. Nothing here is part of a row's identity; it is recorded."""
 
-    processes: int = Field(default=1, ge=1, description="worker processes (ranks) a row")
+    processes: int = Field(default=1, ge=1, description="worker processes (ranks) a row, over all nodes")
     strategy: Literal["single", "ddp", "deepspeed", "fsdp"] = Field(
         default="single", description="how several processes share the work; `single` for one process"
     )
@@ -48,6 +50,26 @@ class LaunchSettings(Settings):
         description="DeepSpeed configuration merged over what the two lines above describe",
     )
     preload: bool = Field(default=True, description="import torch and transformers once for all rows of a run")
+    nodes: int = Field(default=1, ge=1, description="machines that share the processes; the same command on each")
+    node_rank: int | None = Field(
+        default=None, ge=0, description="which of them this is; 0 leads. null: NODE_RANK or SLURM_NODEID says"
+    )
+    main_address: str | None = Field(default=None, min_length=1, description="host name or address of node 0")
+    main_port: int = Field(
+        default=29500, ge=1, le=65534, description="where node 0 is called; torch.distributed takes the next one"
+    )
+
+    @model_validator(mode="after")
+    def _nodes_fit(self) -> LaunchSettings:
+        if self.nodes > 1 and self.processes % self.nodes:
+            raise ValueError(f"launch.processes is {self.processes}, which {self.nodes} nodes cannot share equally")
+        if self.nodes > 1 and self.main_address is None:
+            raise ValueError(f"launch.nodes is {self.nodes}: set launch.main_address to a name or address of node 0")
+        if self.node_rank is not None and self.node_rank >= self.nodes:
+            raise ValueError(
+                f"launch.node_rank is {self.node_rank}, but launch.nodes is {self.nodes}: nodes count from 0"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_or_several(self) -> LaunchSettings:
@@ -59,7 +81,7 @@ class LaunchSettings(Settings):
         return self
 
     def thread_count(self) -> int:
-        return self.threads or max(1, physical_cores() // self.processes)
+        return self.threads or max(1, physical_cores() // (self.processes // self.nodes))
 
 
 def physical_cores() -> int:
@@ -101,22 +123,28 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def rank_environments(processes: int) -> list[dict[str, str]]:
+def rank_environments(
+    processes: int, nodes: int = 1, node: int = 0, main: tuple[str, int] | None = None
+) -> list[dict[str, str]]:
     """What torchrun would put into the environment of each rank of one node; empty for a single process.
 
-    >>> [env["RANK"] for env in rank_environments(2)]
-    ['0', '1']
+    `main`: where the ranks meet; null takes a free port of this machine.
+
+    >>> [env["RANK"] for env in rank_environments(4, nodes=2, node=1, main=("host", 29501))]
+    ['2', '3']
     """
     if processes == 1:
         return [{}]
+    address, port = main or ("127.0.0.1", free_port())
+    here = processes // nodes
     shared = {
         "WORLD_SIZE": str(processes),
-        "LOCAL_WORLD_SIZE": str(processes),
-        "GROUP_RANK": "0",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
+        "LOCAL_WORLD_SIZE": str(here),
+        "GROUP_RANK": str(node),
+        "MASTER_ADDR": address,
+        "MASTER_PORT": str(port),
     }
-    return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+    return [shared | {"RANK": str(node * here + rank), "LOCAL_RANK": str(rank)} for rank in range(here)]
 
 
 def worker_environment(launch: LaunchSettings, base: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -165,6 +193,7 @@ class Outcome:
     message: str | None = None
     user: bool = False  # a clear message of ours, not the last line of a traceback
     reported: bool = False  # by the worker itself
+    node: int = 0  # where
 
 
 class Workers:
@@ -173,17 +202,30 @@ class Workers:
     workers = Workers(launch, log=run_dir / "logs" / "server.log")
     outcome = workers.run(request_path, log=..., processes=1, on_event=print)
     workers.close()
+
+    Of several nodes' on node 0, `gather` first; on the others `follow`.
     """
 
     def __init__(self, launch: LaunchSettings, *, log: Path) -> None:
-        self.launch = launch
+        self.launch, self.node = launch, node_of(launch)
+        self._followers: list[Link] = []
+        self._leader: Link | None = None
         self._log = log
         self._server: ForkServer | None = None
         self._at_work = False
         self._signals = 0
 
-    def close(self) -> None:
-        """End the server and whatever still runs below it."""
+    def gather(self, say: Say) -> None:
+        """On node 0 of several: wait for the others."""
+        if self.launch.nodes > 1 and not self._followers:
+            self._followers = gather(self.launch, say)
+
+    def close(self, code: int = 0) -> None:
+        """End the server and whatever still runs below it, and the other nodes with this exit code."""
+        for link in self._followers:
+            link.send({"end": code})
+            link.close()
+        self._followers = []
         if self._server is not None:
             self._server.close()
             self._server = None
@@ -210,27 +252,76 @@ class Workers:
 
     def run(self, request: Path, *, log: Path, processes: int, on_event: Callable[[dict[str, Any]], None]) -> Outcome:
         """One row: fork its ranks, hand every event to `on_event`, return how they ended."""
+        followers = self._followers if processes > 1 else []
+        for link in followers:
+            link.send({"row": {"request": str(request.absolute()), "log": str(log.absolute())}})
+        try:
+            ended = self._gang(request, log, processes, on_event, waiting=followers)
+        except ServerGone as gone:
+            self._kill(followers)
+            self.close(1)
+            return Outcome(1, f"the worker server was ended from outside ({_ended(gone.code)})", user=True)
+        return outcome(ended.exited, ended.errors)
+
+    def follow(self, link: Link, row: Mapping[str, str]) -> None:
+        """Elsewhere than on node 0: this node's ranks of the row that node 0 named; node 0 hears how they ended.
+
+        LinkGone where node 0 went away meanwhile.
+        """
+        request = Path(row["request"])
+        first = self.node * self.launch.processes // self.launch.nodes
+        if not request.is_file():
+            error = {"rank": first, "code": 2, "message": NOT_THERE.format(request, self.node), "user": True}
+            link.send({"exited": [{"rank": first, "code": 2, "signal": None}], "errors": [error]})
+            return
+        self._leader = link
+        try:
+            log = log_of(Path(row["log"]), self.node)
+            ended = self._gang(request, log, self.launch.processes, lambda event: None)
+        except ServerGone as gone:
+            self.close()
+            message = f"the worker server was ended from outside ({_ended(gone.code)})"
+            ended = Ended([{"rank": first, "code": 1, "signal": None}], [_error(first, message)])
+        finally:
+            gone_away, self._leader = self._leader is None, None
+        if gone_away:
+            raise LinkGone("in the middle of a row")
+        link.send({"exited": ended.exited, "errors": ended.errors})
+
+    def _gang(
+        self,
+        request: Path,
+        log: Path,
+        processes: int,
+        on_event: Callable[[dict[str, Any]], None],
+        waiting: Sequence[Link] = (),
+    ) -> Ended:
+        """Fork this node's ranks; attend to them, and to the nodes that are waited for, until all have ended."""
         server = self.start()
+        nodes = self.launch.nodes if processes > 1 else 1
+        main = (self.launch.main_address or "", self.launch.main_port + 1) if nodes > 1 else None
         read, write = os.pipe()
         os.set_blocking(read, False)
         self._signals = 0
         try:
             try:
-                server.fork(request=request, log=log, ranks=rank_environments(processes), events=write)
+                ranks = rank_environments(processes, nodes, self.node, main)
+                server.fork(request=request, log=log, ranks=ranks, events=write)
             finally:
                 os.close(write)
-            return self._attend(server, read, on_event)
-        except ServerGone as gone:
-            self.close()
-            return Outcome(1, f"the worker server was ended from outside ({_ended(gone.code)})", user=True)
+            return self._attend(server, read, on_event, waiting)
         finally:
             self._at_work = False
             os.close(read)
 
-    def _attend(self, server: ForkServer, read: int, on_event: Callable[[dict[str, Any]], None]) -> Outcome:
-        lines = Lines()
-        errors: list[dict[str, Any]] = []
-        exited: list[dict[str, Any]] | None = None
+    def _attend(
+        self, server: ForkServer, read: int, on_event: Callable[[dict[str, Any]], None], waiting: Sequence[Link]
+    ) -> Ended:
+        lines, errors = Lines(), []  # type: Lines, list[dict[str, Any]]
+        gangs: list[list[dict[str, Any]]] = []  # of each node, in the order in which they ended
+        elsewhere, here = {link.node for link in waiting}, True
+        deadline: float | None = None  # when nodes that outlive a failed one are ended
+        killed: int | None = None  # how many had ended by then
 
         def receive() -> bool:
             """Take what is on the pipe; False at its end."""
@@ -244,22 +335,94 @@ class Workers:
                     (errors.append if event["event"] == "error" else on_event)(event)
             return bool(data)
 
+        def hear(link: Link) -> bool:
+            """Take what another node says; False where it is gone."""
+            try:
+                messages = link.receive()
+            except LinkGone:
+                if link is self._leader:
+                    server.signal(signal.SIGKILL)
+                    self._leader = None
+                elif link.node in elsewhere:
+                    elsewhere.remove(link.node)
+                    first = link.node * self.launch.processes // self.launch.nodes
+                    gangs.append([{"rank": first, "code": 1, "signal": None, "node": link.node}])
+                    errors.append(_error(first, f"node {link.node} ({link.host}) is gone"))
+                return False
+            for message in messages:
+                if "signal" in message and link is self._leader:
+                    server.signal(message["signal"])
+                if "exited" in message and link.node in elsewhere:
+                    elsewhere.remove(link.node)
+                    gangs.append([end | {"node": link.node} for end in message["exited"]])
+                    errors.extend(message["errors"])
+            return True
+
         with selectors.DefaultSelector() as selector:
             selector.register(server.socket, selectors.EVENT_READ)
             selector.register(read, selectors.EVENT_READ)
-            while exited is None:
-                for key, _ in selector.select():
-                    if key.fileobj == read:
-                        if not receive():
-                            selector.unregister(read)
-                        continue
-                    for reply in server.replies():
-                        self._at_work = self._at_work or "forked" in reply
-                        exited = reply.get("exited", exited)
+            for link in (*waiting, *([self._leader] if self._leader else [])):
+                selector.register(link.socket, selectors.EVENT_READ, link)
+            while here or elsewhere:
+                left = None if deadline is None or killed is not None else max(0.0, deadline - time.monotonic())
+                for key, _ in selector.select(left):
+                    if key.data is not None and not hear(key.data):
+                        selector.unregister(key.fileobj)
+                    if key.fileobj == read and not receive():
+                        selector.unregister(read)
+                    if key.fileobj == server.socket:
+                        for reply in server.replies():
+                            self._at_work = self._at_work or "forked" in reply
+                            if "exited" in reply:
+                                gangs.append(reply["exited"])
+                                here = False
+                if deadline is None and any(_failed(end) for gang in gangs for end in gang):
+                    deadline = time.monotonic() + GRACE_SECONDS
+                if deadline is not None and killed is None and time.monotonic() >= deadline:
+                    server.signal(signal.SIGKILL)
+                    self._kill([link for link in waiting if link.node in elsewhere])
+                    killed = len(gangs)
         self._at_work = False
         while _readable(read) and receive():
             pass
-        return outcome(exited, errors)
+        first = sorted(gangs[:killed], key=lambda gang: _blame(gang, errors))
+        return Ended([end for gang in (*first, *gangs[len(first) :]) for end in gang], errors)
+
+    def _kill(self, links: Sequence[Link]) -> None:
+        for link in links:
+            link.send({"signal": signal.SIGKILL})
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How ranks ended, the cause first, and the errors that they reported."""
+
+    exited: list[dict[str, Any]]
+    errors: list[dict[str, Any]]
+
+
+def _error(rank: int, message: str) -> dict[str, Any]:
+    return {"rank": rank, "code": 1, "message": message, "user": True}
+
+
+def asked_to_stop(code: int) -> bool:
+    """Whether a worker's exit code says that SIGINT or SIGTERM reached it."""
+    return code - 128 in (signal.SIGINT, signal.SIGTERM)
+
+
+def _failed(end: Mapping[str, Any]) -> bool:
+    return bool(end["signal"] or end["code"])
+
+
+def _blame(gang: Sequence[Mapping[str, Any]], errors: Sequence[Mapping[str, Any]]) -> int:
+    """Which node's failure is the cause, lowest first: nodes have no common clock, but a rank that lost its peers
+    reports a crash, and one that fails by itself most often has a clear message or was killed."""
+    first = next((end for end in gang if _failed(end)), None)
+    if first is None:
+        return 3
+    if asked_to_stop(first["code"]) or any(e["rank"] == first["rank"] and e["user"] for e in errors):
+        return 0
+    return 1 if first["signal"] else 2
 
 
 def _readable(descriptor: int) -> bool:
@@ -273,18 +436,20 @@ def outcome(exited: list[dict[str, Any]], errors: list[dict[str, Any]]) -> Outco
 
     The first failure is the cause; ranks that fall over afterwards lost their peer.
     """
-    failed = [end for end in exited if end["signal"] or end["code"]]
+    failed = [end for end in exited if _failed(end)]
     if not failed:
         return Outcome()
     first = failed[0]
     told = {error["rank"]: error for error in reversed(errors)}
     error = told.get(first["rank"])
-    where = f"rank {first['rank']}: " if len(exited) > 1 else ""
+    node = first.get("node", 0)
+    where = f"rank {first['rank']}{f' on node {node}' if node else ''}: " if len(exited) > 1 else ""
     if error is not None and not first["signal"]:
-        return Outcome(first["code"], where + error["message"], user=error["user"], reported=True)
+        return Outcome(first["code"], where + error["message"], error["user"], True, node)
     if first["signal"]:
-        return Outcome(1, where + f"the worker was killed ({_ended(-first['signal'])})", user=True)
-    return Outcome(first["code"], where + f"the worker ended with exit status {first['code']} and no word", user=True)
+        return Outcome(1, where + f"the worker was killed ({_ended(-first['signal'])})", user=True, node=node)
+    silent = f"the worker ended with exit status {first['code']} and no word"
+    return Outcome(first["code"], where + silent, user=True, node=node)
 
 
 def _ended(code: int | None) -> str:

@@ -10,6 +10,7 @@ sealed stays.
     runs/<name>/rows.json             {row: fingerprint}: what garbage collection keeps
     runs/<name>/logs/<row>.log        all that the row's workers printed, and the traceback of a crash
     runs/<name>/logs/server.log       the same of the fork server
+    runs/<name>/logs/*.node<n>.log    both, of the other nodes where there are several
     runs/<name>/metrics/<row>.jsonl   a link to the row's metrics while it runs, a copy afterwards
     runs/<name>/summary.json          {run, rows, started, finished, exit_code, error}: for `rlhf show`
 """
@@ -28,12 +29,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.flow.errors import Damaged, Locked, NonFinite, RowFailed, UserError
+from pipeline.flow.nodes import log_of, node_of
 from pipeline.flow.secrets import redact
 from pipeline.flow.store import Store, read_record, read_rows, run_lock
 
 if TYPE_CHECKING:
     from pipeline.flow.artifacts import Artifact
-    from pipeline.flow.launch import Outcome, Workers
+    from pipeline.flow.launch import LaunchSettings, Outcome, Workers
     from pipeline.flow.plan import Plan, Row, RowState
     from pipeline.flow.stage import Request
 
@@ -176,6 +178,7 @@ class Runner:
         with self._guarded():
             try:
                 plan = self._open_plan()
+                self._gather(plan)
                 self._run_rows(plan, span(plan, from_row, until_row))
             except BaseException as failure:
                 error = failure
@@ -192,6 +195,7 @@ class Runner:
 
         with self._guarded():
             plan = self._open_plan()
+            self._gather(plan)
             row = plan.row(name)
             state = state_of(plan, row, self.store, accept_code=self.accept_code)
             if state.fingerprint is None or not self.store.is_sealed(state.fingerprint):
@@ -226,12 +230,16 @@ class Runner:
         with run_lock(self.run_dir) as lock, self._signals():
             if lock.recovered:
                 self.listener.said(self.run_dir.name, f"took over the lock of process {lock.recovered['pid']}, gone")
+            code = 0
             try:
                 yield
+            except BaseException as error:
+                code = getattr(error, "exit_code", 1)
+                raise
             finally:
                 self.store.remember()
                 if self._workers is not None:
-                    self._workers.close()
+                    self._workers.close(code)
                     self._workers = None
 
     def _run_rows(self, plan: Plan, names: list[str]) -> None:
@@ -332,29 +340,43 @@ class Runner:
 
     def _work(self, row: Row, asked: Request) -> dict[str, Any]:
         """Start the row's workers on a request, wait for them, return the manifest they made."""
-        from pipeline.flow.launch import Workers, launch_settings, processes_of
+        from pipeline.flow.launch import asked_to_stop, processes_of
         from pipeline.flow.worker import RESULT
 
-        self._row, launch = row.name, launch_settings(asked.launch)
-        if self._workers is None:
-            self._workers = Workers(launch, log=self.run_dir / "logs" / "server.log")
+        self._row, workers = row.name, self._open_workers(asked.launch)
         partial = self.store.prepare(asked)
         log = self.run_dir / "logs" / f"{row.name}.log"
         with open(log, "a", encoding="utf-8", errors="backslashreplace") as file:
             print(f"=== {row.name} {time.strftime('%Y-%m-%d %H:%M:%S')} in {partial}", file=file)
-        outcome = self._workers.run(
+        outcome = workers.run(
             partial / "request.json",
             log=log,
-            processes=processes_of(row.cls, launch),
+            processes=processes_of(row.cls, workers.launch),
             on_event=lambda event: self._hear(row.name, event),
         )
         if self._interrupted is not None and not outcome.reported:  # else what went wrong while it stopped
             raise Interrupted(self._interrupted)
+        if not outcome.reported and asked_to_stop(outcome.code):  # not through us
+            raise Interrupted(outcome.code - 128)
         if outcome.message is not None:
-            raise _failure(row.name, outcome, log)
+            raise _failure(row.name, outcome, log_of(log, outcome.node))
         self.store.check_sources(asked)
         document: dict[str, Any] = json.loads((partial / RESULT).read_text(encoding="utf-8"))
         return document
+
+    def _gather(self, plan: Plan) -> None:
+        """Of several nodes, whether all are there is known before anything is computed."""
+        if plan.launch.get("nodes", 1) > 1:
+            self._open_workers(plan.launch)
+
+    def _open_workers(self, launch: Mapping[str, Any]) -> Workers:
+        """The run's workers; of several nodes, the others have come."""
+        from pipeline.flow.launch import Workers, launch_settings
+
+        if self._workers is None:
+            self._workers = Workers(launch_settings(launch), log=self.run_dir / "logs" / "server.log")
+            self._workers.gather(lambda text: self.listener.said(self.run_dir.name, text))
+        return self._workers
 
     def _hear(self, row: str, event: dict[str, Any]) -> None:
         match event.pop("event"):
@@ -417,32 +439,64 @@ class Runner:
         }
         _write_json(self.run_dir / "summary.json", summary)
 
-    # ----------------------------------------------------------------------------------------------- signals
-
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """Pass SIGINT and SIGTERM to the worker and wait for it; with none at work, end the run here."""
+        def passed(number: int) -> bool:
+            if self._workers is None or not self._workers.signal(number):
+                return False
+            if self._interrupted is None:
+                self.listener.said(self._row, STOPPING.format(signal.Signals(number).name))
+            self._interrupted = self._interrupted or number
+            return True
 
-        def handle(number: int, _frame: object) -> None:
-            if self._workers is not None and self._workers.signal(number):
-                if self._interrupted is None:
-                    name = signal.Signals(number).name
-                    self.listener.said(
-                        self._row, f"{name}: a row that trains ends its step and saves; again to leave at once"
-                    )
-                self._interrupted = self._interrupted or number
-            else:
-                raise Interrupted(number)
-
-        try:
-            before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # not the main thread: whoever runs us there handles signals
-            before = {}
-        try:
+        with passed_on(passed):
             yield
+
+
+STOPPING = "{}: a row that trains ends its step and saves; again to leave at once"
+
+
+@contextlib.contextmanager
+def passed_on(to: Callable[[int], bool]) -> Iterator[None]:
+    """SIGINT and SIGTERM go to `to`, which says whether a worker took them; with none at work they end the run here."""
+
+    def handle(number: int, _frame: object) -> None:
+        if not to(number):
+            raise Interrupted(number)
+
+    try:
+        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: whoever runs us there handles signals
+        before = {}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
+
+
+def follow(launch: LaunchSettings, run_dir: Path, say: Callable[[str], None]) -> None:
+    """Elsewhere than on node 0: start this node's ranks of every row that node 0 names, until it ends.
+
+    RowFailed with node 0's exit code where the run failed, or where node 0 is gone.
+    """
+    from pipeline.flow.launch import Workers
+    from pipeline.flow.nodes import GONE, LinkGone, call, orders
+
+    (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+    workers = Workers(launch, log=log_of(run_dir / "logs" / "server.log", node_of(launch)))
+    with passed_on(workers.signal):
+        try:
+            link = call(launch, workers.node, say)
+            workers.start()
+            for row in orders(link):
+                say(f"node {workers.node}: {Path(row['log']).stem}")
+                workers.follow(link, row)
+            say(f"node {workers.node}: done")
+        except LinkGone:
+            raise RowFailed(GONE.format(launch.main_address)) from None
         finally:
-            for number, previous in before.items():
-                signal.signal(number, previous)
+            workers.close()
 
 
 # ------------------------------------------------------------------------------------------------------

@@ -15,15 +15,15 @@ from pipeline.train import zero
 from pipeline.train.strategy import Strategy, build, for_row
 from tests.train.ranks import train
 
-SCRIPT = Path(__file__).with_name("ranks.py")
 
-
-def torchrun(out: Path, processes: int, *arguments: str, ends: bool = True) -> list[dict[str, Any]]:
+def torchrun(
+    out: Path, processes: int, *arguments: str, ends: bool = True, script: str = "ranks.py"
+) -> list[dict[str, Any]]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     environment.pop("WORLD_SIZE", None)
     done = subprocess.run(
-        [*command, str(SCRIPT), str(out), *arguments],
+        [*command, str(Path(__file__).with_name(script)), str(out), *arguments],
         env=environment,
         capture_output=True,
         text=True,

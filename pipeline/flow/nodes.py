@@ -1,0 +1,260 @@
+"""Several machines: the same command on each of them. Node 0 plans, locks, seals and shows; the others follow it.
+
+    node 0   rlhf run PLAN --set launch.nodes=2 --set launch.main_address=HOST --set launch.node_rank=0
+    node 1   the same with node_rank=1: calls node 0, starts its share of the ranks of every row that node 0 names
+
+They talk over TCP (`main_port`), in JSON lines; torch.distributed meets on the port above it:
+
+    follower -> node 0   {"hello": {"node": 1, "nodes": 2, ...}}          what must agree, `introduction`
+    node 0 -> follower   {"refused": why} | {"row": {"request", "log"}} | {"signal": 9} | {"end": code}
+    follower -> node 0   {"exited": [...], "errors": [...]}               once its ranks of the row have ended
+
+Store and run directory lie on a file system that all nodes share, at the same path. A node that goes away ends the row
+on all of them; whoever can reach the port can end it too, as with torch.distributed's own, so it belongs in a closed
+network.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.flow.artifacts import sha256_file
+from pipeline.flow.errors import RowFailed, UserError
+from pipeline.flow.forkserver import Lines
+
+if TYPE_CHECKING:
+    from pipeline.flow.launch import LaunchSettings
+
+WAIT_SECONDS = 600.0  # for the other nodes, at the start of a run
+HELLO_SECONDS = 10.0  # for a caller to say who it is
+LINE_BYTES = 1 << 20
+RANK_VARIABLES = ("NODE_RANK", "SLURM_NODEID")
+NOT_THERE = "{}: is not there on node {}: store and run directory must lie on a file system that all nodes share"
+Say = Callable[[str], None]
+
+
+class LinkGone(Exception):
+    """The other end of a link is gone."""
+
+
+class Link:
+    """A connection between node 0 and another node; `node` is the other one's rank."""
+
+    def __init__(self, connection: socket.socket, node: int, host: str) -> None:
+        self.socket, self.node, self.host = connection, node, host
+        self._lines, self._size = Lines(), 0
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        # A machine without power says nothing: the kernel finds out within 40 seconds.
+        for name, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3)):
+            if hasattr(socket, name) and connection.family != socket.AF_UNIX:
+                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+    def send(self, message: Mapping[str, Any]) -> None:
+        """What cannot be delivered is no error here: `receive` finds the end."""
+        with contextlib.suppress(OSError):
+            self.socket.sendall(json.dumps(message).encode() + b"\n")
+
+    def receive(self) -> list[dict[str, Any]]:
+        """Messages that have arrived; waits for some bytes. LinkGone at the end, or where they are no messages."""
+        try:
+            data = self.socket.recv(1 << 16)
+        except OSError as error:
+            raise LinkGone(str(error)) from error
+        self._size = self._size + len(data) if b"\n" not in data else len(data)
+        if not data or self._size > LINE_BYTES:
+            raise LinkGone("closed" if not data else "a line that is too long")
+        try:
+            messages = [json.loads(line) for line in self._lines.feed(data)]
+        except (ValueError, RecursionError) as error:
+            raise LinkGone(f"no message: {error}") from error
+        if not all(isinstance(message, dict) for message in messages):
+            raise LinkGone("no message")
+        return messages
+
+    def close(self) -> None:
+        self.socket.close()
+
+
+def node_of(launch: LaunchSettings) -> int:
+    """Which node this is: `launch.node_rank`, else what the cluster says. UserError where nobody does."""
+    if launch.nodes == 1:
+        return 0
+    if launch.node_rank is not None:
+        return launch.node_rank
+    for name in RANK_VARIABLES:
+        if (text := os.environ.get(name)) is not None:
+            if not text.isdecimal() or int(text) >= launch.nodes:
+                raise UserError(f"{name}={text}: expected the number of this node, 0 to {launch.nodes - 1}")
+            return int(text)
+    raise UserError(
+        f"launch.node_rank: {launch.nodes} nodes, but which one is this? Set it to 0 on the node that leads and to 1, "
+        f"2, ... on the others, or set {' or '.join(RANK_VARIABLES)} in the environment"
+    )
+
+
+def introduction(launch: LaunchSettings) -> dict[str, Any]:
+    """What must be the same on every node."""
+    from pipeline.flow.stage import PACKAGES, has_kernel
+
+    packages = {}
+    for name in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            packages[name] = version(name)
+    asked = launch.model_dump(mode="json", exclude={"node_rank", "threads", "main_address", "preload"})
+    return asked | {"python": platform.python_version(), "kernel": has_kernel(), "code": _code()} | packages
+
+
+def _code() -> str:
+    """Digest of this project's own source files."""
+    root = Path(__file__).resolve().parents[2]
+    files = sorted(f for part in ("pipeline", "stages") for f in (root / part).rglob("*") if f.suffix in (".py", ".c"))
+    names = "".join(f"{file.relative_to(root)} {sha256_file(file)}\n" for file in files)
+    return hashlib.sha256(names.encode()).hexdigest()[:16]
+
+
+# ----------------------------------------------------------------------------------------------------- node 0
+
+
+def gather(launch: LaunchSettings, say: Say, seconds: float = WAIT_SECONDS) -> list[Link]:
+    """Wait for the other nodes of the run: one link each, by rank.
+
+    RowFailed where some do not come in time, UserError where the address is not one of this machine's.
+    """
+    ours, links = introduction(launch), {}  # type: dict[str, Any], dict[int, Link]
+    address = (launch.main_address or "", launch.main_port)
+    try:
+        family = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0][0]
+        listener = socket.create_server(address, family=family)
+    except OSError as error:
+        raise UserError(
+            f"launch.main_address: node 0 cannot listen on {address[0]} port {address[1]} ({error}); give an address "
+            "of node 0 that the other nodes reach, and a free launch.main_port with a free one above it"
+        ) from error
+    deadline = time.monotonic() + seconds
+    told: set[int] = set()
+    with listener:
+        while missing := set(range(1, launch.nodes)) - links.keys():
+            if missing != told:
+                say(f"waiting at {address[0]}:{address[1]} for {_named(missing)} of {launch.nodes}")
+                told = missing
+            listener.settimeout(max(0.01, deadline - time.monotonic()))
+            try:
+                connection, peer = listener.accept()
+            except TimeoutError:
+                for link in links.values():
+                    link.send({"refused": f"{_named(missing)} never came"})
+                raise RowFailed(
+                    f"launch.nodes: {launch.nodes} asked for, but {_named(missing)} did not call {address[0]}:"
+                    f"{address[1]} within {seconds:.0f} s: start the same command there"
+                ) from None
+            if (caller := _welcome(connection, str(peer[0]), ours, missing, say)) is not None:
+                links[caller.node] = caller
+    return [links[node] for node in sorted(links)]
+
+
+def _welcome(connection: socket.socket, host: str, ours: Mapping[str, Any], missing: set[int], say: Say) -> Link | None:
+    """A link to a caller that is one of the missing nodes and agrees with us; else None, and the caller told why."""
+    connection.settimeout(HELLO_SECONDS)
+    link = Link(connection, -1, host)
+    try:
+        hello = next((m["hello"] for m in link.receive() if isinstance(m.get("hello"), dict)), None)
+    except LinkGone:
+        hello = None
+    if hello is None:
+        connection.close()  # a port scanner, say
+        return None
+    node = hello.pop("node", None)
+    if why := _refused(node, hello, ours, missing):
+        link.send({"refused": why})
+        connection.close()
+        say(f"refused a caller from {host}: {why}")
+        return None
+    connection.settimeout(None)
+    link.node = int(node)
+    return link
+
+
+def _refused(node: Any, hello: Mapping[str, Any], ours: Mapping[str, Any], missing: set[int]) -> str | None:
+    if node not in missing:
+        return f"node {node!r} is not one of those still waited for ({_named(missing)}): check launch.node_rank"
+    differs = [name for name in sorted({*ours, *hello}) if ours.get(name) != hello.get(name)]
+    if differs:
+        words = ", ".join(f"{name} {hello.get(name)} there, {ours.get(name)} on node 0" for name in differs)
+        return f"node {node} differs: {words}"
+    return None
+
+
+def _named(nodes: set[int]) -> str:
+    """
+    >>> _named({2, 1})
+    'nodes 1, 2'
+    """
+    return f"node{'s' if len(nodes) > 1 else ''} {', '.join(str(node) for node in sorted(nodes))}"
+
+
+# --------------------------------------------------------------------------------------------------- the others
+
+
+def call(launch: LaunchSettings, node: int, say: Say, seconds: float = WAIT_SECONDS) -> Link:
+    """A link to node 0, which is called until it answers. RowFailed where it does not in time."""
+    address = (launch.main_address or "", launch.main_port)
+    deadline = time.monotonic() + seconds
+    said = False
+    while True:
+        try:
+            connection = socket.create_connection(address, timeout=HELLO_SECONDS)
+            if connection.getsockname() != connection.getpeername():  # else the port called itself
+                break
+            connection.close()
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise RowFailed(
+                    f"launch.main_address: node 0 does not answer at {address[0]}:{address[1]} ({error}): start the "
+                    "same command there, with launch.node_rank 0"
+                ) from error
+        if not said:
+            say(f"node {node} of {launch.nodes}: calling node 0 at {address[0]}:{address[1]}")
+            said = True
+        time.sleep(0.2)
+    connection.settimeout(None)
+    link = Link(connection, 0, address[0])
+    link.send({"hello": {"node": node} | introduction(launch)})
+    return link
+
+
+def orders(link: Link) -> Iterator[dict[str, Any]]:
+    """The rows that node 0 names, until it ends. RowFailed where it refuses us, goes away, or a row failed there."""
+    while True:
+        try:
+            messages = link.receive()
+        except LinkGone:
+            raise RowFailed(GONE.format(link.host)) from None
+        for message in messages:
+            if "refused" in message:
+                raise RowFailed(f"node 0 refused this node: {message['refused']}")
+            if "end" in message:
+                if message["end"]:
+                    error = RowFailed("node 0 ended the run; its messages say why")
+                    error.exit_code = int(message["end"])
+                    raise error
+                return
+            if "row" in message:
+                yield message["row"]
+
+
+GONE = "node 0 ({}) is gone: the same command on every node goes on after the last checkpoint"
+
+
+def log_of(log: Path, node: int) -> Path:
+    """Where a node's ranks write what they print: node 0 into the row's log, the others beside it."""
+    return log if node == 0 else log.with_suffix(f".node{node}.log")

@@ -1,0 +1,259 @@
+"""Several nodes: here two commands on one machine, each with its own fork server and half of the ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.flow.errors import RowFailed, UserError
+from pipeline.flow.launch import LaunchSettings, free_port, launch_settings
+from pipeline.flow.nodes import LINE_BYTES, Link, LinkGone, call, gather, introduction, node_of, orders
+
+HERE = Path(__file__).parent
+BOOT = """import sys, stages, toy_stages
+stages.STAGES = toy_stages.TABLE
+from pipeline.cli import main
+main(sys.argv[1:])"""
+PLAN = """
+launch: {preload: false, threads: 1, device: cpu, strategy: ddp, processes: 2, nodes: 2, main_address: 127.0.0.1}
+sources: {text: {kind: documents, path: text.txt}}
+rows:
+  - first: {documents: text}
+  - second: {documents: first.documents}
+stages: {first: {join: true}, second: {join: true}}
+"""
+
+
+def two_ports() -> int:
+    """A free port with a free one above it."""
+    while True:
+        port = free_port()
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port + 1))
+            except OSError:
+                continue
+            return port
+
+
+class Nodes:
+    """`rlhf run` on a plan of toy stages, as node 0 or node 1."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.port = root, two_ports()
+        (root / "text.txt").write_text("text ")
+        (root / "plan.yaml").write_text(PLAN)
+
+    def start(self, node: int | None, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+        told = [
+            f"launch.main_port={self.port}",
+            *([f"launch.node_rank={node}"] if node is not None else []),
+            *arguments,
+        ]
+        sets = [word for setting in told for word in ("--set", setting)]
+        return subprocess.Popen(
+            [sys.executable, "-c", BOOT, "run", "plan.yaml", *sets],
+            cwd=self.root,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])} | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def summary(self) -> dict[str, Any]:
+        return dict(json.loads((self.root / "runs/plan/summary.json").read_text()))
+
+    def wait_for(self, text: str, node: int = 0) -> None:
+        log = self.root / "runs/plan/logs" / ("first.log" if node == 0 else f"first.node{node}.log")
+        until = time.monotonic() + 60
+        while not (log.exists() and text in log.read_text()):
+            assert time.monotonic() < until, f"{log} never said {text!r}"
+            time.sleep(0.02)
+
+
+@pytest.fixture
+def nodes(tmp_path: Path) -> Nodes:
+    return Nodes(tmp_path)
+
+
+def ended(process: subprocess.Popen[str], within: float = 60) -> tuple[int, str]:
+    _, err = process.communicate(timeout=within)
+    return process.returncode, err
+
+
+def test_two_nodes_make_one_world(nodes: Nodes) -> None:
+    """Ranks 0 and 1 sum 1 + 2; the second row finds the same nodes still there. NODE_RANK serves as well."""
+    lead, follow = nodes.start(0), nodes.start(None, NODE_RANK="1")
+    told = [ended(lead), ended(follow)]
+    assert [code for code, _ in told] == [0, 0], told
+    assert "waiting at 127.0.0.1" in told[0][1] and "node 1: first" in told[1][1] and "node 1: second" in told[1][1]
+    rows = nodes.summary()["rows"]
+    assert [row["status"] for row in rows] == ["executed", "executed"]
+    text = Path(rows[-1]["artifacts"]["documents"]["path"]) / "data.jsonl"
+    assert text.read_text() == "text word3\nword3\n"
+    assert "toy log line" in (nodes.root / "runs/plan/logs/first.node1.log").read_text()
+
+
+@pytest.mark.parametrize("dying", [0, 1])
+def test_a_command_that_is_killed_ends_the_other(nodes: Nodes, dying: int) -> None:
+    pair = [nodes.start(node, "first.seconds=60") for node in (0, 1)]
+    nodes.wait_for("toy log line", node=1)
+    pair[dying].kill()
+    began = time.monotonic()
+    code, said = ended(pair[1 - dying])
+    assert code == 1 and time.monotonic() - began < 30
+    assert ("node 1 (127.0.0.1) is gone" if dying else "node 0 (127.0.0.1) is gone") in said
+    pair[dying].communicate()
+
+
+def test_a_worker_that_fails_elsewhere_is_named(nodes: Nodes) -> None:
+    pair = [nodes.start(node, "first.fail=rank 1", "first.seconds=0.5") for node in (0, 1)]
+    (code, said), (other, heard) = ended(pair[0]), ended(pair[1])
+    assert (code, other) == (1, 1)
+    assert "rank 1 on node 1: ValueError: only rank 1" in said and "first.node1.log" in said
+    assert "node 0 ended the run" in heard
+
+
+def test_an_interrupt_anywhere_stops_all(nodes: Nodes) -> None:
+    pair = [nodes.start(node, "first.seconds=60") for node in (0, 1)]
+    nodes.wait_for("toy log line", node=1)
+    nodes.wait_for("toy log line", node=0)
+    pair[1].send_signal(signal.SIGTERM)
+    assert [ended(process)[0] for process in pair] == [143, 143]
+
+
+def settings(**more: Any) -> LaunchSettings:
+    given = {"processes": 4, "nodes": 2, "strategy": "ddp", "main_address": "127.0.0.1", "main_port": two_ports()}
+    return launch_settings(given | more)
+
+
+def in_thread(function: Any) -> tuple[threading.Thread, list[Any]]:
+    found: list[Any] = []
+
+    def work() -> None:
+        try:
+            found.append(function())
+        except Exception as error:
+            found.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    return thread, found
+
+
+def test_a_node_that_differs_is_refused_and_the_right_one_still_taken() -> None:
+    launch, said = settings(), []  # type: LaunchSettings, list[str]
+    thread, found = in_thread(lambda: gather(launch, said.append, seconds=30))
+    with _connected(launch) as scanner:
+        scanner.sendall(b"GET / HTTP/1.1\r\n\r\n")
+    other = launch.model_copy(update={"processes": 2})
+    with pytest.raises(RowFailed, match="node 1 differs: processes 2 there, 4 on node 0"):
+        list(orders(call(other, 1, said.append, seconds=10)))
+    with pytest.raises(RowFailed, match=r"node 7 is not one of those still waited for \(node 1\)"):
+        list(orders(call(launch, 7, said.append, seconds=10)))
+    link = call(launch, 1, said.append, seconds=10)
+    thread.join(30)
+    (links,) = found
+    assert [one.node for one in links] == [1]
+    links[0].send({"row": {"request": "r", "log": "l"}})
+    links[0].send({"end": 0})
+    assert list(orders(link)) == [{"request": "r", "log": "l"}]
+    for one in (*links, link):
+        one.close()
+
+
+def _connected(launch: LaunchSettings) -> socket.socket:
+    until = time.monotonic() + 30
+    while True:
+        try:
+            return socket.create_connection(("127.0.0.1", launch.main_port))
+        except OSError:
+            assert time.monotonic() < until
+            time.sleep(0.05)
+
+
+def test_nodes_that_never_come_are_named() -> None:
+    launch = settings(processes=3, nodes=3)
+    thread, found = in_thread(lambda: gather(launch, lambda text: None, seconds=3))
+    link = call(launch, 2, lambda text: None, seconds=10)
+    thread.join(30)
+    assert "3 asked for, but node 1 did not call" in str(found[0])
+    with pytest.raises(RowFailed, match="refused this node: node 1 never came"):
+        list(orders(link))
+    with pytest.raises(RowFailed, match="does not answer"):
+        call(launch, 1, lambda text: None, seconds=0.0)
+
+
+def test_an_address_that_is_not_ours_is_told() -> None:
+    with pytest.raises(UserError, match=r"launch.main_address: node 0 cannot listen on 192\.0\.2\.1"):
+        gather(settings(main_address="192.0.2.1"), print, seconds=1)
+
+
+def test_what_arrives_is_bounded() -> None:
+    ours, theirs = socket.socketpair()
+    link = Link(ours, 1, "there")
+    thread = threading.Thread(target=_flood, args=(theirs,))
+    thread.start()
+    with pytest.raises(LinkGone, match="too long"):
+        while True:
+            link.receive()
+    link.close()
+    thread.join(10)
+    for data in (b"[1]\n", b"{\n", b"[" * 100_000 + b"\n"):
+        ours, theirs = socket.socketpair()
+        theirs.sendall(data)
+        theirs.close()
+        with pytest.raises(LinkGone, match="no message"):
+            while True:
+                Link(ours, 1, "there").receive()
+
+
+def _flood(end: socket.socket) -> None:
+    try:
+        for _ in range(4 * LINE_BYTES // 65536):
+            end.sendall(b"x" * 65536)
+    except OSError:
+        pass
+
+
+def test_which_node_this_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("NODE_RANK", "SLURM_NODEID"):
+        monkeypatch.delenv(name, raising=False)
+    assert node_of(LaunchSettings()) == 0 and node_of(settings(node_rank=1)) == 1
+    with pytest.raises(UserError, match=r"launch.node_rank: 2 nodes, but which one is this\?"):
+        node_of(settings())
+    monkeypatch.setenv("SLURM_NODEID", "1")
+    assert node_of(settings()) == 1
+    monkeypatch.setenv("NODE_RANK", "2")
+    with pytest.raises(UserError, match="NODE_RANK=2: expected the number of this node, 0 to 1"):
+        node_of(settings())
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"processes": 3}, "launch.processes is 3, which 2 nodes cannot share equally"),
+        ({"main_address": None}, "set launch.main_address"),
+        ({"node_rank": 2}, "launch.node_rank is 2, but launch.nodes is 2: nodes count from 0"),
+        ({"main_port": 65535}, "main_port"),
+    ],
+)
+def test_settings_that_contradict_each_other(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        settings(**given)
+
+
+def test_what_must_agree_leaves_out_what_may_differ() -> None:
+    one, other = settings(main_port=5000), settings(main_port=5000, threads=3, main_address="localhost", node_rank=1)
+    assert introduction(one) == introduction(other)
+    assert introduction(one) != introduction(settings(main_port=5000, strategy="fsdp"))
