@@ -126,6 +126,7 @@ class Ppo(Stage):
         from pipeline.rollout.samples import SampleLog, describe_samples, origin_of, recorded
         from pipeline.train import memory, ppo_checks, strategy
         from pipeline.train.loop import Trainer
+        from pipeline.train.parked import Parked
         from pipeline.train.ppo import Learner, PromptStream, groups_each
         from pipeline.train.ppo_loss import Phase, ppo_loss
         from pipeline.train.ppo_state import Progress
@@ -196,19 +197,24 @@ class Ppo(Stage):
             engine=config.engine,
         )
         trained: list[Any] = [m for m in (roles.actor.policy, roles.actor.value) if m is not None]
+        seen = watch.networks if watch else []
         workspace.say(memory.statement(trained, frozen, policy.model, config.train, shared=shared))
+        parked = Parked(ranks, workspace.frozen, [*roles.still, *rewards.networks, *seen], staying=learner.modules)
+        if parked.bytes:
+            workspace.say(f"{memory.human(parked.bytes)} of frozen models are elsewhere during updates (launch.frozen)")
         progress = Progress(workspace, trainer, roles, config, watch, controller(config.kl.controller()), rewards)
         start = progress.resume()
         origin = origin_of(inputs.policy, workspace.stage, workspace.seed, temperature=temperature)
         log = SampleLog(workspace.working("samples.jsonl"), start=start, main=ranks.main)
         with progress.saving.stoppable():
             for iteration in range(start, config.iterations):
-                with trainer.whole():
+                with trainer.whole(), parked.whole(*rewards.networks):
                     rollout = sampler.sample(prompts.take(stream.batch(iteration)), iteration=iteration, ranks=ranks)
                 drawn = replace(origin, policy=origin.policy if iteration == 0 else None, iteration=iteration)
                 log.append(recorded(rollout.samples, rollout.prompt_ids, drawn))
                 scores = rewards.total(rollout.samples, ranks)
-                targets = learner.targets(rollout.groups(scores), progress.kl.coefficient, iteration)
+                with parked.whole(roles.reference.module):
+                    targets = learner.targets(rollout.groups(scores), progress.kl.coefficient, iteration)
                 if not config.importance.correct:
                     coarse = config.engine.precision != "model" or config.engine.engine != "native"
                     precision = "bf16" if coarse else config.train.precision
@@ -216,7 +222,8 @@ class Ppo(Stage):
                 updated = learner.optimise(targets, progress.kl.coefficient, iteration)
                 roles.after_iteration(iteration + 1)
                 figures = {**rollout.figures, **targets.figures, **updated, "kl_coefficient": progress.kl.coefficient}
-                progress.finish(iteration, figures, samples=len(rollout.samples))
+                with parked.whole(*(seen if progress.looks_after(iteration) else [])):
+                    progress.finish(iteration, figures, samples=len(rollout.samples))
         chosen = progress.settle()
         with trainer.whole():
             save_policy(policy, workspace)

@@ -49,6 +49,11 @@ class LaunchSettings(Settings):
         default_factory=dict,
         description="DeepSpeed configuration merged over what the two lines above describe",
     )
+    frozen: Literal["whole", "sharded", "offloaded"] = Field(
+        default="whole",
+        description="how PPO's reference and reward models lie between the phases that read them: whole on every rank, "
+        "cut over the ranks, or in CPU memory",
+    )
     preload: bool = Field(default=True, description="import torch and transformers once for all rows of a run")
     nodes: int = Field(default=1, ge=1, description="machines that share the processes; the same command on each")
     node_rank: int | None = Field(

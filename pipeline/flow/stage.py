@@ -228,6 +228,11 @@ class Workspace:
         return path
 
     @property
+    def frozen(self) -> Any:
+        """`launch.frozen`: how frozen models lie between the phases that read them."""
+        return self.launch.get("frozen", "whole")
+
+    @property
     def checkpoints(self) -> Path:
         """Where a stage keeps its state while it works; still there when the same row is tried again."""
         return self.partial / "checkpoints"

@@ -66,6 +66,10 @@ class Progress:
             self.watch.load(own["watch"])
         return self.saving.saved
 
+    def looks_after(self, iteration: int) -> bool:
+        """Whether `finish` will look at dev."""
+        return iteration + 1 in self.due
+
     def finish(self, iteration: int, figures: dict[str, Any], *, samples: int) -> None:
         """After the updates of an iteration: adjust the KL coefficient, look at dev, log, save."""
         done = iteration + 1
@@ -75,7 +79,7 @@ class Progress:
         self.figures = figures
         ppo_checks.require_finite_weights(dict(self.trainer.module.named_parameters()), self.saving.last_good)
         report = dict(figures)
-        if self.watch and done in self.due:
+        if self.watch and self.looks_after(iteration):
             with self.trainer.whole():
                 self.dev = self.watch()
             report |= {f"dev/{name}": value for name, value in self.dev.items() if math.isfinite(value)}

@@ -13,10 +13,10 @@ from tests.stages.conftest import Chain
 
 WAYS = {
     "ddp": ["strategy=ddp"],
-    "fsdp": ["strategy=fsdp"],
+    "fsdp": ["strategy=fsdp", "frozen=sharded"],
     "zero1": ["strategy=deepspeed", "zero_stage=1"],
     "zero2": ["strategy=deepspeed", "zero_stage=2", "offload=optimizer"],
-    "zero3": ["strategy=deepspeed", "zero_stage=3"],
+    "zero3": ["strategy=deepspeed", "zero_stage=3", "frozen=offloaded"],
 }
 SLOW = [pytest.param(way, marks=() if way == "fsdp" else pytest.mark.slow) for way in WAYS]
 TRAINED = {

@@ -1,6 +1,6 @@
 """Trains the tiny model as one rank of several and writes what came out as JSON.
 
-torchrun --nproc_per_node 2 tests/train/ranks.py OUT STRATEGY [ZERO_STAGE [records|ratings|stopped [OFFLOAD]]]
+torchrun --nproc_per_node 2 tests/train/ranks.py OUT STRATEGY [ZERO_STAGE [records|ratings|parked|stopped [OFFLOAD]]]
 
 `stopped` leaves without a word in the third step, and goes on with checkpoints under OUT.work when called again.
 """
@@ -18,11 +18,13 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
+from torch import nn  # noqa: E402
 
 from pipeline.algo.preference import Kto  # noqa: E402
 from pipeline.data.records import Rated  # noqa: E402
 from pipeline.train.batches import Plan, weigh_tokens  # noqa: E402
 from pipeline.train.loop import Trainer, fit  # noqa: E402
+from pipeline.train.parked import Parked  # noqa: E402
 from pipeline.train.preferences import PARTS, training_of  # noqa: E402
 from pipeline.train.reference import with_reference  # noqa: E402
 from pipeline.train.settings import TrainSettings  # noqa: E402
@@ -96,6 +98,29 @@ def train_ratings(strategy: Strategy) -> dict[str, object]:
     }
 
 
+def frozen_models() -> tuple[nn.Linear, nn.Linear, nn.Linear]:
+    """Two frozen models with one weight in common, and a trained one with the first one's bias."""
+    torch.manual_seed(0)
+    one, other, trained = (nn.Linear(5, 3).requires_grad_(False) for _ in range(3))
+    other.weight, trained.bias = one.weight, one.bias
+    return one, other, trained
+
+
+def park(strategy: Strategy) -> dict[str, object]:
+    one, other, trained = frozen_models()
+    parked = Parked(strategy, "sharded", [one, other], [trained])
+    between = [p.numel() for p in (one.weight, other.weight, other.bias, one.bias)]
+    inside = []
+    for _ in range(2):
+        with parked.whole(one, other):
+            inside.append([[p.flatten().tolist() for p in m.parameters()] for m in (one, other)])
+    half = nn.Linear(3, 1, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+    half.weight.copy_(torch.tensor([0.5, 1.5, -2.0]))
+    with Parked(strategy, "sharded", [half]).whole(half):
+        values = half.weight.flatten().tolist()
+    return {"rank": strategy.rank, "inside": inside, "between": between, "bytes": parked.bytes, "half": values}
+
+
 def main(out: str, strategy: str, stage: str = "2", what: str = "records", offload: str = "none") -> None:
     torch.set_num_threads(1)
     made = build(
@@ -108,6 +133,8 @@ def main(out: str, strategy: str, stage: str = "2", what: str = "records", offlo
     )
     if what == "ratings":
         found = train_ratings(made)
+    elif what == "parked":
+        found = park(made)
     else:
         root = Path(f"{out}.work")
         begun = root.exists()
