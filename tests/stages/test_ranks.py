@@ -1,14 +1,16 @@
-"""The whole chain by two processes, under every way to share the work: the figures of one process."""
+"""The whole chain by two processes, under every way to share the work, and by two nodes: the figures of one process."""
 
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
+from tests.flow.test_nodes import two_ports
 from tests.stages.conftest import Chain
 
 WAYS = {
@@ -31,15 +33,38 @@ TRAINED = {
 
 @pytest.mark.parametrize("way", SLOW)
 def test_two_processes_give_the_figures_of_one(chain: Any, first: Any, tmp_path: Path, way: str) -> None:
+    ran = Chain(copied(chain, tmp_path)).rlhf(*command("processes=2", *WAYS[way]))
+    assert ran.returncode == 0, ran.stderr
+    assert_same_chain(ran.stdout, first)
+
+
+@pytest.mark.slow
+def test_two_nodes_give_the_figures_of_one(chain: Any, first: Any, tmp_path: Path) -> None:
+    """Two commands beside each other, each with one of two ranks."""
+    shared = Chain(copied(chain, tmp_path))
+    nodes = ["processes=2", "nodes=2", "strategy=ddp", "main_address=127.0.0.1", f"main_port={two_ports()}"]
+    with ThreadPoolExecutor(2) as pool:
+        lead, follow = pool.map(lambda n: shared.rlhf(*command(*nodes, f"node_rank={n}")), range(2))
+    assert lead.returncode == 0, lead.stderr
+    assert follow.returncode == 0 and "node 1: dpo" in follow.stderr, follow.stderr
+    assert_same_chain(lead.stdout, first)
+
+
+def copied(chain: Any, directory: Path) -> Path:
+    for name in ("plan.yaml", "pairs.jsonl"):
+        (directory / name).write_text((chain.directory / name).read_text())
+    return directory
+
+
+def command(*launch: str) -> list[str]:
+    told = [word for setting in (*launch, "threads=1", "device=cpu") for word in ("--set", f"launch.{setting}")]
+    return ["run", "plan.yaml", "--until", "dpo", "--json", *told]
+
+
+def assert_same_chain(stdout: str, first: Any) -> None:
     """Losses to 1e-5, and whole weights: rounding in another order is all that differs, and Adam makes 1e-3 of that
     where a gradient is next to nothing."""
-    for name in ("plan.yaml", "pairs.jsonl"):
-        (tmp_path / name).write_text((chain.directory / name).read_text())
-    launch = ["processes=2", "threads=1", "device=cpu", *WAYS[way]]
-    told = [word for setting in launch for word in ("--set", f"launch.{setting}")]
-    done = Chain(tmp_path).rlhf("run", "plan.yaml", "--until", "dpo", "--json", *told)
-    assert done.returncode == 0, done.stderr
-    found = {row["row"]: row for row in json.loads(done.stdout)["rows"]}
+    found = {row["row"]: row for row in json.loads(stdout)["rows"]}
     for row, slot in TRAINED.items():
         for figure in ("loss", "heldout_loss"):
             expected = first[row]["metrics"].get(figure)
