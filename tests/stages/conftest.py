@@ -42,9 +42,9 @@ class Chain:
         self.directory = directory
         self.plan = directory / "plan.yaml"
 
-    def rlhf(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+    def rlhf(self, *arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "pipeline", *arguments]
-        return subprocess.run(command, cwd=self.directory, capture_output=True, text=True, timeout=400)
+        return subprocess.run(command, cwd=self.directory, capture_output=True, text=True, timeout=400, env=env)
 
     def run(self, *arguments: str) -> dict[str, dict]:
         """Rows of `rlhf run --json` by name."""

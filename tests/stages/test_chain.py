@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.stages.conftest import Chain
 
 ROWS = ["world", "pretrain", "sft", "reward", "ppo", "rejection", "dpo", "evaluate"]
 POLICY_KEYS = {
@@ -120,6 +123,23 @@ def test_same_plan_twice_executes_nothing_and_one_changed_byte_reruns_what_depen
     status = {name: row["status"] for name, row in changed.items()}
     assert [n for n in ROWS if status[n] == "reused"] == ["world", "pretrain", "sft"]
     assert [n for n in ROWS if status[n] == "executed"] == ["reward", "ppo", "rejection", "dpo", "evaluate"]
+
+
+def test_another_place_and_environment_give_the_same_digests(chain, first, tmp_path):
+    """Another directory, hash seed, home, time zone and language, and the environment in another order."""
+    for name in ("plan.yaml", "pairs.jsonl"):
+        (tmp_path / name).write_text((chain.directory / name).read_text())
+    changed = {"PYTHONHASHSEED": "77", "TZ": "Asia/Tokyo", "LANG": "C", "HOME": str(tmp_path), "SHUFFLED": "1"}
+    env = dict(sorted((os.environ | changed).items(), key=lambda item: item[0][::-1]))
+    done = Chain(tmp_path).rlhf("run", "plan.yaml", "--json", env=env)
+    assert done.returncode == 0, done.stderr
+    again = {row["row"]: row["artifacts"] for row in json.loads(done.stdout)["rows"]}
+    digests = lambda artifacts: {slot: found["digest"] for slot, found in artifacts.items()}
+    assert {row: digests(found) for row, found in again.items()} == {
+        row: digests(found["artifacts"]) for row, found in first.items()
+    }
+    done = Chain(tmp_path).rlhf("verify", "plan")
+    assert done.returncode == 0, done.stdout
 
 
 def test_forced_rows_reproduce_their_bytes(chain, first):

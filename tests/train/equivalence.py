@@ -39,7 +39,7 @@ from tests.small import ask, chat, comparison, forget_gradients, policy, scorer 
 UPDATES = 6
 BUDGETS = (2000, 120, 60)  # everything in one pass; several groups in each; one or two
 BETA = 0.1
-PPO = PpoSettings(epochs=3, minibatch=12, lam=0.9)  # 6 groups of 4 answers: two updates an epoch
+PPO = PpoSettings(epochs=3, minibatch=16, lam=0.9)  # 8 groups of 4 answers: two updates an epoch
 Weigh = Callable[[list[Group]], dict[str, float]]
 
 
@@ -78,10 +78,10 @@ def chosen_groups() -> list[Group]:
 
 
 def rollout() -> list[Group]:
-    """Six prompts with four answers each, 1 to 9 tokens; what the sampler said is beside the point here."""
+    """Eight prompts with four answers each, 1 to 9 tokens; what the sampler said is beside the point here."""
     draw = random.Random(2)
     groups = []
-    for i in range(6):
+    for i in range(8):
         answers = [[draw.randrange(30, 90) for _ in range(draw.randrange(1, 10))] for _ in range(4)]
         facts = [{"answer": 1.0, "score": draw.uniform(-1, 1)} for _ in answers]
         told = [{"sampler_logprobs": [-5.0] * len(a)} for a in answers]
