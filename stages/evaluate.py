@@ -59,6 +59,7 @@ class Evaluate(Stage):
         from pipeline.rollout.collect import fitting
         from pipeline.rollout.engine import SamplingSettings
         from pipeline.rollout.noise import NoiseKey
+        from pipeline.rollout.portions import Portions
 
         config: Evaluate.Config = self.config
         reader = Reader(workspace)
@@ -76,11 +77,12 @@ class Evaluate(Stage):
         sampling = SamplingSettings(
             temperature=config.temperature, samples=config.samples, max_new_tokens=config.max_new_tokens
         )
+        kept = Portions(workspace.working("answers"), None, workspace.say)
         everyone = []
         for number, (name, artifact) in enumerate(named.items()):
             workspace.progress(number, len(named) + 1, "policies", policy=name)
             role = open_frozen(artifact)
-            found = answer(name, role, prompts, sampling, config.max_tokens, key)
+            found = answer(name, role, prompts, sampling, config.max_tokens, key, kept=kept)
             panel.score(found)
             same = artifact.lineage.get("tokenizer") == reference_artifact.lineage.get("tokenizer")
             if config.temperature == 1.0 and same:
@@ -101,7 +103,7 @@ class Evaluate(Stage):
         best = None
         if config.best_of > 1 and panel.judge:
             many = sampling.model_copy(update={"samples": config.best_of})
-            sample = lambda: answer(reference_name, reference, prompts, many, config.max_tokens, key)
+            sample = lambda: answer(reference_name, reference, prompts, many, config.max_tokens, key, kept=kept)
             best, closed = panel.best_of_n(reference_name, sample, config.best_of, everyone, workspace.seed)
             for name, share in closed.items():
                 policies[name]["gap_closed"] = share

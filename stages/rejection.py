@@ -182,6 +182,7 @@ class Rejection(Stage):
         """Fresh answers, and how many prompts were too long to ask; none where no prompts are wired."""
         from pipeline.rollout.collect import encode_prompts
         from pipeline.rollout.draw import draw
+        from pipeline.rollout.portions import Portions
         from pipeline.rollout.samples import origin_of
         from pipeline.train.ppo import PromptStream
 
@@ -202,6 +203,7 @@ class Rejection(Stage):
             ranks=ranks,
             progress=lambda d, n: workspace.progress(d, n, "samples"),
             engine=config.engine,
+            kept=Portions(workspace.working("drawn"), ranks, workspace.say),
         )
         return drawn, prompts.dropped
 

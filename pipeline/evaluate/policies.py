@@ -23,6 +23,7 @@ from pipeline.report.samples import Answer, Exhibit
 from pipeline.rollout.collect import Sampler, encode_prompts
 from pipeline.rollout.engine import SamplingSettings
 from pipeline.rollout.noise import NoiseKey
+from pipeline.rollout.portions import Portions
 from pipeline.rollout.reward import Reward, score_texts
 from pipeline.rollout.reward_settings import PROXY
 from pipeline.rollout.rewards import Rewards
@@ -63,11 +64,18 @@ class Answered:
 
 def answer(
     name: str, role: Trainable, prompts: Sequence[Prompt], sampling: SamplingSettings, max_tokens: int, key: NoiseKey,
-    progress: Any = None,
+    progress: Any = None, kept: Portions | None = None,
 ) -> Answered:  # fmt: skip
-    """Sample every prompt. All policies of a row share the noise, so that they differ by their weights alone."""
+    """Sample every prompt. All policies of a row share the noise, so that they differ by their weights alone.
+
+    With `kept` a row that was killed goes on with the answers that it had.
+    """
     encoded = encode_prompts(prompts, role.chat, max_tokens, sampling.max_new_tokens)
-    rollout = Sampler(role.model, role.chat, sampling, key).sample(encoded, progress=progress)
+    sampler = Sampler(role.model, role.chat, sampling, key)
+    if kept is None:
+        rollout = sampler.sample(encoded, progress=progress)
+    else:
+        rollout = kept.sample(f"{name} {sampling.samples}", sampler, encoded, progress=progress)
     table = (len(encoded), sampling.samples)
     return Answered(
         name,
