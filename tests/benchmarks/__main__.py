@@ -24,6 +24,7 @@ BENCHMARKS = {
     "reward": "reward models, comparisons a second, against TRL's RewardTrainer",
     "dpo": "DPO, comparisons a second, against TRL's DPOTrainer",
     "rloo": "RLOO with K = 8, completions a second, against TRL's RLOOTrainer",
+    "scaling": "several processes, tokens a second and memory a rank, against one",
     "safety": "what checkpoints inside a row cost, steps a second, against none",
 }
 

@@ -50,6 +50,23 @@ def test_two_nodes_give_the_figures_of_one(chain: Any, first: Any, tmp_path: Pat
     assert_same_chain(lead.stdout, first)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["fsdp", "zero3"])
+def test_adapters_are_saved_whole(chain: Any, tmp_path: Path, way: str) -> None:
+    """Only adapters are trained, and each is what one process makes of it."""
+    adapters = [w for row in ("sft", "reward", "ppo", "dpo") for w in ("--set", f"{row}.adapter={{rank: 2}}")]
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    one = Chain(copied(chain, tmp_path / "one")).rlhf(*command("processes=1"), *adapters)
+    two = Chain(copied(chain, tmp_path / "two")).rlhf(*command("processes=2", *WAYS[way]), *adapters)
+    assert one.returncode == two.returncode == 0, one.stderr + two.stderr
+    alone = {row["row"]: row for row in json.loads(one.stdout)["rows"]}
+    assert_same_chain(two.stdout, alone)
+    for row in ("sft", "reward", "ppo", "dpo"):
+        files = {path.name for path in Path(alone[row]["artifacts"][TRAINED[row]]["path"]).iterdir()}
+        assert "adapter_model.safetensors" in files and "model.safetensors" not in files
+
+
 def copied(chain: Any, directory: Path) -> Path:
     for name in ("plan.yaml", "pairs.jsonl"):
         (directory / name).write_text((chain.directory / name).read_text())
@@ -69,12 +86,15 @@ def assert_same_chain(stdout: str, first: Any) -> None:
         for figure in ("loss", "heldout_loss"):
             expected = first[row]["metrics"].get(figure)
             assert expected is None or found[row]["metrics"][figure] == pytest.approx(expected, rel=1e-5), (row, figure)
-        ours, theirs = (
-            load_file(Path(rows[row]["artifacts"][slot]["path"]) / "model.safetensors") for rows in (found, first)
-        )
+        ours, theirs = (load_file(weights_of(Path(rows[row]["artifacts"][slot]["path"]))) for rows in (found, first))
         assert ours.keys() == theirs.keys()
         for tensor, value in theirs.items():
             assert float((ours[tensor] - value).norm()) <= 1e-3 * float(value.norm()), (row, tensor)
     assert found["ppo"]["metrics"]["score"] == pytest.approx(first["ppo"]["metrics"]["score"], rel=1e-4)
     tokens = lambda rows: rows["ppo"]["metrics"]["tokens"]
     assert tokens(found) == tokens(first)  # the answers are the same, to the last token
+
+
+def weights_of(model: Path) -> Path:
+    adapter = model / "adapter_model.safetensors"
+    return adapter if adapter.exists() else model / "model.safetensors"
