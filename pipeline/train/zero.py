@@ -161,7 +161,8 @@ def configuration(
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # offloaded updates by the optimiser that everything else uses
-        "bf16": {"enabled": precision == "bf16"},
+        # In other precisions DeepSpeed leaves the weights alone by itself where a gradient is not finite.
+        "bf16": {"enabled": precision == "bf16", "check_grad_overflow": precision == "bf16"},
     }
     return _merged(base, more or {})
 

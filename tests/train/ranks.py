@@ -1,6 +1,8 @@
 """Trains the tiny model as one rank of several and writes what came out as JSON.
 
-torchrun --nproc_per_node 2 tests/train/ranks.py OUT STRATEGY [ZERO_STAGE [records|ratings|parked|stopped [OFFLOAD]]]
+torchrun --nproc_per_node 2 tests/train/ranks.py OUT STRATEGY [ZERO_STAGE [WHAT [OFFLOAD [PRECISION]]]]
+
+WHAT is records, ratings, parked, poisoned or stopped.
 
 `stopped` leaves without a word in the third step, and goes on with checkpoints under OUT.work when called again.
 """
@@ -22,6 +24,7 @@ from torch import nn  # noqa: E402
 
 from pipeline.algo.preference import Kto  # noqa: E402
 from pipeline.data.records import Rated  # noqa: E402
+from pipeline.flow.errors import NonFinite  # noqa: E402
 from pipeline.train.batches import Plan, weigh_tokens  # noqa: E402
 from pipeline.train.loop import Trainer, fit  # noqa: E402
 from pipeline.train.parked import Parked  # noqa: E402
@@ -98,6 +101,43 @@ def train_ratings(strategy: Strategy) -> dict[str, object]:
     }
 
 
+class Poison(torch.autograd.Function):
+    """The number itself, with a gradient that is none."""
+
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor) -> torch.Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return gradient * float("nan")
+
+
+def poisoned(strategy: Strategy, precision: str) -> dict[str, object]:
+    """Two good steps, then one whose loss is finite on every rank and whose gradient is not on the last one."""
+    settings = TrainSettings(batch=4, token_budget=14, learning_rate=1e-2, precision=precision)  # type: ignore[arg-type]
+    plan = Plan(records(12), settings, seed=1, strategy=strategy)
+
+    def loss(module: Any, forest: Any) -> Any:
+        out = next_token(module, forest)
+        if trainer.done == 2 and strategy.rank == strategy.world - 1:
+            out.terms["tokens"] = Poison.apply(out.terms["tokens"])
+        return out
+
+    trainer = Trainer(Tiny(), loss, settings, strategy, total=len(plan), seed=3)
+    before, message = [], ""
+    for batch in plan:
+        before = [tensor.detach().clone() for tensor in trainer.engine.state().values()]
+        try:
+            trainer.step(batch.groups, batch.weights, batch.filler)
+        except NonFinite as error:
+            message = str(error)
+            break
+    after = list(trainer.engine.state().values())
+    same = len(before) == len(after) and all(map(torch.equal, before, after))
+    return {"rank": strategy.rank, "message": message, "same": same, "done": trainer.done}
+
+
 def frozen_models() -> tuple[nn.Linear, nn.Linear, nn.Linear]:
     """Two frozen models with one weight in common, and a trained one with the first one's bias."""
     torch.manual_seed(0)
@@ -121,7 +161,9 @@ def park(strategy: Strategy) -> dict[str, object]:
     return {"rank": strategy.rank, "inside": inside, "between": between, "bytes": parked.bytes, "half": values}
 
 
-def main(out: str, strategy: str, stage: str = "2", what: str = "records", offload: str = "none") -> None:
+def main(
+    out: str, strategy: str, stage: str = "2", what: str = "records", offload: str = "none", precision: str = "fp32"
+) -> None:
     torch.set_num_threads(1)
     made = build(
         processes=int(os.environ["WORLD_SIZE"]),
@@ -129,10 +171,13 @@ def main(out: str, strategy: str, stage: str = "2", what: str = "records", offlo
         device="cpu",
         zero_stage=int(stage),
         offload=offload,
+        precision=precision,
         clip=1.0,
     )
     if what == "ratings":
         found = train_ratings(made)
+    elif what == "poisoned":
+        found = poisoned(made, precision)
     elif what == "parked":
         found = park(made)
     else:

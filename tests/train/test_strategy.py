@@ -115,6 +115,20 @@ def test_stopped_zero_goes_on_to_the_same_bits(tmp_path: Path, stage: str, proce
     assert_same_bits(stopped(tmp_path / "parts", processes, "deepspeed", stage, "stopped"), whole)
 
 
+POISONED = [("ddp", "2", "fp32"), ("fsdp", "2", "fp32")]
+POISONED += [("deepspeed", stage, precision) for stage in ("1", "2", "3") for precision in ("fp32", "bf16")]
+
+
+@pytest.mark.parametrize(
+    "way", [pytest.param(way, marks=() if way[:2] == ("deepspeed", "2") else pytest.mark.slow) for way in POISONED]
+)
+def test_a_gradient_that_is_none_leaves_weights_and_moments_alone(tmp_path: Path, way: tuple[str, str, str]) -> None:
+    strategy, stage, precision = way
+    for rank in torchrun(tmp_path / "nan", 2, strategy, stage, "poisoned", "none", precision):
+        assert "step 3: gradient norm is" in rank["message"] and "the weights are those of step 2" in rank["message"]
+        assert rank["same"] and rank["done"] == 2
+
+
 def test_a_world_of_another_size_is_refused() -> None:
     with pytest.raises(UserError, match="2 asked for, but this process is one of 1"):
         build(processes=2, strategy="ddp")
