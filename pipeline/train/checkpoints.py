@@ -8,7 +8,7 @@
     step-000003/tensors.safetensors, state.json, manifest.json      the manifest is written last
                 tensors-00001.safetensors, ...                      parts of other ranks, where weights are cut up
 
-A checkpoint is written beside its place, synced and renamed by rank 0, in a thread of its own while training goes on;
+A checkpoint is written beside its place by threads while training goes on, and renamed by rank 0 once it is whole;
 older ones go only after it verifies. A damaged one is named and the next older is taken; where none verifies the row is
 refused. Nothing is pickled.
 """
@@ -21,6 +21,7 @@ import json
 import math
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 SCHEMA = 1
 WHOLE = "whole"  # the layout of tensors that every rank has alike
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
+PATIENCE = 5.0  # seconds for the parts of other ranks, of a rank that leaves
 WRITING, LEAVING = ".tmp-", ".trash-"  # before the names of checkpoints that are not whole yet, or not any more
 
 
@@ -56,54 +58,93 @@ class Checkpoints:
         self.layout = layout
         self._thread: ThreadPoolExecutor | None = None
         self._writing: Future[None] | None = None
+        self._abandoned = threading.Event()  # nobody waits for the parts of other ranks any more
 
     def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        """Every rank calls it. Rank 0 copies the tensors and writes while the caller goes on; where they are not the
-        whole (`layout`), but each rank's own part, every rank writes its part before anybody goes on.
+        """Every rank calls it. Tensors are copied, and written while the caller goes on: by rank 0, or, where they are
+        not the whole (`layout`), by each rank its own part.
 
         RowFailed where this checkpoint, or the one before it, cannot be written: the older ones stay as they are.
         """
         text = json.dumps(_plain(dict(state)), allow_nan=False)
-        if self.layout != WHOLE and self.ranks.world > 1:
-            self._save_together(step, tensors, text)
-        elif self.ranks.main:
-            self.finish()
-            copied = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}
-            self._thread = self._thread or ThreadPoolExecutor(1, "checkpoint")
-            self._writing = self._thread.submit(self._write, step, copied, text)
+        self.finish()
+        if self.in_parts:  # before anybody writes into it
+            place, work = self._place(step)
+            with self._agreed(), self._told(place, work, tensors):
+                if self.ranks.main:
+                    self._begin(work)
+        elif not self.ranks.main:
+            return
+        copied = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}
+        self._thread = self._thread or ThreadPoolExecutor(1, "checkpoint")
+        self._abandoned.clear()
+        self._writing = self._thread.submit(self._write, step, copied, text)
+
+    @property
+    def in_parts(self) -> bool:
+        return self.layout != WHOLE and self.ranks.world > 1
 
     def finish(self) -> None:
-        """Wait for the last `save`; raises what went wrong in it."""
+        """Wait for the last `save`; raises what went wrong in it. Every rank calls it, and with parts all raise."""
+        if not self.in_parts:
+            self._wait()
+            return
+        with self._agreed():
+            if not self.ranks.main:
+                self._wait()
+        with self._agreed():
+            self._wait()
+
+    def leave(self) -> None:
+        """The same for a rank that goes whatever the others do: it waits for their parts no longer than PATIENCE."""
+        if self.in_parts and self.ranks.main and self._writing is not None:
+            with contextlib.suppress(TimeoutError):
+                self._writing.exception(PATIENCE)
+            self._abandoned.set()
+        self._wait()
+
+    def _wait(self) -> None:
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
 
+    @contextlib.contextmanager
+    def _agreed(self) -> Iterator[None]:
+        """A problem of one rank inside is one of all."""
+        problem = None
+        try:
+            yield
+        except UserError as error:
+            problem = str(error)
+        if problems := [p for p in self.ranks.gather(problem) if p]:
+            self._abandoned.set()
+            with contextlib.suppress(UserError):
+                self._wait()
+            raise RowFailed(problems[0])
+
     def _write(self, step: int, tensors: Mapping[str, Tensor], state: str) -> None:
         place, work = self._place(step)
         with self._told(place, work, tensors):
-            self._begin(work)
-            _write_tensors(tensors, work / TENSORS)
-            self._complete(step, place, work, state)
+            if not self.in_parts:
+                self._begin(work)
+                _write_tensors(tensors, work / TENSORS)
+            else:
+                part = work / _part(self.ranks.rank)
+                beside = work.with_name(f"{work.name}-{self.ranks.rank}")  # a part has its name once it is whole
+                _write_tensors(tensors, beside)
+                os.rename(beside, part)
+                _sync(work)
+            if self.ranks.main:
+                self._await_parts(work)
+                self._complete(step, place, work, state)
 
-    def _save_together(self, step: int, tensors: Mapping[str, Tensor], state: str) -> None:
-        """Rank 0 makes the directory, all write their parts, rank 0 completes; a failure of one is one of all."""
-        place, work = self._place(step)
-
-        def all_ranks(act: Callable[[], None] | None) -> None:
-            problem = None
-            try:
-                with self._told(place, work, tensors):
-                    if act:
-                        act()
-            except UserError as error:
-                problem = str(error)
-            if problems := [p for p in self.ranks.gather(problem) if p]:
-                raise RowFailed(problems[0])
-
-        copied = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}
-        all_ranks((lambda: self._begin(work)) if self.ranks.main else None)
-        all_ranks(lambda: _write_tensors(copied, work / _part(self.ranks.rank)))
-        all_ranks((lambda: self._complete(step, place, work, state)) if self.ranks.main else None)
+    def _await_parts(self, work: Path) -> None:
+        """The other ranks' threads write into the same directory; what goes wrong there, `finish` tells."""
+        missing = [work / _part(rank) for rank in range(1, self.ranks.world)] if self.in_parts else []
+        while missing := [part for part in missing if not part.exists()]:
+            if self._abandoned.wait(0.02):
+                shutil.rmtree(work, ignore_errors=True)
+                raise RowFailed(f"checkpoint {work}: {len(missing)} ranks did not write their parts")
 
     def _place(self, step: int) -> tuple[Path, Path]:
         name = f"step-{step:06d}"
@@ -114,13 +155,14 @@ class Checkpoints:
         try:
             yield
         except OSError as error:
-            shutil.rmtree(work, ignore_errors=True)
+            if self.ranks.main:
+                shutil.rmtree(work, ignore_errors=True)
             raise RowFailed(self._cannot_write(place, tensors, error)) from error
 
     def _begin(self, work: Path) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         for left in (*self.directory.glob(f"{WRITING}*"), *self.directory.glob(f"{LEAVING}*")):
-            shutil.rmtree(left)
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
         work.mkdir()
 
     def _complete(self, step: int, place: Path, work: Path, state: str) -> None:

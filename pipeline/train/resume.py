@@ -84,7 +84,7 @@ class Resume:
                 yield
         except BaseException:
             with suppress(UserError):  # what went wrong first is what is told
-                self.checkpoints.finish()
+                self.checkpoints.leave()
             raise
         self.checkpoints.finish()
 

@@ -6,7 +6,11 @@ import errno
 import json
 import math
 import os
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -192,3 +196,99 @@ def test_no_part_of_the_state_may_be_missing(left_out: str):
     wrong = {**made.state(), "exp_avg.norm.weight": torch.zeros(3)}
     with pytest.raises(Damaged, match="does not hold norm.weight"):
         trainer().load_state(wrong, 1)
+
+
+class Team:
+    """Two ranks as two threads of this process; `gather` is where they meet."""
+
+    def __init__(self) -> None:
+        self.meeting, self.told = threading.Barrier(2, timeout=30), [None, None]  # type: threading.Barrier, list[Any]
+
+    def rank(self, number: int) -> Any:
+        def gather(value: Any) -> list[Any]:
+            self.told[number] = value
+            self.meeting.wait()
+            found = list(self.told)
+            self.meeting.wait()
+            return found
+
+        return SimpleNamespace(rank=number, world=2, main=number == 0, gather=gather, barrier=lambda: gather(None))
+
+    def all(self, act: Any) -> list[Any]:
+        """What `act(rank number)` returned or raised on each."""
+        with ThreadPoolExecutor(2) as pool:
+            futures = [pool.submit(act, number) for number in range(2)]
+            return [future.exception() or future.result() for future in futures]
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> tuple[Team, list[Checkpoints]]:
+    team = Team()
+    ranks = [team.rank(number) for number in range(2)]
+    return team, [Checkpoints(tmp_path / "checkpoints", "a" * 64, rank, layout="parts") for rank in ranks]
+
+
+def save(made: list[Checkpoints], step: int) -> Any:
+    return lambda number: made[number].save(step, {"w": torch.full((3,), float(10 * step + number))}, {"step": step})
+
+
+def held_back(made: list[Checkpoints], monkeypatch: pytest.MonkeyPatch, act: Any) -> None:
+    """Rank 1's part of every save is written after `act`."""
+    write = made[1]._write
+    monkeypatch.setattr(made[1], "_write", lambda *arguments: (act(), write(*arguments)))
+
+
+def test_parts_are_written_while_training_goes_on(parts: Any, monkeypatch: pytest.MonkeyPatch):
+    team, made = parts
+    wait = threading.Event()
+    held_back(made, monkeypatch, wait.wait)
+    assert team.all(save(made, 1)) == [None, None]  # both have gone on
+    time.sleep(0.1)
+    assert not list(made[0].directory.glob("step-*"))
+    wait.set()
+    assert team.all(lambda number: made[number].finish()) == [None, None]
+    assert team.all(save(made, 2)) == [None, None]
+    assert team.all(lambda number: made[number].finish()) == [None, None]
+    place = made[0].directory / "step-000002"
+    assert sorted(p.name for p in place.iterdir()) == [
+        "manifest.json", "state.json", "tensors-00001.safetensors", "tensors.safetensors",
+    ]  # fmt: skip
+    for number in range(2):
+        found = made[number].newest(print)
+        assert found.step == 2 and found.tensors["w"].tolist() == [20.0 + number] * 3
+
+
+def test_a_part_that_cannot_be_written_is_told_by_all_and_the_last_good_one_stays(
+    parts: Any, monkeypatch: pytest.MonkeyPatch
+):
+    team, made = parts
+    team.all(save(made, 1))
+
+    def full() -> None:
+        raise RowFailed("checkpoint: no space left on rank 1")
+
+    held_back(made, monkeypatch, full)
+    assert team.all(save(made, 2)) == [None, None]  # and the first one is complete
+    problems = team.all(lambda number: made[number].finish())
+    assert [str(p) for p in problems] == ["checkpoint: no space left on rank 1"] * 2
+    assert sorted(p.name for p in made[0].directory.iterdir()) == ["step-000001"]
+    assert made[1].newest(print).step == 1
+
+
+def test_a_rank_that_leaves_does_not_wait_for_one_that_is_gone(parts: Any, monkeypatch: pytest.MonkeyPatch):
+    team, made = parts
+    monkeypatch.setattr("pipeline.train.checkpoints.PATIENCE", 0.1)
+    gone = threading.Event()
+    held_back(made, monkeypatch, gone.wait)
+    team.all(save(made, 1))
+    with pytest.raises(RowFailed, match="1 ranks did not write their parts"):
+        made[0].leave()
+    assert not list(made[0].directory.glob("step-*"))
+    gone.set()
+    with pytest.raises(RowFailed, match="cannot be written"):  # the directory that it wanted to write into is gone
+        made[1].leave()
+    held_back(made, monkeypatch, lambda: time.sleep(0.05))
+    monkeypatch.setattr("pipeline.train.checkpoints.PATIENCE", 30.0)
+    team.all(save(made, 3))
+    assert [made[number].leave() for number in (0, 1)] == [None, None]
+    assert made[0].newest(print).step == 3
