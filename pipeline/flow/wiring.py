@@ -8,7 +8,6 @@ Every refusal names file and line, what was expected, what stands above, and wha
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -38,6 +37,7 @@ from .launch import launch_settings
 from .modules import digests
 from .plan import Plan, Ref, Row, Source
 from .stage import Slot, Stage, load_stage, slots_in, slots_out
+from .store import ROW_NAME
 
 PACKAGE = Path(__file__).resolve().parents[1]
 CODE = (".py", ".c")  # files whose content is part of what a row is computed with
@@ -55,7 +55,6 @@ SOURCE_KINDS = (
     "policy",
     "reward_model",
 )
-ROW_NAME = re.compile(r"[a-z][a-z0-9_-]*(@[a-z0-9-]+)?")
 SEEDS = 2**63  # signed 64-bit numbers, without the negative ones that numpy refuses
 
 
