@@ -71,9 +71,15 @@ class Settings(pydantic.BaseModel):
 
     @classmethod
     def _without_booleans(cls, values: dict[Any, Any]) -> dict[Any, Any]:
-        """pydantic takes true for 1: where a number belongs, NO_NUMBER stands in for it and is refused in its place."""
+        """pydantic takes true for 1, and 1, "yes" or "off" for booleans: NO_NUMBER stands in and is refused in their
+        place."""
         numbers = {name for name, info in cls.model_fields.items() if _takes_numbers(info.annotation)}
-        return {name: _no_number(value) if name in numbers else value for name, value in values.items()}
+        switches = {n: set(_words(f.annotation)) for n, f in cls.model_fields.items() if _takes_switches(f.annotation)}
+        out = {name: _no_number(value) if name in numbers else value for name, value in values.items()}
+        for name in switches.keys() & out.keys():
+            odd = isinstance(out[name], (int, float, str)) and not isinstance(out[name], bool)
+            out[name] = NO_NUMBER if odd and out[name] not in switches[name] else out[name]
+        return out
 
     def identity(self) -> dict[str, Any]:
         """What decides the result, as JSON: every field but those made by `not_identity`, at every depth."""
@@ -94,6 +100,17 @@ def _kinds(hint: Any) -> Iterator[Any]:
 def _takes_numbers(hint: Any) -> bool:
     kinds = set(_kinds(hint))
     return bool(kinds & {int, float}) and not kinds & {bool, Any}
+
+
+def _takes_switches(hint: Any) -> bool:
+    kinds = set(_kinds(hint))
+    return bool in kinds and not kinds & {int, float, Any}
+
+
+def _words(hint: Any) -> Iterator[str]:
+    """The texts among the values of a Literal."""
+    for part in get_args(hint):
+        yield from [part] if isinstance(part, str) else _words(part)
 
 
 def _no_number(value: Any) -> Any:

@@ -289,6 +289,7 @@ class _Loading:
         inputs = self._wire(index, name, cls, names)
         try:
             cls.check(config, frozenset(slot for slot, value in inputs.items() if value))
+            cls.check_names(config, {slot: _names(value) for slot, value in inputs.items()})
         except UserError as error:
             raise self._fail(("rows", str(index)), f"row {name}: {error}") from error
         self._stands(name, cls, config)
@@ -377,6 +378,12 @@ def _source(name: str, values: _SourceSettings) -> Source:
     paths = values.path if isinstance(values.path, list) else [values.path] if values.path else []
     files = tuple(Path(p) for p in paths)
     return Source(name, KINDS[values.kind], files, listed, values.format, values.part, values.base, values.same)
+
+
+def _names(refs: Ref | list[Ref] | None) -> list[str]:
+    """The rows, or sources, that an input reads."""
+    several = refs if isinstance(refs, list) else [refs] if refs else []
+    return [ref.row or ref.text for ref in several]
 
 
 def _holds(value: Any, keys: Iterable[str]) -> bool:

@@ -293,3 +293,16 @@ def test_a_nested_mapping_changes_the_keys_it_names_of_the_default_of_its_field(
     assert (found.train.learning_rate, found.train.betas) == (5.0, (0.1, 0.2))
     assert parse_settings(Stage, {"loss": {"kind": "sigmoid"}}, "settings.x").loss == Sigmoid(beta=0.7)
     assert parse_settings(Stage, {"loss": {"kind": "ipo"}}, "settings.x").loss == Ipo()
+
+
+@pytest.mark.parametrize("bad", [0, 1, 1.0, "yes", "off", "true", [True]])
+def test_a_number_or_a_word_is_no_boolean(bad: object) -> None:
+    class Switches(Settings):
+        plain: bool = False
+        maybe: bool | None = None
+        early: bool | Literal["never"] = False
+
+    for key in ("plain", "maybe", "early"):
+        with pytest.raises(UserError, match=f"settings.x.{key}"):
+            parse_settings(Switches, {key: bad}, "settings.x")
+    assert parse_settings(Switches, {"plain": True, "maybe": None, "early": "never"}, "settings.x").early == "never"
