@@ -249,7 +249,7 @@ def tokenizer_facts(directory: Path) -> dict[str, str]:
 def _template(directory: Path) -> Any:
     jinja, config = directory / "chat_template.jinja", directory / "tokenizer_config.json"
     if jinja.is_file():
-        return read_text(jinja)
+        return read_text(jinja).replace("\r\n", "\n").replace("\r", "\n")  # as transformers reads it
     return read_object(config).get("chat_template") if config.is_file() else None
 
 
@@ -261,7 +261,7 @@ def read_text(path: Path, refusal: type[UserError] = UserError, most: int = MOST
     if (size := path.stat().st_size) > most:
         raise refusal(f"{path}: has {size} bytes, at most {most} are read")
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_bytes().decode("utf-8")  # line ends as they are
     except UnicodeDecodeError as error:
         raise refusal(f"{path}: is not UTF-8 ({error})") from error
 

@@ -8,6 +8,7 @@ Every refusal names file and line, what was expected, what stands above, and wha
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -106,6 +107,7 @@ class _Loading:
         names = self._row_names()
         self._apply_sets(sets, names)
         secrets.require_none(self.values)
+        self._require_finite(self.values, ())
         seed = self._seed(("seed",), self._typed("seed", int, 0))
         launch_settings(self._typed("launch", dict, {}), self.places)
         sources = self._file_sources()
@@ -123,6 +125,14 @@ class _Loading:
             sources=sources,
             document={**self.values, "seed": seed},
         )
+
+    def _require_finite(self, value: Any, keys: Keys) -> None:
+        """Also where settings take any value: a record of the plan is JSON, which has no such numbers."""
+        if isinstance(value, float) and not math.isfinite(value):
+            raise self._fail(keys, f"{'.'.join(keys)}: expected a finite number, found {value}")
+        items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        for key, item in items:
+            self._require_finite(item, (*keys, str(key)))
 
     def _fail(self, keys: Keys, message: str) -> UserError:
         place = self.places.of(keys[0], keys[1:]) if keys else ""

@@ -130,6 +130,11 @@ MUTATIONS: list[tuple[str, tuple[str, ...]]] = [
     (setting("dpo.loss", "{name: sompi}"), ("dpo.loss", "sompi", "'simpo'")),
     (setting("launch.strategy", "dpp"), ("launch.strategy", "'ddp'")),
     (setting("launch.zero_stage", "4"), ("launch.zero_stage", "1, 2 or 3")),
+    (
+        setting("launch.deepspeed", "{zero_optimization: {a: [.nan]}}"),
+        ("launch.deepspeed.zero_optimization.a.0", "nan"),
+    ),
+    (setting("ppo.reward.functions", "[{call: a.b, arguments: {x: 1e999}}]"), ("arguments.x", "inf")),
     (setting("launch.device", "gpu"), ("launch.device", "'cuda'")),
     # values of another type, or beyond their bounds
     (setting("sft.train", "[1]"), ("sft.train",)),

@@ -317,6 +317,18 @@ def test_what_stands_in_a_folder_of_data_is_inside_and_regular(tmp_path: Path, k
     assert len(read_conversations(tmp_path / "mine.jsonl")) == 1
 
 
+def test_paths_in_records_are_text_and_not_opened(file: Any, tmp_path: Path) -> None:
+    """A pipe would be waited for."""
+    os.mkfifo(tmp_path / "pipe")
+    for named in (str(tmp_path / "pipe"), "../../../etc/passwd", "file:///dev/zero"):
+        assert read_documents(file({"text": named, "path": named, "source": named}))[0].text == named
+        (pair,) = read_comparisons(file({"prompt": named, "chosen": named, "rejected": "b", "images": [named]}))
+        assert pair.completions[0].text == named
+        for part in ({"type": "image", "path": named}, {"type": "image_url", "image_url": {"url": named}}):
+            with pytest.raises(UserError, match="unsupported part"):
+                read_conversations(file({"messages": [{"role": "user", "content": [part]}, TURNS[-1]]}))
+
+
 def test_rows_with_the_same_unknown_keys_are_told_once(tmp_path: Path) -> None:
     path, other = tmp_path / "rows.jsonl", tmp_path / "other.jsonl"
     write(path, *[{"a": 1, "b": 2}] * 3, {"c": 1}, {"b": 1, "a": 2})

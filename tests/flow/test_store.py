@@ -221,6 +221,16 @@ def test_a_manifest_that_was_forged_and_sealed_again_is_refused(store: Store, na
     assert fresh.manifests() == {}
 
 
+def test_a_manifest_with_other_line_ends_is_not_what_was_sealed(store: Store) -> None:
+    _seal(store, "aa", "first")
+    path = store.row_dir("aa") / "manifest.json"
+    path.chmod(0o644)
+    for end in (b"\r", b"\r\n"):
+        path.write_bytes(path.read_bytes().replace(b"\r", b"").replace(b"\n", end, 1))
+        with pytest.raises(Damaged, match="it is not written as it was sealed"):
+            Store(store.root).open_output("aa", "documents")
+
+
 @pytest.mark.parametrize("name", ["../secret.txt", "/etc/passwd", "a\0b", "a\\b", ""])
 def test_forged_names_of_files_do_not_leave_their_slot(tmp_path: Path, store: Store, name: str) -> None:
     manifest = _seal(store, "aa", "first")
