@@ -484,9 +484,9 @@ def _read_sealed(path: Path) -> dict[str, Any]:
         raise Damaged(f"{path}: was changed: its seal is {found}, it says {expected}; remove the row and run again")
     if not within_levels(manifest) or text != _rendered(manifest):  # also what means the same
         raise Damaged(f"{path}: was changed: it is not written as it was sealed; remove the row and run again")
-    if manifest["schema"] > SCHEMA:
-        raise UserError(f"{path}: written by a newer version (schema {manifest['schema']}); update this one")
-    if not _is_manifest(manifest):
+    if isinstance(schema := manifest.get("schema"), int) and schema > SCHEMA:
+        raise UserError(f"{path}: written by a newer version (schema {schema}); update this one")
+    if not isinstance(schema, int) or not _is_manifest(manifest):
         raise Damaged(f"{path}: is no manifest of a row; remove the row and run again")
     return dict(manifest)
 

@@ -207,6 +207,7 @@ FORGED = {
     "places": _set("places", value={"ab": "/etc"}),
     "finished": _set("finished", value="yesterday"),
     "row": _set("row", value=None),
+    "schema": _set("schema", value="1"),
     "deep": _set("metrics", value=json.loads('{"a":' * 70 + "1" + "}" * 70)),
 }
 
