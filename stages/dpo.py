@@ -92,6 +92,8 @@ class Dpo(Stage):
     def check(cls, config: Any, given: frozenset[str]) -> None:
         if "dev" not in given and (idle := sorted({"reward", "heldout_reward", "judge"} & given)):
             raise UserError(f"dpo: {' and '.join(idle)} score answers to `dev`, which is not given")
+        if config.kl_budget and "dev" not in given:
+            raise UserError("dpo.kl_budget: chooses weights by `dev`, which is not given")
         loss = config.loss.made()
         if loss.paired and (rated := sorted(given & {"rated", "heldout_rated"})):
             raise UserError(

@@ -14,6 +14,7 @@ from pydantic import Field
 
 from pipeline.flow.artifacts import Comparisons, Documents, Evaluation, Judge, Policy, Prompts, RewardModel
 from pipeline.flow.config import Settings, not_identity
+from pipeline.flow.errors import UserError
 from pipeline.flow.stage import Stage, Workspace
 
 
@@ -30,7 +31,7 @@ class Evaluate(Stage):
         max_new_tokens: int = Field(default=64, ge=1, description="Longest answer.")
         max_tokens: int = Field(default=512, ge=8, description="Longest prompt with its answer.")
         shown: int = Field(default=40, ge=0, description="Prompts in the side-by-side file.")
-        token_budget: int = not_identity(16384, "Tokens a forward pass at most.")
+        token_budget: int = not_identity(16384, "Tokens a forward pass at most.", ge=1)
 
     @dataclass
     class Inputs:
@@ -48,6 +49,11 @@ class Evaluate(Stage):
         evaluation: Evaluation
 
     headline = ("temperature",)
+
+    @classmethod
+    def check(cls, config: Any, given: frozenset[str]) -> None:
+        if config.best_of > 1 and "judge" not in given:
+            raise UserError(f"evaluate.best_of is {config.best_of}, but the row has no `judge` to measure it by")
 
     def run(self, inputs: Inputs, workspace: Workspace) -> dict[str, Any]:
         from pipeline.data.reader import Reader

@@ -14,6 +14,7 @@ for bit.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -105,6 +106,12 @@ class Ppo(Stage):
             )
         if "dev" not in given and {"heldout_reward", "judge"} & given:
             raise UserError("ppo: heldout_reward and judge score answers to `dev`, which is not given")
+        if config.kl_budget and "dev" not in given:
+            raise UserError("ppo.kl_budget: chooses weights by `dev`, which is not given")
+
+    @classmethod
+    def check_names(cls, config: Any, names: Mapping[str, Sequence[str]]) -> None:
+        config.reward.require_names("ppo", names.get("reward", ()))
 
     @classmethod
     def boundaries(cls, config: Any) -> tuple[tuple[str, ...], ...]:

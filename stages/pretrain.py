@@ -16,6 +16,7 @@ from pydantic import Field
 from pipeline.flow.artifacts import Documents, Policy, Tokenizer
 from pipeline.flow.config import Settings
 from pipeline.flow.stage import Stage, Workspace
+from pipeline.llama.config import SIZES
 from pipeline.llama.presets import ModelSettings
 from pipeline.train.settings import TrainSettings
 
@@ -27,7 +28,9 @@ class Pretrain(Stage):
 
     class Config(Settings):
         model: ModelSettings = Field(default=ModelSettings(), description="Shape of the LLaMA, or a preset's name.")
-        vocab_size: int = Field(default=1024, ge=264, description="Tokens of the tokenizer trained here.")
+        vocab_size: int = Field(
+            default=1024, ge=264, le=SIZES["vocab_size"], description="Tokens of the tokenizer trained here."
+        )
         max_tokens: int = Field(default=512, ge=2, description="Longest window; longer documents are cut into several.")
         train: TrainSettings = Field(
             default=TrainSettings(learning_rate=3e-3, batch_tokens=8192, weight_decay=0.1, keep="last"),

@@ -13,6 +13,7 @@ in turn.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -114,6 +115,14 @@ class Rejection(Stage):
             config.reward.require_source("rejection", "reward" in given)
         elif "reward" not in given and not config.reward.functions:
             config.reward.require_unset("rejection")
+        if config.kl_budget and "dev" not in given:
+            raise UserError("rejection.kl_budget: chooses weights by `dev`, which is not given")
+        if "heldout_reward" in given and "dev" not in given:
+            raise UserError("rejection: heldout_reward scores answers to `dev`, which is not given")
+
+    @classmethod
+    def check_names(cls, config: Any, names: Mapping[str, Sequence[str]]) -> None:
+        config.reward.require_names("rejection", names.get("reward", ()))
 
     @classmethod
     def withheld(cls, config: Any) -> frozenset[str]:

@@ -121,17 +121,16 @@ class ForeignTemplate:
     # The template
 
     def _text(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = (), prompt: bool = False) -> str:
-        from jinja2.exceptions import TemplateError
-
+        given, offered = [as_dict(m) for m in messages], [dict(t) for t in tools] or None
         try:
             return self.tokenizer.apply_chat_template(
-                [as_dict(m) for m in messages],
-                tools=[dict(t) for t in tools] or None,
+                given,
+                tools=offered,
                 tokenize=False,
                 add_generation_prompt=prompt,
                 **self.variables,
             )
-        except TemplateError as error:
+        except Exception as error:  # a stranger's program: it may fail like any
             raise TemplateRefused(f"the tokenizer's chat template refuses these messages: {error}") from error
 
     def _ids(self, text: str) -> list[int]:

@@ -1,13 +1,14 @@
 """Files to raw rows, strictly: one JSON object a line (or one JSON array), Parquet, or plain text.
 
 Strict means: UTF-8 without a byte-order mark, no NUL, no duplicate keys, no NaN or Infinity, no lone
-surrogate, at most 16 MiB and 64 levels a row. CRLF is accepted. What breaks a rule becomes a `Problem` with
-file, line and reason, and reading goes on with the next row.
+surrogate, at most 16 MiB and 64 levels a row; an array or a plain text has at most 2 GiB. CRLF is accepted.
+What breaks a rule becomes a `Problem` with file, line and reason, and reading goes on with the next row.
 """
 
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import re
 import zlib
@@ -17,10 +18,11 @@ from pathlib import Path
 from typing import IO, Any
 
 MAX_ROW_BYTES = 16 * 2**20
+MAX_FILE_BYTES = 2 * 2**30  # of a file that is read at once, unpacked
 MAX_DEPTH = 64
 _UTF8_BOM = b"\xef\xbb\xbf"
 _UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
-_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"')
+_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)  # one that is not closed ends with the row
 _BETWEEN = re.compile(r"[ \t\n\r]*(,?)[ \t\n\r]*(\]?)[ \t\n\r]*")
 _ESCAPE_TO_CHECK = re.compile(rb"\\u(?:[dD][89a-fA-F]|0000)")
 
@@ -84,6 +86,17 @@ def _rows(path: Path) -> Iterator[Row | Problem]:
 
 def open_binary(path: Path) -> IO[bytes]:
     return gzip.open(path, "rb") if path.name.endswith(".gz") else path.open("rb")  # type: ignore[return-value]
+
+
+def _whole(path: Path) -> bytes:
+    """All of a file. Bad where it is too large: a few megabytes can be packed terabytes."""
+    held = io.BytesIO()
+    with open_binary(path) as stream:
+        while part := stream.read(2**20):
+            held.write(part)
+            if held.tell() > MAX_FILE_BYTES:
+                raise Bad("file too large", f"more than {MAX_FILE_BYTES / 2**30:g} GiB; split it, or give JSON lines")
+    return held.getvalue()
 
 
 def _line_rows(path: Path) -> Iterator[Row | Problem]:
@@ -202,8 +215,11 @@ def check_characters(value: Any) -> None:
 def _array_rows(path: Path) -> Iterator[Row | Problem]:
     """Elements of one JSON array, each with the line it starts on. After a syntax error the rest is
     unreadable."""
-    with open_binary(path) as stream:
-        raw = stream.read()
+    try:
+        raw = _whole(path)
+    except Bad as bad:
+        yield problem(path, 1, bad)
+        return
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -298,8 +314,10 @@ def read_texts(path: Path) -> Iterator[tuple[int, str] | Problem]:
     ends become "\\n".
     """
     try:
-        with open_binary(path) as stream:
-            raw = stream.read()
+        raw = _whole(path)
+    except Bad as bad:
+        yield problem(path, 1, bad)
+        return
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         yield Problem(str(path), 1, "damaged gzip", f"damaged gzip: {error}")
         return

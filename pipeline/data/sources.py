@@ -40,6 +40,7 @@ from pipeline.data.records import (
     Sample,
 )
 from pipeline.data.template import message_text
+from pipeline.flow.artifacts import safe_member
 from pipeline.flow.errors import UserError
 
 KINDS = ("documents", "conversations", "comparisons", "rated", "prompts", "samples")
@@ -349,7 +350,11 @@ def _paths(source: Any) -> list[Path | str]:
             continue
         path = Path(item)
         if path.is_dir():
-            out += sorted(p for p in path.iterdir() if p.name.removesuffix(".gz").endswith(_DATA_ENDINGS))
+            names = sorted(p.name for p in path.iterdir() if p.name.removesuffix(".gz").endswith(_DATA_ENDINGS))
+            inside = [safe_member(path, name) for name in names]
+            if odd := [p for p in inside if not p.is_file()]:
+                raise UserError(f"{odd[0]}: not a regular file")
+            out += inside
         elif path.is_file():
             out.append(path)
         else:

@@ -7,6 +7,7 @@
     artifact.entry() -> dict                         the same, JSON
     tokenizer_facts(directory) -> dict               tokenizer and template digests of a model directory
     canonical(value) -> bytes, sha256_bytes, sha256_file, safe_member(root, name)
+    read_object(path) -> dict                        the JSON object in a regular file, size and nesting bounded
 
 An artifact is files in one directory (a slot of a sealed row), or files of a user, read where they lie. Its
 digest is sha256 of canonical JSON {kind, schema, files: {name: sha256}}: no times, paths or metrics.
@@ -30,6 +31,8 @@ SCHEMA = 1
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".jsonl.gz", ".json.gz")
 TEXT_SUFFIXES = (".txt", ".txt.gz", ".md")  # records only where documents are expected
 TOKENIZER_STATE = ("truncation", "padding", "version")  # of tokenizer.json: set by use, not what it is
+MOST_JSON = 256 * 2**20  # bytes of a JSON file; a tokenizer.json of 262,144 tokens has 33 MB
+MOST_LEVELS = 64  # of nesting in a JSON file, as in a record
 CHANGED = "{} changed while the row ran; run the same command again"  # a file of the user
 
 
@@ -246,19 +249,45 @@ def tokenizer_facts(directory: Path) -> dict[str, str]:
 def _template(directory: Path) -> Any:
     jinja, config = directory / "chat_template.jinja", directory / "tokenizer_config.json"
     if jinja.is_file():
-        return jinja.read_text(encoding="utf-8")
+        return read_text(jinja).replace("\r\n", "\n").replace("\r", "\n")  # as transformers reads it
     return read_object(config).get("chat_template") if config.is_file() else None
 
 
-def read_object(path: Path, refusal: type[UserError] = UserError) -> dict[str, Any]:
-    """The JSON object in a file; raises `refusal` naming the file where there is none."""
+def read_text(path: Path, refusal: type[UserError] = UserError, most: int = MOST_JSON) -> str:
+    """The text of a file; raises `refusal` where it is no regular file (a pipe would be waited for, a device read for
+    ever), has more than `most` bytes, or is no UTF-8."""
+    if not path.is_file():
+        raise refusal(f"{path}: {'is not a regular file' if path.exists() else 'is missing'}")
+    if (size := path.stat().st_size) > most:
+        raise refusal(f"{path}: has {size} bytes, at most {most} are read")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return path.read_bytes().decode("utf-8")  # line ends as they are
+    except UnicodeDecodeError as error:
+        raise refusal(f"{path}: is not UTF-8 ({error})") from error
+
+
+def read_object(path: Path, refusal: type[UserError] = UserError, most: int = MOST_JSON) -> dict[str, Any]:
+    """The JSON object in a file; raises `refusal` naming the file where there is none, or it is nested too deeply."""
+    try:
+        value = json.loads(read_text(path, refusal, most))
     except (ValueError, RecursionError) as error:
         raise refusal(f"{path}: is not JSON ({error})") from error
     if not isinstance(value, dict):
         raise refusal(f"{path}: expected a JSON object, found {type(value).__name__}")
+    if not within_levels(value):
+        raise refusal(f"{path}: is nested too deeply, more than {MOST_LEVELS} levels")
     return value
+
+
+def within_levels(value: Any, most: int = MOST_LEVELS) -> bool:
+    """Whether lists and mappings lie at most `most` deep in each other."""
+    level = [value]
+    for _ in range(most + 1):
+        inner = [item.values() if isinstance(item, dict) else item for item in level if isinstance(item, (dict, list))]
+        if not inner:
+            return True
+        level = [item for items in inner for item in items]
+    return False
 
 
 def from_entry(entry: Mapping[str, Any]) -> Artifact:

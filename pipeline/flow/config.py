@@ -11,7 +11,7 @@
     nearest(key, valid) -> str            "; did you mean 'beta'?" or the list of what is valid
 
 The YAML is a subset without surprises: true and false are the only booleans, 1e-4 is a number, dates text;
-anchors, tags and duplicate keys are refused with their line.
+anchors, tags, duplicate keys and deep nesting are refused with their line.
 """
 
 from __future__ import annotations
@@ -34,6 +34,9 @@ Keys = tuple[str, ...]
 S = TypeVar("S", bound="Settings")
 UNKNOWN = "unknown_key"
 NO_NUMBER = object()
+MOST_BYTES = 2**20  # of a plan file; the YAML reader takes ten seconds for that
+MOST_LEVELS = 64  # of nesting in a plan
+MOST_DIGITS = 400  # of a number; Python refuses to write down whole numbers of more than 4,300
 
 
 class Settings(pydantic.BaseModel):
@@ -68,9 +71,15 @@ class Settings(pydantic.BaseModel):
 
     @classmethod
     def _without_booleans(cls, values: dict[Any, Any]) -> dict[Any, Any]:
-        """pydantic takes true for 1: where a number belongs, NO_NUMBER stands in for it and is refused in its place."""
+        """pydantic takes true for 1, and 1, "yes" or "off" for booleans: NO_NUMBER stands in and is refused in their
+        place."""
         numbers = {name for name, info in cls.model_fields.items() if _takes_numbers(info.annotation)}
-        return {name: _no_number(value) if name in numbers else value for name, value in values.items()}
+        switches = {n: set(_words(f.annotation)) for n, f in cls.model_fields.items() if _takes_switches(f.annotation)}
+        out = {name: _no_number(value) if name in numbers else value for name, value in values.items()}
+        for name in switches.keys() & out.keys():
+            odd = isinstance(out[name], (int, float, str)) and not isinstance(out[name], bool)
+            out[name] = NO_NUMBER if odd and out[name] not in switches[name] else out[name]
+        return out
 
     def identity(self) -> dict[str, Any]:
         """What decides the result, as JSON: every field but those made by `not_identity`, at every depth."""
@@ -91,6 +100,17 @@ def _kinds(hint: Any) -> Iterator[Any]:
 def _takes_numbers(hint: Any) -> bool:
     kinds = set(_kinds(hint))
     return bool(kinds & {int, float}) and not kinds & {bool, Any}
+
+
+def _takes_switches(hint: Any) -> bool:
+    kinds = set(_kinds(hint))
+    return bool in kinds and not kinds & {int, float, Any}
+
+
+def _words(hint: Any) -> Iterator[str]:
+    """The texts among the values of a Literal."""
+    for part in get_args(hint):
+        yield from [part] if isinstance(part, str) else _words(part)
 
 
 def _no_number(value: Any) -> Any:
@@ -221,6 +241,7 @@ class _Loader(yaml.SafeLoader):
     """SafeLoader's scanner and parser with the scalars of YAML 1.2, without anchors."""
 
     yaml_implicit_resolvers: dict[Any, Any] = {}
+    level = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()
@@ -231,7 +252,13 @@ class _Loader(yaml.SafeLoader):
                 "anchors and aliases are not read: put a shared part into `extends`",
                 event.start_mark,
             )
-        return super().compose_node(parent, index)
+        if self.level > MOST_LEVELS:
+            words = f"nested too deeply, more than {MOST_LEVELS} levels"
+            raise yaml.constructor.ConstructorError(None, None, words, event.start_mark)
+        self.level += 1
+        node = super().compose_node(parent, index)
+        self.level -= 1
+        return node
 
 
 for _tag, _pattern, _first in (
@@ -293,6 +320,8 @@ def _scalar(node: yaml.Node, name: str) -> Any:
     if kind == "bool":
         return text.lower() == "true"
     digits = text.replace("_", "")
+    if len(digits) > MOST_DIGITS:
+        raise UserError(f"{name}:{node.start_mark.line + 1}: a number of {len(digits)} digits is not read")
     if kind == "int":
         return int(digits, 16) if digits.lower().startswith("0x") else int(digits)
     if kind == "float":
@@ -350,7 +379,11 @@ def _merge_documents(below: dict[str, Any], above: dict[str, Any]) -> dict[str, 
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        with open(path, "rb") as file:  # also a pipe or a device, where the user names one
+            data = file.read(MOST_BYTES + 1)
+        if len(data) > MOST_BYTES:
+            raise UserError(f"{path}: has more than {MOST_BYTES} bytes, which no plan has")
+        return data.decode("utf-8-sig")
     except FileNotFoundError as error:
         raise UserError(f"{path}: there is no such file") from error
     except (OSError, UnicodeDecodeError) as error:

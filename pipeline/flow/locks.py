@@ -14,6 +14,7 @@ import fcntl
 import json
 import os
 import socket
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import Locked
+from .errors import Locked, UserError
 
 
 @dataclass
@@ -44,6 +45,8 @@ def hold(path: Path, what: str) -> Iterator[Lock]:
     path.parent.mkdir(parents=True, exist_ok=True)
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):  # a pipe would be waited for
+            raise UserError(f"{path}: is not a regular file; remove it")
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -67,9 +70,10 @@ def _tell(fd: int, holder: dict[str, Any] | None) -> None:
 def _holder(path: Path) -> dict[str, Any] | None:
     """Who wrote itself into a lock file; None where it was let go in good order."""
     try:
-        return json.loads(path.read_text(encoding="utf-8") or "null")
-    except (OSError, ValueError):
+        found = json.loads(path.read_text(encoding="utf-8") or "null")
+    except (OSError, ValueError, RecursionError):
         return None
+    return found if isinstance(found, dict) and found.keys() >= {"pid", "host", "started"} else None
 
 
 def _holder_words(holder: dict[str, Any] | None) -> str:
@@ -82,7 +86,7 @@ def _holder_words(holder: dict[str, Any] | None) -> str:
 
 def is_held(path: Path) -> bool:
     """Whether a live process holds the lock file."""
-    if not path.exists():
+    if not path.is_file():
         return False
     with open(path, "rb") as file:
         try:

@@ -574,9 +574,21 @@ def read_summary(run_dir: Path) -> dict[str, Any]:
         return {}
     summary = read_record(path)
     rows = summary["rows"] if summary.keys() >= SUMMARY else None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) and row.keys() >= SUMMARY_ROW for row in rows):
+    if not isinstance(rows, list) or not all(map(_is_summary_row, rows)):
         raise Damaged(f"{path}: is no summary of a run; remove it and run the plan again")
     return summary
+
+
+def _is_summary_row(row: Any) -> bool:
+    return (
+        isinstance(row, dict)
+        and row.keys() >= SUMMARY_ROW
+        and all(isinstance(row[key], str) for key in ("row", "status", "fingerprint"))
+        and isinstance(row["seconds"], (int, float))
+        and isinstance(row["metrics"], dict)
+        and isinstance(row["headline"], list)
+        and all(isinstance(name, str) for name in row["headline"])
+    )
 
 
 def _write_json(path: Path, document: Any) -> None:

@@ -28,7 +28,7 @@ WORDS = (  # `eos_token` and its kind are none
     r"|access[_-]?key|credentials?"
 )
 NAMES = re.compile(rf"(?:^|[_-])(?:{WORDS})$|^token$", re.IGNORECASE)
-NAMED = re.compile(rf"(?i)\b((?:[\w.-]*(?:{WORDS})['\"]?\s*[=:]|token\s*=)\s*['\"]?)([^\s'\",}}<]{{8,}})")
+NAMED = re.compile(rf"(?i)((?:(?:{WORDS})['\"]?\s*[=:]|\btoken\s*=)\s*['\"]?)([^\s'\",}}<]{{8,}})")
 VARIABLES = re.compile(r"(?:^|_)(TOKEN|PASSWORD|PASSWD|SECRET|(?:API|ACCESS|SECRET|PRIVATE)_?KEY|CREDENTIALS?)$")
 SHORTEST = 8  # characters; below that a value is a word, not a secret
 

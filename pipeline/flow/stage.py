@@ -31,7 +31,7 @@ import sys
 import time
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -75,6 +75,10 @@ class Stage:
     def withheld(cls, config: Any) -> frozenset[str]:
         """Optional outputs that these settings leave out: no row below can name them."""
         return frozenset()
+
+    @classmethod
+    def check_names(cls, config: Any, names: Mapping[str, Sequence[str]]) -> None:
+        """UserError where settings name a row or source that an input (slot -> names) does not read."""
 
     @classmethod
     def boundaries(cls, config: Any) -> tuple[tuple[str, ...], ...]:

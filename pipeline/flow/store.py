@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -46,15 +47,19 @@ from .artifacts import (
     members,
     model_facts,
     read_object,
+    read_text,
     safe_member,
     sha256_bytes,
     sha256_file,
+    within_levels,
 )
 from .errors import Damaged, UserError
 from .locks import Lock, hold, is_held
 from .locks import run_lock as run_lock
 from .stage import Request
 
+ROW_NAME = re.compile(r"[a-z][a-z0-9_-]*(@[a-z0-9-]+)?")
+FINGERPRINT = re.compile(r"[0-9a-f]+")
 SETTLED = 1.0  # seconds a file must have rested before its hash is remembered: clocks of file systems tick
 NOTES = ("metrics.jsonl",)  # sealed beside the slots
 CHECKPOINTS = "checkpoints"  # state of a row in progress, left in place for the next try
@@ -192,7 +197,7 @@ class Store:
             if artifact_digest(output["kind"], {n: f["sha256"] for n, f in listed.items()}) != output["digest"]:
                 raise Damaged(f"{root}: the digest of {slot!r} does not follow from its list of files")
             for name, facts in listed.items():
-                self._compare_file(safe_member(root / slot, name), facts, full, hashes)
+                self._compare_file(safe_member(safe_member(root, slot), name), facts, full, hashes)
             for name in members(root / slot):
                 if name not in listed:
                     raise Damaged(f"{root / slot / name}: is not in the manifest of its row; take it out")
@@ -220,8 +225,12 @@ class Store:
                     return fp, slot
         return None
 
-    def bases_of(self, digest: str, extra: Mapping[str, Sequence[str]] | None = None) -> dict[str, Path]:
+    def bases_of(
+        self, digest: str, extra: Mapping[str, Sequence[str]] | None = None, above: tuple[str, ...] = ()
+    ) -> dict[str, Path]:
         """{digest: directory} of a base model and those below it. `extra`: places of the user's files."""
+        if digest in above:
+            raise Damaged(f"{self.root}: the model {digest} is its own base; run its row again")
         found, extra = self.find_output(digest), extra or {}
         if found is None and digest not in extra:
             raise Damaged(f"the base model {digest} of an adapter is not in {self.root}; run its row again")
@@ -231,7 +240,7 @@ class Store:
         manifest = self.manifest(found[0])
         below = manifest["outputs"][found[1]]["lineage"].get("base")
         self._compare(self.row_dir(found[0]), {found[1]: manifest["outputs"][found[1]]})
-        deeper = self.bases_of(below, {**manifest.get("places", {}), **extra}) if below else {}
+        deeper = self.bases_of(below, {**manifest.get("places", {}), **extra}, (*above, digest)) if below else {}
         return {digest: self.row_dir(found[0]) / found[1], **deeper}
 
     def _compare_source(self, digest: str, path: Path) -> None:
@@ -340,8 +349,8 @@ class Store:
 
     def runs(self) -> list[Path]:
         """Run directories that used this store and still exist."""
-        found = [Path(read_object(path, Damaged)["path"]) for path in sorted((self.root / "runs").glob("*.json"))]
-        return [path for path in found if (path / "rows.json").is_file()]
+        found = [read_object(path, Damaged).get("path") for path in sorted((self.root / "runs").glob("*.json"))]
+        return [Path(path) for path in found if isinstance(path, str) and (Path(path) / "rows.json").is_file()]
 
     # --------------------------------------------------------------------------------------------------- gc
 
@@ -384,13 +393,17 @@ class Store:
         path = self.partial_dir(fp) / "request.json"
         if not path.is_file():
             return []
-        entries = _flat(read_object(path, Damaged)["inputs"].values())
-        return [digest for entry in entries for digest in (entry["digest"], *entry["bases"])]
+        request = read_object(path, Damaged)
+        try:
+            entries = _flat(request["inputs"].values())
+            return [digest for entry in entries for digest in (entry["digest"], *entry["bases"])]
+        except (AttributeError, KeyError, TypeError) as error:
+            raise Damaged(f"{path}: is no request of a row ({error!r}); remove its directory") from error
 
     def _remove(self, path: Path) -> None:
         trash = path if path.name.startswith(".trash-") else path.with_name(f".trash-{path.name}")
         path.rename(trash)
-        shutil.rmtree(trash)
+        trash.unlink() if trash.is_symlink() or not trash.is_dir() else shutil.rmtree(trash)
         self._manifests.pop(path.name, None)
 
 
@@ -462,26 +475,65 @@ def _read_sealed(path: Path) -> dict[str, Any]:
     if not path.parent.is_dir():
         raise UserError(f"{path.parent}: there is no such row")
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = read_text(path, Damaged)
         manifest = json.loads(text)
         found, expected = _seal_of(manifest), manifest["seal"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, Damaged) as error:
         raise Damaged(f"{path}: cannot be read as a manifest ({error}); remove the row and run again") from error
     if found != expected:
         raise Damaged(f"{path}: was changed: its seal is {found}, it says {expected}; remove the row and run again")
-    if text != _rendered(manifest):  # also what means the same
+    if not within_levels(manifest) or text != _rendered(manifest):  # also what means the same
         raise Damaged(f"{path}: was changed: it is not written as it was sealed; remove the row and run again")
-    if manifest["schema"] > SCHEMA:
-        raise UserError(f"{path}: written by a newer version (schema {manifest['schema']}); update this one")
+    if isinstance(schema := manifest.get("schema"), int) and schema > SCHEMA:
+        raise UserError(f"{path}: written by a newer version (schema {schema}); update this one")
+    if not isinstance(schema, int) or not _is_manifest(manifest):
+        raise Damaged(f"{path}: is no manifest of a row; remove the row and run again")
     return dict(manifest)
+
+
+def _is_manifest(manifest: Mapping[str, Any]) -> bool:
+    """Whether what is read of a manifest is there. A seal says that nothing changed, not who wrote it."""
+    mappings = ("inputs", "outputs", "metrics")
+    return (
+        all(isinstance(manifest.get(key), str) for key in ("row", "stage", "fingerprint"))
+        and all(isinstance(manifest.get(key), dict) for key in mappings)
+        and isinstance(manifest.get("roots"), list)
+        and isinstance(manifest.get("finished"), (int, float))
+        and all(_are_texts(_flat([value])) for value in manifest["inputs"].values())
+        and isinstance(places := manifest.get("places", {}), dict)
+        and all(isinstance(paths, list) and paths and _are_texts(paths) for paths in places.values())
+        and all(slot.isidentifier() and _is_output(output) for slot, output in manifest["outputs"].items())
+    )
+
+
+def _is_output(output: Any) -> bool:
+    return (
+        isinstance(output, dict)
+        and output.get("kind") in list(KINDS)
+        and isinstance(output.get("digest"), str)
+        and isinstance(output.get("lineage"), dict)
+        and isinstance(output["lineage"].get("base", ""), (str, type(None)))
+        and isinstance(output.get("files"), dict)
+        and all(map(_are_facts, output["files"].values()))
+    )
+
+
+def _are_facts(facts: Any) -> bool:
+    return isinstance(facts, dict) and isinstance(facts.get("bytes"), int) and isinstance(facts.get("sha256"), str)
+
+
+def _are_texts(values: Iterable[Any]) -> bool:
+    return all(isinstance(value, str) for value in values)
 
 
 def read_rows(run_dir: Path) -> dict[str, str]:
     """rows.json of a run directory, in the plan's order; empty before its first run."""
     path = run_dir / "rows.json"
     rows = read_record(path) if path.exists() else {}
-    if not all(isinstance(fp, str) for fp in rows.values()):
-        raise Damaged(f"{path}: expected the fingerprint of every row; remove it and run the plan again")
+    for name, fp in rows.items():  # both become parts of paths
+        if not ROW_NAME.fullmatch(name) or not isinstance(fp, str) or not FINGERPRINT.fullmatch(fp):
+            words = f"expected the fingerprint of every row, found {name!r}: {fp!r:.100}"
+            raise Damaged(f"{path}: {words}; remove it and run the plan again")
     return rows
 
 
@@ -523,6 +575,8 @@ def _flat(values: Iterable[Any]) -> list[Any]:
 
 
 def _size(path: Path) -> int:
+    if path.is_symlink() or not path.is_dir():
+        return path.lstat().st_size
     return sum(p.lstat().st_size for p in path.rglob("*") if not p.is_dir())
 
 

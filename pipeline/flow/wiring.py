@@ -8,7 +8,7 @@ Every refusal names file and line, what was expected, what stands above, and wha
 
 from __future__ import annotations
 
-import re
+import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -38,6 +38,7 @@ from .launch import launch_settings
 from .modules import digests
 from .plan import Plan, Ref, Row, Source
 from .stage import Slot, Stage, load_stage, slots_in, slots_out
+from .store import ROW_NAME
 
 PACKAGE = Path(__file__).resolve().parents[1]
 CODE = (".py", ".c")  # files whose content is part of what a row is computed with
@@ -55,7 +56,6 @@ SOURCE_KINDS = (
     "policy",
     "reward_model",
 )
-ROW_NAME = re.compile(r"[a-z][a-z0-9_-]*(@[a-z0-9-]+)?")
 SEEDS = 2**63  # signed 64-bit numbers, without the negative ones that numpy refuses
 
 
@@ -107,6 +107,7 @@ class _Loading:
         names = self._row_names()
         self._apply_sets(sets, names)
         secrets.require_none(self.values)
+        self._require_finite(self.values, ())
         seed = self._seed(("seed",), self._typed("seed", int, 0))
         launch_settings(self._typed("launch", dict, {}), self.places)
         sources = self._file_sources()
@@ -124,6 +125,14 @@ class _Loading:
             sources=sources,
             document={**self.values, "seed": seed},
         )
+
+    def _require_finite(self, value: Any, keys: Keys) -> None:
+        """Also where settings take any value: a record of the plan is JSON, which has no such numbers."""
+        if isinstance(value, float) and not math.isfinite(value):
+            raise self._fail(keys, f"{'.'.join(keys)}: expected a finite number, found {value}")
+        items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        for key, item in items:
+            self._require_finite(item, (*keys, str(key)))
 
     def _fail(self, keys: Keys, message: str) -> UserError:
         place = self.places.of(keys[0], keys[1:]) if keys else ""
@@ -290,6 +299,7 @@ class _Loading:
         inputs = self._wire(index, name, cls, names)
         try:
             cls.check(config, frozenset(slot for slot, value in inputs.items() if value))
+            cls.check_names(config, {slot: _names(value) for slot, value in inputs.items()})
         except UserError as error:
             raise self._fail(("rows", str(index)), f"row {name}: {error}") from error
         self._stands(name, cls, config)
@@ -378,6 +388,12 @@ def _source(name: str, values: _SourceSettings) -> Source:
     paths = values.path if isinstance(values.path, list) else [values.path] if values.path else []
     files = tuple(Path(p) for p in paths)
     return Source(name, KINDS[values.kind], files, listed, values.format, values.part, values.base, values.same)
+
+
+def _names(refs: Ref | list[Ref] | None) -> list[str]:
+    """The rows, or sources, that an input reads."""
+    several = refs if isinstance(refs, list) else [refs] if refs else []
+    return [ref.row or ref.text for ref in several]
 
 
 def _holds(value: Any, keys: Iterable[str]) -> bool:

@@ -9,12 +9,12 @@ architecture that our core does not know sends the model to transformers' own cl
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.flow.artifacts import read_object
 from pipeline.flow.errors import UserError
 
 MAX_BYTES = 4 << 20  # of a config file
@@ -75,15 +75,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object of bounded size. Raises UserError naming the file."""
     if not path.is_file():
         raise UserError(f"{path}: missing; a model directory has a config.json, safetensors and a tokenizer")
-    if path.stat().st_size > MAX_BYTES:
-        raise UserError(f"{path}: {path.stat().st_size} bytes, a config has at most {MAX_BYTES}")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as problem:
-        raise UserError(f"{path}: no JSON: {problem}") from problem
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: a JSON object was expected")
-    return value
+    return read_object(path, most=MAX_BYTES)
 
 
 def refuse_code(config: Any, where: str) -> None:
@@ -104,6 +96,10 @@ def refuse_code(config: Any, where: str) -> None:
 def check_config(config: Mapping[str, Any], where: str = "config.json") -> Verdict:
     """Raises UserError for what is refused; otherwise says who computes the model and why."""
     refuse_code(config, where)
+    if config.get("transformers_weights") is not None:  # other files than those whose headers are checked
+        raise UserError(
+            f"{where}: transformers_weights names a weight file; call it model.safetensors and remove the key"
+        )
     kind = config.get("model_type")
     if not isinstance(kind, str):
         raise UserError(f"{where}: model_type is missing; a transformers model directory names its family there")

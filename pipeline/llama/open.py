@@ -15,7 +15,8 @@ base's path comes from `artifact.bases`.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig
 
+from pipeline.flow.artifacts import members
 from pipeline.flow.errors import Damaged, UserError
 from pipeline.llama import adapters
 from pipeline.llama.config import Verdict, check_config, read_json, refuse_code
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from pipeline.flow.stage import Workspace
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+MOST_RANK = 1 << 14  # of an adapter that somebody else trained: its matrices are made before its weights are read
 
 
 class ModelArtifact(Protocol):
@@ -90,6 +93,9 @@ def open_tokenizer(artifact: ModelArtifact | Path) -> Any:
     settings = path / "tokenizer_config.json"
     if settings.is_file():
         refuse_code(read_json(settings), str(settings))
+    special = path / "special_tokens_map.json"
+    if special.is_file() and (named := [key for key in read_json(special) if key.endswith("_file")]):
+        raise UserError(f"{special}: {named[0]} names a file to read, where only tokens belong; remove the key")
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as problem:  # tokenizers raises Exception itself, transformers whatever a damaged file leads to
@@ -133,6 +139,8 @@ def _open_full(path: Path, *, classifier: bool, dtype: torch.dtype, new_head: bo
     """`new_head`: the head may be missing here, because it comes from the adapter above."""
     config_path = path / "config.json"
     config = read_json(config_path)
+    if (path / ADAPTER_CONFIG).exists():  # transformers would go on to the model that it names
+        raise UserError(f"{path / ADAPTER_CONFIG}: an adapter beside a whole model; keep one of the two there")
     verdict = check_config(config, str(config_path))
     require_weights(path, "model", config)
     generation = path / "generation_config.json"
@@ -142,7 +150,7 @@ def _open_full(path: Path, *, classifier: bool, dtype: torch.dtype, new_head: bo
     labels: dict[str, Any] = {"num_labels": 1} if classifier else {}
     if classifier and len(config.get("id2label") or ()) != 1:
         labels |= {"id2label": {0: "SCORE"}, "label2id": {"SCORE": 0}}
-    with adapters.quiet():
+    with adapters.quiet(), _told(path):
         model, info = cls.from_pretrained(
             path,
             dtype=dtype,
@@ -161,6 +169,16 @@ def _open_full(path: Path, *, classifier: bool, dtype: torch.dtype, new_head: bo
         "form": "full",
     }
     return model, record
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """What transformers or peft make of a config that a stranger wrote, in one line."""
+    try:
+        yield
+    except Exception as problem:  # of whatever kind its values lead to
+        why = f"{type(problem).__name__}: {' '.join(str(problem).split())}"
+        raise UserError(f"{path}: holds no model that can be opened: {why:.1000}") from problem
 
 
 def _align(model: nn.Module) -> None:
@@ -210,11 +228,17 @@ def _open_adapter(base: Any, path: Path, *, classifier: bool, trainable: bool) -
     refuse_code(config, str(config_path))
     if config.get("peft_type") != PeftType.LORA.value:
         raise UserError(f"{config_path}: peft_type is {config.get('peft_type')!r}, expected LORA")
+    patterns = config.get("rank_pattern") or {}
+    ranks = [config.get("r"), *(patterns.values() if isinstance(patterns, dict) else [patterns])]
+    if not all(type(rank) is int and 1 <= rank <= MOST_RANK for rank in ranks):
+        raise UserError(f"{config_path}: r and rank_pattern: whole numbers from 1 to {MOST_RANK} were expected")
+    if config.get("layer_replication") is not None:
+        raise UserError(f"{config_path}: layer_replication makes another model of the base, which is not done here")
     stored = set(require_weights(path, "adapter_model"))
     if classifier != any(key.endswith("score.weight") for key in stored):
         holds = "holds no score.weight: an adapter of a policy" if classifier else "is an adapter of a classifier"
         raise UserError(f"{path / ADAPTER_WEIGHTS}: {holds}, another kind of model than is needed here")
-    with adapters.quiet():
+    with adapters.quiet(), _told(path):
         model = PeftModel.from_pretrained(base, str(path), is_trainable=trainable)
     needed = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     if needed - stored:
@@ -411,8 +435,11 @@ def give_chat(model: Any, tokenizer: Any, seed: int) -> None:
 
 def import_with_chat(source: Path, directory: Path, seed: int) -> None:
     """A copy of a model directory, in its stored precision, that has been given our chat template."""
+    for _ in members(source):  # no pipe, no device, no link that leaves
+        pass
     config = read_json(source / "config.json")
-    stored = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32"), torch.float32)
+    stored = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32"), None)
+    stored = stored if isinstance(stored, torch.dtype) else torch.float32
     model, _ = _open_full(source, classifier=False, dtype=stored)
     tokenizer = open_tokenizer(source)
     give_chat(model, tokenizer, seed)

@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from pipeline.flow.config import Settings, nearest
+from pipeline.llama.config import SIZES
 
 _LLAMA31 = {
     "rope_type": "llama3",
@@ -89,13 +90,27 @@ class ModelSettings(Settings):
     """Shape of a new LLaMA. `preset` fills every field that is not given here; without one, "million" does."""
 
     preset: str = Field(default="million", description="Name of a known shape.")
-    hidden_size: int | None = Field(default=None, ge=2, description="Width of the residual stream.")
-    intermediate_size: int | None = Field(default=None, ge=1, description="Width inside the SwiGLU block.")
-    num_hidden_layers: int | None = Field(default=None, ge=1, description="Decoder layers.")
-    num_attention_heads: int | None = Field(default=None, ge=1, description="Query heads.")
-    num_key_value_heads: int | None = Field(default=None, ge=1, description="Key heads; divides the query heads.")
-    head_dim: int | None = Field(default=None, ge=2, description="Size of a head; hidden / query heads by default.")
-    max_position_embeddings: int | None = Field(default=None, ge=1, description="Longest context promised.")
+    hidden_size: int | None = Field(
+        default=None, ge=2, le=SIZES["hidden_size"], description="Width of the residual stream."
+    )
+    intermediate_size: int | None = Field(
+        default=None, ge=1, le=SIZES["intermediate_size"], description="Width inside the SwiGLU block."
+    )
+    num_hidden_layers: int | None = Field(
+        default=None, ge=1, le=SIZES["num_hidden_layers"], description="Decoder layers."
+    )
+    num_attention_heads: int | None = Field(
+        default=None, ge=1, le=SIZES["num_attention_heads"], description="Query heads."
+    )
+    num_key_value_heads: int | None = Field(
+        default=None, ge=1, le=SIZES["num_key_value_heads"], description="Key heads; divides the query heads."
+    )
+    head_dim: int | None = Field(
+        default=None, ge=2, le=SIZES["head_dim"], description="Size of a head; hidden / query heads by default."
+    )
+    max_position_embeddings: int | None = Field(
+        default=None, ge=1, le=SIZES["max_position_embeddings"], description="Longest context promised."
+    )
     rms_norm_eps: float | None = Field(default=None, gt=0, description="Added to the mean square before the root.")
     rope_theta: float | None = Field(default=None, gt=0, description="Base of the rotary wavelengths.")
     tie_word_embeddings: bool | None = Field(default=None, description="The head is the embedding's own matrix.")

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.flow.artifacts import read_object
 from pipeline.flow.errors import UserError
 
 MOST_HEADER = 100_000_000  # bytes, the library's own bound
@@ -59,8 +60,8 @@ def _files(directory: Path, stem: str) -> list[Path]:
         return [one]
     if index.is_file():
         try:
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            names = set(read_object(index)["weight_map"].values())
+        except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{index}: is no index of shards ({error!r:.100}): fetch or convert it again") from error
         if not names or not all(isinstance(name, str) and SHARD.fullmatch(name) for name in names):
             raise UserError(f"{index}: weight_map names something else than .safetensors files beside it")

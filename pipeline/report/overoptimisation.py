@@ -138,7 +138,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     for at, line in enumerate(text.splitlines(keepends=True), 1):
         try:
             found = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             found = None
         if isinstance(found, dict):
             lines.append(found)

@@ -18,7 +18,7 @@ from pipeline.data.chat import ChatFormat
 from pipeline.data.forest import Group, build
 from pipeline.data.groups import answers, continuations
 from pipeline.data.records import Sample
-from pipeline.flow.artifacts import RewardModel
+from pipeline.flow.artifacts import RewardModel, read_object
 from pipeline.flow.errors import Damaged
 from pipeline.llama.heads import ScalarModel, at_last
 from pipeline.llama.open import open_classifier
@@ -83,9 +83,12 @@ def verify_probe(model: ScalarModel, directory: Path) -> None:
     path = directory / PROBE
     if not path.is_file():
         raise Damaged(f"{path}: missing, so nothing proves that the reward head was loaded and not initialised")
-    body = json.loads(path.read_text())
-    found = raw_scores(model, [continuations(ids[0], ids[1:]) for ids in body["groups"]])
-    worst = max((abs(a - b) for a, b in zip(found, body["scores"], strict=True)), default=0.0)
+    body = read_object(path, Damaged)
+    try:
+        found = raw_scores(model, [continuations(ids[0], ids[1:]) for ids in body["groups"]])
+        worst = max((abs(a - b) for a, b in zip(found, body["scores"], strict=True)), default=0.0)
+    except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
+        raise Damaged(f"{path}: holds no groups of ids that this model scores ({error!r})") from error
     if not worst <= 1e-5:
         raise Damaged(
             f"{directory}: the opened reward model gives other scores than it was stored with (off by {worst:.3g}, "

@@ -19,7 +19,7 @@ from __future__ import annotations
 import ast
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -162,6 +162,12 @@ class RewardSettings(Settings):
                 f"{stage}: nothing rewards an answer: wire a reward model (reward: reward.model), or set "
                 f"{stage}.reward.functions"
             )
+
+    def require_names(self, stage: str, models: Sequence[str]) -> None:
+        """UserError where a weight is for no reward model of the row. For a stage's `check_names`."""
+        for name in self.weights:
+            if name not in models:
+                raise UserError(f"{stage}.reward.weights: no reward model is of row {name!r}{nearest(name, models)}")
 
     def require_unset(self, stage: str) -> None:
         """UserError where a setting differs from its default although nothing is scored. For a stage's `check`."""

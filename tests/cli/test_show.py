@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from typing import Any
 
 import pytest
@@ -59,3 +61,70 @@ def test_damaged_files_of_a_run_are_named(cli: Any, text: str) -> None:
     for command in ("show", "lineage"):
         code, out, err = cli(command, "toy", "first")
         assert (code, out) == (3, "") and "toy/rows.json: " in err and "; remove it and run the plan again" in err
+
+
+SUMMARY = {"run": "toy", "exit_code": 0, "error": None, "rows": []}
+ROW = {
+    "row": "first", "stage": "first", "status": "executed", "seconds": 1.0, "metrics": {}, "fingerprint": "aa",
+    "headline": [],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        *(
+            ("rows.json", {row: fingerprint})
+            for row, fingerprint in [
+                ("../../../etc/x", "aa"), ("/etc/x", "aa"), ("a\0b", "aa"), ("", "aa"), ("First", "aa"),
+                ("first", "../../../x"), ("first", "/etc"), ("first", "a\0b"), ("first", ""), ("first", 5),
+            ]
+        ),
+        *(
+            ("summary.json", {**SUMMARY, "rows": [{**ROW, key: value}]})
+            for key, value in [
+                ("seconds", "1"), ("metrics", []), ("fingerprint", None), ("headline", "loss"), ("headline", [1]),
+                ("row", 5), ("status", {}),
+            ]
+        ),
+    ],
+)  # fmt: skip
+def test_what_stands_in_files_of_a_run_leads_nowhere_else(cli: Any, name: str, content: Any) -> None:
+    folder = cli.root / "runs" / "toy"
+    folder.mkdir(parents=True)
+    for file, text in {"rows.json": {"first": "aa"}, "summary.json": SUMMARY, "plan.json": {}, name: content}.items():
+        (folder / file).write_text(json.dumps(text))
+    (cli.root / "store" / "rows").mkdir(parents=True)
+    commands = {
+        "rows.json": [("show", "toy", "first"), ("lineage", "toy", "first"), ("verify", "toy"), ("gc", "--keep", "toy"),
+                      ("diff", "toy", "toy"), ("report", "--curve", "toy")],
+        "summary.json": [("show", "toy"), ("report", "toy"), ("diff", "toy", "toy"), ("report", "--curve", "toy")],
+    }  # fmt: skip
+    for command in commands[name]:
+        code, out, err = cli(*command)
+        assert (code, out) == (3, "") and f"toy/{name}: " in err and "remove it and run the plan again" in err, command
+
+
+@pytest.mark.parametrize("name", ["rows.json", "summary.json", "plan.json", "metrics/ppo.jsonl"])
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_pipes_and_devices_among_files_of_a_run_are_not_read(cli: Any, name: str, kind: str) -> None:
+    folder = cli.root / "runs" / "toy"
+    (folder / "metrics").mkdir(parents=True)
+    for file, text in {"rows.json": {"ppo": "aa"}, "summary.json": SUMMARY, "plan.json": {}}.items():
+        (folder / file).write_text(json.dumps(text))
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name) if kind == "pipe" else (folder / name).symlink_to("/dev/zero")
+    commands = (
+        "show toy|show toy ppo|verify toy|gc|report toy|diff toy toy|report --curve toy|run toy.yaml --until first"
+    )
+    for command in commands.split("|"):
+        code, _, err = cli(*command.split())
+        assert "Traceback" not in err, command
+        if code:
+            assert code in (2, 3) and err.startswith("rlhf: ")
+
+
+def test_names_of_runs_that_cannot_be(cli: Any) -> None:
+    for name in ("a\0b", "x" * 5000, "/dev/zero", "..", ""):
+        code, out, err = cli("show", name)
+        assert (code, out) == (2, "") and err.startswith("rlhf: "), name

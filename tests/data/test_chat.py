@@ -7,6 +7,8 @@ import random
 from dataclasses import replace
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from pipeline.data.chat import ChatFormat, NothingToTrain, Rendered, fit_pair, require_trained
 from pipeline.data.records import Conversation, Document, Message
@@ -243,6 +245,38 @@ def test_some_random_conversations(chat: ChatFormat) -> None:
 @pytest.mark.slow
 def test_ten_thousand_random_conversations(chat: ChatFormat) -> None:
     run_random(chat, 10_000, seed=2)
+
+
+@pytest.mark.parametrize("examples", [300, pytest.param(100_000, marks=pytest.mark.slow)])
+def test_any_turns_are_rendered_whole(chat: ChatFormat, examples: int) -> None:
+    """Any text in any role: none makes a control token, none is lost, and nothing but answers is trained."""
+    text = st.text(max_size=12) | st.sampled_from([*SNIPPETS, *SPELLED]) | st.none()
+    parts = st.lists(
+        st.builds(lambda kind, t: {"type": kind, "text": t}, st.sampled_from(["text", "reasoning"]), st.text())
+    )
+    calls = st.just(()) | st.builds(lambda t: ({"function": {"name": t, "arguments": {t: 1}}},), st.text(max_size=5))
+    roles = ("system", "user", "assistant", "tool")
+    turn = st.builds(
+        lambda role, content, called: Message(role, content, tool_calls=called if role == "assistant" else ()),
+        st.sampled_from(roles), text | parts.map(tuple), calls,
+    )  # fmt: skip
+
+    @settings(max_examples=examples, deadline=1000, suppress_health_check=list(HealthCheck), database=None)
+    @given(st.lists(turn, max_size=6), st.integers(0, 40))
+    def check(turns: list[Message], limit: int) -> None:
+        rendered = chat.render(Conversation(tuple(turns)))
+        assert len(rendered.ids) == len(rendered.mask) == len(rendered.rounds)
+        headers = dict(zip(roles, (SYSTEM, USER, ASSISTANT, TOOL), strict=True))
+        controls = [i for i in rendered.ids if i < 8]
+        assert controls == [BOS, *(i for m in turns for i in (headers[m.role], END))]
+        answers = "".join(message_text(m) + "<|end|>" for m in turns if m.role == "assistant")
+        assert chat.tokenizer.decode(trained_ids(rendered), skip_special_tokens=False) == answers
+        before = chat.render(Conversation(tuple(turns[:-1]))).ids
+        assert rendered.ids[: len(before)] == before
+        shorter, _ = chat.truncate(rendered, limit)
+        assert shorter is None or (len(shorter) <= limit and shorter.trained)
+
+    check()
 
 
 def test_the_templates_own_marks_agree_with_the_mask(chat: ChatFormat) -> None:

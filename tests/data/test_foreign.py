@@ -166,3 +166,27 @@ def test_a_template_that_never_ends_an_answer_is_refused() -> None:
 def test_a_tokenizer_without_a_template_is_refused() -> None:
     with pytest.raises(UserError, match="has no chat template"):
         chat_with("")
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% include '/etc/passwd' %}",
+        "{% import '../x' as x %}",
+        "{% extends 'x' %}",
+        "{{ messages.__class__.__mro__ }}",
+        "{{ ''.__class__.__base__.__subclasses__() }}",
+        "{{ 1 / 0 }}",
+        "{{ messages + 5 }}",
+        "{{ messages.append(1) }}",
+        "{% for i in range(10 ** 12) %}{% endfor %}",
+        "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}",
+        "{% if %}",
+        "{{ none.a.b }}",
+        "{" * 100_000,
+    ],
+)
+def test_a_template_is_a_program_that_may_fail_and_reaches_nothing(template: str) -> None:
+    with pytest.raises(UserError) as error:
+        chat_with(template).render(talk("a", "b"))
+    assert "root:" not in str(error.value)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gzip
 import json
+import time
 from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
 
 import pytest
 
+from pipeline.data import lines
 from pipeline.data.lines import MAX_ROW_BYTES, Problem, Row, read_rows, read_texts
 from pipeline.data.sources import read_conversations, survey
 from pipeline.flow.errors import UserError
@@ -140,6 +142,29 @@ def test_lines_after_an_overlong_one_keep_their_numbers(tmp_path: Path) -> None:
     rows = list(read_rows(path))
     assert isinstance(rows[0], Problem) and rows[0].reason == "row too long" and rows[0].row == ""
     assert isinstance(rows[1], Row) and rows[1].line == 2
+
+
+@pytest.mark.parametrize("ending", [b'"', b""])
+def test_a_row_of_quotes_is_read_in_time(tmp_path: Path, ending: bytes) -> None:
+    """Brackets enough to be counted, then escaped quotes in a string that need not end: looked at once each."""
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"a": ' + b"[" * 65 + b'"' + b'\\"' * 2**20 + ending + b"\n")
+    began = time.monotonic()
+    (found,) = read_rows(path)
+    assert time.monotonic() - began < 10
+    assert isinstance(found, Problem) and found.reason == "nested too deeply"
+
+
+@pytest.mark.parametrize("name", ["big.json", "big.json.gz", "big.txt", "big.txt.gz"])
+def test_what_is_read_at_once_is_bounded_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(lines, "MAX_FILE_BYTES", 2**21)
+    read_all = read_texts if "txt" in name else read_rows
+    pack = gzip.compress if name.endswith(".gz") else bytes
+    (tmp_path / name).write_bytes(pack(b"[" + b" " * 2**21))
+    (found,) = read_all(tmp_path / name)
+    assert isinstance(found, Problem) and found.message == (
+        "file too large: more than 0.00195312 GiB; split it, or give JSON lines"
+    )
 
 
 def test_arrays_name_the_line_of_each_element(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from datetime import date
 from pathlib import Path
@@ -299,6 +300,33 @@ def test_sources_of_all_shapes(tmp_path: Path) -> None:
     tree = {"message_tree_id": "t", "prompt": {"role": "prompter", "text": "q"}}
     with pytest.raises(UserError, match=r"no usable comparisons \(none of its 2 rows gives a record\)$"):
         read_comparisons(write(tmp_path / "unranked.jsonl", tree, tree))
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "link", "folder"])
+def test_what_stands_in_a_folder_of_data_is_inside_and_regular(tmp_path: Path, kind: str) -> None:
+    folder, odd = tmp_path / "data", tmp_path / "data" / "x.jsonl"
+    folder.mkdir()
+    outside = write(tmp_path / "outside.jsonl", {"messages": TURNS})
+    make = {"pipe": lambda: os.mkfifo(odd), "folder": odd.mkdir, "device": lambda: odd.symlink_to("/dev/zero")}
+    make.get(kind, lambda: odd.symlink_to(outside))()
+    with pytest.raises(UserError, match=r"data/x.jsonl: not a regular file|'x.jsonl' leaves its directory"):
+        read_conversations(folder)
+    assert len(read_conversations(outside)) == 1  # what the user names may lie anywhere
+    odd.rmdir() if kind == "folder" else odd.unlink()
+    (tmp_path / "mine.jsonl").symlink_to(outside)
+    assert len(read_conversations(tmp_path / "mine.jsonl")) == 1
+
+
+def test_paths_in_records_are_text_and_not_opened(file: Any, tmp_path: Path) -> None:
+    """A pipe would be waited for."""
+    os.mkfifo(tmp_path / "pipe")
+    for named in (str(tmp_path / "pipe"), "../../../etc/passwd", "file:///dev/zero"):
+        assert read_documents(file({"text": named, "path": named, "source": named}))[0].text == named
+        (pair,) = read_comparisons(file({"prompt": named, "chosen": named, "rejected": "b", "images": [named]}))
+        assert pair.completions[0].text == named
+        for part in ({"type": "image", "path": named}, {"type": "image_url", "image_url": {"url": named}}):
+            with pytest.raises(UserError, match="unsupported part"):
+                read_conversations(file({"messages": [{"role": "user", "content": [part]}, TURNS[-1]]}))
 
 
 def test_rows_with_the_same_unknown_keys_are_told_once(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from pipeline.flow.artifacts import (
     describe,
     from_entry,
     members,
+    read_object,
     safe_member,
     tokenizer_facts,
 )
@@ -69,6 +70,33 @@ def test_pipes_and_linked_folders_are_refused(tmp_path: Path) -> None:
     (tmp_path / "again").symlink_to(tmp_path / "real")
     with pytest.raises(UserError, match="not a regular file"):
         list(members(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (b"[" * 100_000, "is not JSON"),
+        (b'{"a":' * 66 + b"1" + b"}" * 66, "nested too deeply, more than 64 levels"),
+        (b'{"a":' * 65 + b"[1]" + b"}" * 65, "nested too deeply"),
+        (b"1" * 5000, "is not JSON"),
+        (b'{"a": "\xff"}', "is not UTF-8"),
+        (b" " * 101, "has 101 bytes, at most 100 are read"),
+        (None, "is not a regular file"),
+    ],
+)
+def test_json_of_strangers_is_bounded(tmp_path: Path, text: bytes | None, told: str) -> None:
+    path = tmp_path / "config.json"
+    os.mkfifo(path) if text is None else path.write_bytes(text)
+    with pytest.raises(UserError, match="config.json: ") as error:
+        read_object(path, most=100 if text and text[:1] == b" " else 10**6)
+    assert told in str(error.value)
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    with pytest.raises(Damaged, match="is not a regular file"):
+        read_object(path, Damaged)
+    path.unlink()
+    path.write_bytes(b'{"a":' * 64 + b"1" + b"}" * 64)
+    assert read_object(path)
 
 
 def test_data_files_by_kind(tmp_path: Path) -> None:

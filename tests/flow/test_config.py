@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -86,8 +87,13 @@ def test_scalars_without_surprises(text: str, value: object) -> None:
         ("a: !!timestamp 2020-01-01", "x.yaml:1: the tag"),
         ("a: [1", "x.yaml:1:"),
         ("a: \x00", "x.yaml: is not YAML"),
-        ("[" * 5000, "x.yaml: is not YAML"),
+        ("[" * 5000, "x.yaml:1: nested too deeply, more than 64 levels"),
         ("? [a]\n: 1", "x.yaml:1: a key must be plain text"),
+        ("a: 1\nb:\n" + "".join(" " * i + "- \n" for i in range(1, 100)), "nested too deeply, more than 64 levels"),
+        ("{a: " * 70, "nested too deeply"),
+        ("a: &a [x]\nb: &b [*a, *a]\nc: [*b, *b]", "x.yaml:1: anchors"),
+        ("a: 1\nb: " + "9" * 401, "x.yaml:2: a number of 401 digits is not read"),
+        ("a: 0x" + "f" * 4000, "x.yaml:1: a number of 4002 digits is not read"),
     ],
 )
 def test_refused_yaml_names_its_line(text: str, message: str) -> None:
@@ -133,6 +139,28 @@ def test_extends_refuses_cycles_missing_files_and_text(tmp_path: Path) -> None:
         assert message in str(error.value)
     with pytest.raises(UserError, match="there is no such file"):
         load_document(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda path: path.symlink_to("/dev/zero"), "has more than 1048576 bytes"),
+        (lambda path: path.write_text("#" * (2**20 + 1)), "has more than 1048576 bytes"),
+        (lambda path: path.write_bytes(b"\xff"), "cannot be read as UTF-8 text"),
+        (lambda path: path.mkdir(), "cannot be read"),
+        (lambda path: None, "there is no such file"),
+    ],
+)
+def test_plans_are_bounded(tmp_path: Path, make: Any, told: str) -> None:
+    make(tmp_path / "x.yaml")
+    with pytest.raises(UserError, match="x.yaml: ") as error:
+        load_document(tmp_path / "x.yaml")
+    assert told in str(error.value)
+    for part in ("pipe", "a\\0b", "/dev/zero"):
+        (tmp_path / "y.yaml").write_text(f'extends: ["{part}"]\n')
+        (tmp_path / "pipe").exists() or os.mkfifo(tmp_path / "pipe")
+        with pytest.raises(UserError, match=r"y.yaml:1: extends .* but there is no file"):
+            load_document(tmp_path / "y.yaml")
 
 
 def test_load_plan_file_assigns_sets(tmp_path: Path) -> None:
@@ -265,3 +293,16 @@ def test_a_nested_mapping_changes_the_keys_it_names_of_the_default_of_its_field(
     assert (found.train.learning_rate, found.train.betas) == (5.0, (0.1, 0.2))
     assert parse_settings(Stage, {"loss": {"kind": "sigmoid"}}, "settings.x").loss == Sigmoid(beta=0.7)
     assert parse_settings(Stage, {"loss": {"kind": "ipo"}}, "settings.x").loss == Ipo()
+
+
+@pytest.mark.parametrize("bad", [0, 1, 1.0, "yes", "off", "true", [True]])
+def test_a_number_or_a_word_is_no_boolean(bad: object) -> None:
+    class Switches(Settings):
+        plain: bool = False
+        maybe: bool | None = None
+        early: bool | Literal["never"] = False
+
+    for key in ("plain", "maybe", "early"):
+        with pytest.raises(UserError, match=f"settings.x.{key}"):
+            parse_settings(Switches, {key: bad}, "settings.x")
+    assert parse_settings(Switches, {"plain": True, "maybe": None, "early": "never"}, "settings.x").early == "never"

@@ -6,13 +6,23 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipeline.flow.artifacts import Artifact, Comparisons, Documents, Policy, describe
+from pipeline.flow.artifacts import (
+    Artifact,
+    Comparisons,
+    Documents,
+    Policy,
+    artifact_digest,
+    canonical,
+    describe,
+    sha256_bytes,
+)
 from pipeline.flow.errors import Damaged, Locked, UserError
 from pipeline.flow.stage import Request
 from pipeline.flow.store import Store, run_lock
@@ -165,6 +175,141 @@ def test_a_manifest_cannot_point_outside_its_row(store: Store) -> None:
     with pytest.raises((UserError, Damaged)):
         files = {"../../secret": {"bytes": 1, "sha256": "0"}}
         store._compare(store.row_dir("aa"), {"d": {"kind": "documents", "digest": "0", "files": files}})
+
+
+def forge(store: Store, fp: str, change: Any) -> None:
+    """A manifest that somebody changed and sealed again."""
+    path = store.row_dir(fp) / "manifest.json"
+    manifest = {key: value for key, value in json.loads(path.read_text()).items() if key != "seal"}
+    change(manifest)
+    path.chmod(0o644)
+    path.write_text(json.dumps({**manifest, "seal": sha256_bytes(canonical(manifest))}, indent=1) + "\n")
+
+
+def _set(*keys: str, value: Any) -> Any:
+    def change(manifest: Any) -> None:
+        for key in keys[:-1]:
+            manifest = manifest[key]
+        manifest[keys[-1]] = value
+
+    return change
+
+
+FORGED = {
+    "no outputs": _set("outputs", value=[]),
+    "a slot that leaves": lambda m: m.update(outputs={"../../..": m["outputs"]["documents"]}),
+    "a slot with a NUL": lambda m: m.update(outputs={"a\0": m["outputs"]["documents"]}),
+    "an unknown kind": _set("outputs", "documents", "kind", value=["documents"]),
+    "facts of a file": _set("outputs", "documents", "files", "data.jsonl", value=5),
+    "a base": _set("outputs", "documents", "lineage", "base", value=["x"]),
+    "no digest": _set("outputs", "documents", "digest", value=None),
+    "inputs": _set("inputs", value={"documents": {"a": 1}}),
+    "places": _set("places", value={"ab": "/etc"}),
+    "finished": _set("finished", value="yesterday"),
+    "row": _set("row", value=None),
+    "schema": _set("schema", value="1"),
+    "deep": _set("metrics", value=json.loads('{"a":' * 70 + "1" + "}" * 70)),
+}
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_a_manifest_that_was_forged_and_sealed_again_is_refused(store: Store, name: str) -> None:
+    _seal(store, "aa", "first")
+    forge(store, "aa", FORGED[name])
+    fresh = Store(store.root)
+    with pytest.raises(Damaged, match=r"aa/manifest.json: .*remove the row and run again"):
+        fresh.open_output("aa", "documents")
+    assert fresh.manifests() == {}
+
+
+def test_a_manifest_with_other_line_ends_is_not_what_was_sealed(store: Store) -> None:
+    _seal(store, "aa", "first")
+    path = store.row_dir("aa") / "manifest.json"
+    path.chmod(0o644)
+    for end in (b"\r", b"\r\n"):
+        path.write_bytes(path.read_bytes().replace(b"\r", b"").replace(b"\n", end, 1))
+        with pytest.raises(Damaged, match="it is not written as it was sealed"):
+            Store(store.root).open_output("aa", "documents")
+
+
+@pytest.mark.parametrize("name", ["../secret.txt", "/etc/passwd", "a\0b", "a\\b", ""])
+def test_forged_names_of_files_do_not_leave_their_slot(tmp_path: Path, store: Store, name: str) -> None:
+    manifest = _seal(store, "aa", "first")
+    facts = next(iter(manifest["outputs"]["documents"]["files"].values()))
+    digest = artifact_digest("documents", {name: facts["sha256"]})
+    forge(store, "aa", lambda m: m["outputs"]["documents"].update(files={name: facts}, digest=digest))
+    with pytest.raises(UserError, match="leaves its directory"):
+        Store(store.root).verify()
+
+
+@pytest.mark.parametrize("kind", ["link", "folder", "pipe", "device"])
+def test_what_is_no_file_of_the_row_is_refused(tmp_path: Path, store: Store, kind: str) -> None:
+    """A link to the very same bytes outside, a slot that is such a link, a pipe, a device."""
+    _seal(store, "aa", "first")
+    slot = store.row_dir("aa") / "documents"
+    file = slot / "data.jsonl"
+    shutil.copytree(slot, tmp_path / "outside")
+    if kind == "folder":
+        shutil.rmtree(slot)
+        slot.symlink_to(tmp_path / "outside")
+    else:
+        file.unlink()
+        make = {"link": lambda: file.symlink_to(tmp_path / "outside/data.jsonl"), "pipe": lambda: os.mkfifo(file)}
+        make.get(kind, lambda: file.symlink_to("/dev/zero"))()
+    with pytest.raises(UserError, match=r"leaves its directory|missing"):
+        Store(store.root).open_output("aa", "documents")
+
+
+@pytest.mark.parametrize("name", ["rows/aa/manifest.json", "runs/x.json", "partial/bb/request.json", "locks/aa.lock"])
+def test_pipes_in_a_store_are_not_waited_for(tmp_path: Path, store: Store, name: str) -> None:
+    _seal(store, "aa", "first")
+    store.record_run(tmp_path / "runs/one", {"first": "aa", "pair": "bb"})
+    path = store.root / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    fresh = Store(store.root)
+    if name.startswith("locks"):
+        with pytest.raises(UserError, match="not a regular file"), fresh.lock("aa"):
+            pass
+    elif name.startswith("partial"):
+        assert fresh.gc() == []  # no request can be read of it, and a run names it
+    else:
+        with pytest.raises(Damaged, match="not a regular file"):
+            fresh.gc()
+
+
+@pytest.mark.parametrize("text", ['{"path": 5}', "{}", '{"path": "a\\u0000b"}', '{"path": "/dev/zero"}'])
+def test_a_run_that_cannot_be_is_none(store: Store, text: str) -> None:
+    (store.root / "runs").mkdir(parents=True)
+    (store.root / "runs/x.json").write_text(text)
+    assert store.runs() == []
+
+
+@pytest.mark.parametrize("request_text", ["{}", '{"inputs": []}', '{"inputs": {"a": 5}}', '{"inputs": {"a": {}}}'])
+def test_gc_names_a_request_that_is_none(tmp_path: Path, store: Store, request_text: str) -> None:
+    store.record_run(tmp_path / "runs/one", {"first": "aa"})
+    store.partial_dir("aa").mkdir(parents=True)
+    (store.partial_dir("aa") / "request.json").write_text(request_text)
+    with pytest.raises(Damaged, match=r"partial/aa/request.json: is no request of a row"):
+        store.gc()
+
+
+def test_gc_removes_links_and_not_what_they_lead_to(tmp_path: Path, store: Store) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/data.txt").write_text("x" * 1000)
+    (store.root / "rows").mkdir(parents=True)
+    (store.root / "rows/aa").symlink_to(tmp_path / "mine")
+    (store.root / "rows/file").write_text("12345")
+    assert sum(item.bytes for item in store.gc()) < 1000
+    assert list((store.root / "rows").iterdir()) == [] and (tmp_path / "mine/data.txt").exists()
+
+
+def test_a_model_that_is_its_own_base_is_refused(store: Store) -> None:
+    manifest = _seal(store, "aa", "sft", slot="policy", kind="policy", files={"model.safetensors": "w"})
+    forge(store, "aa", _set("outputs", "policy", "lineage", "base", value=manifest["outputs"]["policy"]["digest"]))
+    with pytest.raises(Damaged, match="is its own base"):
+        Store(store.root).open_output("aa", "policy")
 
 
 # ------------------------------------------------------------------------------------------ files of a user

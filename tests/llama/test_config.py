@@ -75,7 +75,7 @@ def test_files_that_are_no_config(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     with pytest.raises(UserError, match="missing"):
         read_json(path)
-    for text, words in (("[1]", "object"), ("{", "no JSON"), ("[" * 100_000, "no JSON")):
+    for text, words in (("[1]", "object"), ("{", "not JSON"), ("[" * 100_000, "not JSON")):
         path.write_text(text)
         with pytest.raises(UserError, match=words):
             read_json(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,13 +13,16 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from pipeline.data.forest import Segment, build
+from pipeline.flow.artifacts import Policy
 from pipeline.flow.errors import Damaged, UserError
+from pipeline.flow.store import Store
 from pipeline.llama.adapters import LoraSettings
 from pipeline.llama.heads import PolicyModel, ScalarModel
 from pipeline.llama.modeling import LlamaForCausalLM, LlamaForSequenceClassification
 from pipeline.llama.open import (
     fold_scale,
     grow_vocabulary,
+    import_with_chat,
     new_classifier,
     new_policy,
     open_classifier,
@@ -143,6 +147,55 @@ def test_configs_that_run_code_are_refused(key: str, stored: Path, tmp_path: Pat
             open_policy(at(path))
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "told"),
+    [
+        ("config.json", {"transformers_weights": "../stored/model.safetensors"}, "transformers_weights names a weight"),
+        ("config.json", {"transformers_weights": "other.safetensors"}, "transformers_weights names a weight file"),
+        ("config.json", {"rope_parameters": {"rope_type": "yarn", "factor": "x"}}, "holds no model that can be opened"),
+        ("config.json", {"model_type": "../../x"}, "holds no model that can be opened"),
+        ("special_tokens_map.json", {"tokenizer_file": "/etc/passwd"}, "tokenizer_file names a file to read"),
+        ("special_tokens_map.json", {"vocab_file": "/dev/zero"}, "vocab_file names a file to read"),
+        ("adapter_config.json", {"base_model_name_or_path": "../stored"}, "an adapter beside a whole model"),
+    ],
+)
+def test_files_of_a_model_name_no_others(stored: Path, tmp_path: Path, name: str, change: dict, told: str) -> None:
+    path = edited(stored, tmp_path / "evil")
+    before = json.loads((path / name).read_text()) if (path / name).exists() else {}
+    (path / name).write_text(json.dumps({**before, **change}))
+    with pytest.raises(UserError, match=str(path)) as error:
+        import_with_chat(path, tmp_path / "out", 0) if name == "adapter_config.json" else open_policy(at(path))
+    assert told in str(error.value)
+    assert "root:" not in str(error.value)
+
+
+def test_a_path_to_a_vocabulary_in_the_settings_of_a_tokenizer_is_not_followed(stored: Path, tmp_path: Path) -> None:
+    """Old versions of transformers wrote where they had found it."""
+    path = edited(stored, tmp_path / "old")
+    settings = json.loads((path / "tokenizer_config.json").read_text())
+    named = {"tokenizer_file": "/dev/zero", "vocab_file": "/dev/zero", "name_or_path": "/dev/zero"}
+    (path / "tokenizer_config.json").write_text(json.dumps({**settings, **named}))
+    assert open_tokenizer(path).get_vocab() == open_tokenizer(stored).get_vocab()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder", "link"])
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors", "more.txt"])
+def test_what_a_model_directory_holds_is_inside_and_regular(stored: Path, tmp_path: Path, name: str, kind: str) -> None:
+    """Before anything of it is opened: a plan's source by the store, an imported model by the import."""
+    path = edited(stored, tmp_path / "evil")
+    odd = path / name
+    odd.unlink(missing_ok=True)
+    make = {"pipe": lambda: os.mkfifo(odd), "device": lambda: odd.symlink_to("/dev/zero")}
+    make |= {"folder": lambda: odd.symlink_to(stored), "link": lambda: odd.symlink_to(stored / "config.json")}
+    make[kind]()
+    for act in (
+        lambda: Store(tmp_path / "store").open_source(Policy, [path]),
+        lambda: import_with_chat(path, tmp_path / "out", 0),
+    ):
+        with pytest.raises(UserError, match=rf"is not a regular file|'{name}' leaves its directory"):
+            act()
+
+
 def test_dropout_in_attention_is_refused_for_training_alone(stored: Path, tmp_path: Path) -> None:
     path = edited(stored, tmp_path / "dropout", {"attention_dropout": 0.1})
     open_policy(at(path))
@@ -262,6 +315,27 @@ def test_an_incomplete_adapter_is_refused(stored, tmp_path, tokenizer) -> None:
     save_file(weights, path, {"format": "pt"})
     with pytest.raises(UserError, match="1 adapter weights are missing"):
         open_policy(at(tmp_path, base_digest=stored))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"r": 10**9}, "r and rank_pattern: whole numbers from 1 to 16384"),
+        ({"r": True}, "r and rank_pattern"),
+        ({"rank_pattern": {"q_proj": 10**9}}, "r and rank_pattern"),
+        ({"rank_pattern": [10**9]}, "r and rank_pattern"),
+        ({"layer_replication": [[0, 10**9]]}, "layer_replication"),
+        ({"target_modules": 5}, "holds no model that can be opened"),
+        ({"megatron_config": {"a": 1}, "megatron_core": "os"}, "holds no model that can be opened"),
+    ],
+)
+def test_an_adapter_that_asks_for_too_much_is_refused(stored, tmp_path, tokenizer, change: dict, told: str) -> None:
+    save_model(open_trainable(at(stored), LORA, seed=0).model, tokenizer, tmp_path, base_digest="base-digest")
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(UserError) as error:
+        open_policy(at(tmp_path, base_digest=stored))
+    assert told in str(error.value) and str(tmp_path) in str(error.value)
 
 
 def test_reward_adapters_carry_their_head(stored, tmp_path, tokenizer) -> None:

@@ -117,6 +117,10 @@ def test_shards_are_those_that_the_index_names(file: Path) -> None:
         "{",
         '{"weight_map": {"a": "../x.safetensors"}}',
         '{"weight_map": {"a": 1}}',
+        '{"weight_map": {"a": "/etc/x.safetensors"}}',
+        '{"weight_map": {"a": "a\\u0000.safetensors"}}',
+        '{"weight_map": [["a"]]}',
+        '{"weight_map": ' + "[" * 100_000,
         '{"weight_map": {}}',
     ):
         index.write_text(bad)

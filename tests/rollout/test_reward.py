@@ -52,6 +52,17 @@ def test_another_model_is_refused(tmp_path: Path, what: str):
         verify_probe(role.module, tmp_path)
 
 
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, "[]", "{}", '{"groups": [[]], "scores": []}', '{"groups": [[[10000000]]], "scores": [0]}',
+             '{"groups": [[[1], [2]]], "scores": []}', '{"groups": 5, "scores": 5}']
+)  # fmt: skip
+def test_a_probe_of_strangers_is_damage(tmp_path: Path, text: str):
+    role = scorer()
+    (tmp_path / "probe.json").write_text(text)
+    with pytest.raises(Damaged, match=r"probe\.json: "):
+        verify_probe(role.module, tmp_path)
+
+
 def test_without_its_probe_nothing_is_proven(tmp_path: Path):
     role, _ = stored(tmp_path)
     (tmp_path / "probe.json").unlink()
