@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from pipeline.flow.artifacts import read_object
 from pipeline.flow.errors import Damaged, RowFailed, UserError
 
 if TYPE_CHECKING:
@@ -228,7 +229,9 @@ class Checkpoints:
 
     def _verify(self, place: Path) -> dict[str, Any]:
         try:
-            manifest: dict[str, Any] = json.loads((place / MANIFEST).read_text(encoding="utf-8"))
+            manifest = read_object(place / MANIFEST, Damaged)
+            if odd := [path.name for path in place.iterdir() if path.is_symlink() or not path.is_file()]:
+                raise Damaged(f"checkpoint {place}: {odd[0]} is not a regular file")
             listed = {name: dict(facts) for name, facts in manifest["files"].items()}
             known = (manifest["schema"], manifest["identity"], f"step-{manifest['step']:06d}")
             found = {path.name: _facts(path) for path in place.iterdir() if path.name != MANIFEST}

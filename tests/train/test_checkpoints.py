@@ -90,7 +90,9 @@ def test_nothing_saved_is_nothing_to_go_on_from(tmp_path: Path):
     assert checkpoints(tmp_path).newest(print) is None
 
 
-@pytest.mark.parametrize("what", ["flipped", "shortened", "gone", "manifest", "empty manifest", "more", "step"])
+@pytest.mark.parametrize(
+    "what", ["flipped", "shortened", "gone", "manifest", "empty manifest", "more", "pipe", "link", "deep", "step"]
+)
 def test_damage_is_named_and_the_one_before_is_taken(tmp_path: Path, what: str):
     made = saved(tmp_path, 1, 2)
     place = made.directory / "step-000002"
@@ -106,6 +108,14 @@ def test_damage_is_named_and_the_one_before_is_taken(tmp_path: Path, what: str):
         (place / "manifest.json").unlink()
     elif what == "more":
         (place / "other.json").write_text("{}")
+    elif what == "pipe":
+        (place / "state.json").unlink()
+        os.mkfifo(place / "state.json")
+    elif what == "link":
+        (place / "state.json").rename(tmp_path / "elsewhere.json")
+        (place / "state.json").symlink_to(tmp_path / "elsewhere.json")
+    elif what == "deep":
+        (place / "manifest.json").write_text("[" * 100_000)
     elif what == "step":
         manifest = json.loads((place / "manifest.json").read_text())
         (place / "manifest.json").write_text(json.dumps({**manifest, "step": 3}))
