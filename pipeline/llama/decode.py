@@ -39,6 +39,7 @@ from pipeline.llama.attention import filled
 from pipeline.llama.choosing import NEVER
 
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # angles that depend on the position alone
+IN_ONE_UP_TO = 1024  # hidden size up to which a CPU computes a step in one call: faster up to there on two cores
 MATMUL_UP_TO = 192  # tokens of a prompt up to which a CPU uses plain products instead of SDPA
 
 
@@ -234,6 +235,8 @@ class LayerRunner:
         scales = [first.width**-0.5] * first.query_heads + [1.0] * first.key_heads
         self.scale_X1 = torch.tensor(scales, device=positions.device)[:, None]  # of the scores, with the queries
         self.compiled = kernel.usable(positions.device, first.width, self.embed.weight.dtype, torch.float32)
+        self.inner = inner
+        self._decoder: kernel.Decoder | None = None
 
     def prefill(self, ids_PT: Tensor, lengths_P: Tensor, slots_PK: Tensor) -> Tensor:
         if self.compiled:
@@ -271,8 +274,12 @@ class LayerRunner:
         return self.head(self.norm(x)).float()
 
     def step(self, tokens_N: Tensor, positions_N: Tensor, columns: int) -> Tensor:
-        x = self.embed(tokens_N)
         rows_N = self.cache.row_R[: tokens_N.shape[0]]
+        if self.compiled and self._decoder is None and self._in_one():
+            self._decoder = self._new_decoder()
+        if self._decoder is not None:
+            return self._decoder(tokens_N.contiguous(), rows_N, positions_N)
+        x = self.embed(tokens_N)
         if self.compiled:
             for number, layer in enumerate(self.layers):
                 slot = self.cache.slot(number)
@@ -284,6 +291,35 @@ class LayerRunner:
         for number, layer in enumerate(self.layers):
             x = layer.step(x, turn, mask, self.cache.slot(number), rows_N, positions_N)
         return self.head(self.norm(x)).float()
+
+    def _in_one(self) -> bool:
+        """Whether a step is small and plain enough to be one call: nothing that has to be called by itself, such as an
+        adapter, and products that take less time than calling them."""
+        hidden = self.embed.weight.shape[1]
+        inputs = [linears for layer in self.layers for linears in (layer.qkv, layer.out, layer.gate_up, layer.down)]
+        norms = [self.inner.norm, *(n for layer in self.layers for n in (layer.module_norm_in, layer.module_norm_mlp))]
+        return (
+            hidden <= IN_ONE_UP_TO
+            and type(self.embed) is nn.Embedding
+            and not self.embed._forward_hooks
+            and not self.embed._forward_pre_hooks
+            and all(linears.bare for linears in (*inputs, self.head))
+            and all(is_plain_norm(norm) for norm in norms)
+            and len({norm.variance_epsilon for norm in norms}) == 1
+            and all(layer.swiglu for layer in self.layers)
+            and all(len(linears.weight) % kernel.LANES == 0 for linears in inputs)  # type: ignore[arg-type]
+        )
+
+    def _new_decoder(self) -> kernel.Decoder:
+        layers = []
+        for number, layer in enumerate(self.layers):
+            slot = self.cache.slot(number)
+            products = [kernel.panels(x.weight) for x in (layer.qkv, layer.out, layer.gate_up, layer.down)]  # type: ignore[arg-type]
+            norms = [n.weight.detach() for n in (layer.module_norm_in, layer.module_norm_mlp)]
+            layers.append([norms[0], *products[:2], norms[1], *products[2:], slot.keys, slot.values])
+        norm, head = self.inner.norm, kernel.panels(self.head.weight)  # type: ignore[arg-type]
+        tensors = (self.embed.weight.detach(), self.turns_CW, norm.weight.detach(), head)
+        return kernel.Decoder(layers, *tensors, heads=self.layers[0].query_heads, eps=float(norm.variance_epsilon))
 
 
 def _rotary(inner: Any, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -309,7 +345,8 @@ class _Layer:
         rows = torch.arange((self.turned + self.key_heads) * self.width, device=layer.input_layernorm.weight.device)
         paired = rows.unflatten(0, (-1, 2, self.width // 2)).transpose(1, 2).flatten()
         order = torch.cat((paired[: self.turned * self.width], rows[self.turned * self.width :]))
-        self.norm_in, self.norm_mlp = normed(layer.input_layernorm), normed(layer.post_attention_layernorm)
+        self.module_norm_in, self.module_norm_mlp = layer.input_layernorm, layer.post_attention_layernorm
+        self.norm_in, self.norm_mlp = normed(self.module_norm_in), normed(self.module_norm_mlp)
         self.qkv = Linears([attention.q_proj, attention.k_proj, attention.v_proj], dtype, order)
         self.out = Linears([attention.o_proj], dtype)
         self.gate_up = Linears([mlp.gate_proj, mlp.up_proj], dtype)
@@ -410,6 +447,11 @@ class Linears:
             return F.linear(x, self.weight, self.bias)
         return F.linear(x.to(self.dtype), self.weight, self.bias).to(self.own)
 
+    @property
+    def bare(self) -> bool:
+        """One float32 product and nothing else."""
+        return self.weight is not None and self.bias is None and self.dtype == self.own == torch.float32
+
     def onto(self, base: Tensor, x: Tensor) -> Tensor:
         """base + self(x)."""
         if self.weight is None or self.bias is not None or self.dtype != self.own or x.ndim != 2:
@@ -419,12 +461,9 @@ class Linears:
 
 def normed(layer: nn.Module) -> Callable[[Tensor], Tensor]:
     """An RMSNorm of float32 weights without the costs of a module, by the kernel where it can; others are called."""
-    weight = getattr(layer, "weight", None)
-    if type(layer).__name__ != "LlamaRMSNorm" or layer._forward_hooks or layer._forward_pre_hooks:
+    if not is_plain_norm(layer):
         return layer
-    if not isinstance(weight, Tensor) or weight.dtype != torch.float32 or hasattr(weight, "ds_id"):
-        return layer
-    weight, eps = weight.detach(), float(layer.variance_epsilon)  # type: ignore[arg-type]
+    weight, eps = layer.weight.detach(), float(layer.variance_epsilon)  # type: ignore[operator, arg-type]
 
     def compute(x: Tensor) -> Tensor:
         if kernel.takes(x, len(weight)):
@@ -432,6 +471,14 @@ def normed(layer: nn.Module) -> Callable[[Tensor], Tensor]:
         return F.rms_norm(x, weight.shape, weight, eps)
 
     return compute
+
+
+def is_plain_norm(layer: nn.Module) -> bool:
+    """Whether it is an RMSNorm of float32 weights that nothing hooks into."""
+    weight = getattr(layer, "weight", None)
+    hooked = type(layer).__name__ != "LlamaRMSNorm" or layer._forward_hooks or layer._forward_pre_hooks
+    sharded = not isinstance(weight, Tensor) or hasattr(weight, "ds_id")
+    return not (hooked or sharded) and weight.dtype == torch.float32  # type: ignore[union-attr]
 
 
 def _is_plain(layer: nn.Module) -> bool:

@@ -1,5 +1,5 @@
 /* What a LLaMA does on a CPU between its matrix products: attention over a token forest, forward and backward, and for
- * one step of decoding; RMSNorm and SwiGLU.
+ * one step of decoding; RMSNorm and SwiGLU; and such a step as a whole, with its products.
  *
  * What attention does with short, ragged sequences of small heads is poor work for a matrix library: padding, the
  * masked half, tiny products and several passes over memory cost more than the arithmetic. Here every sequence has its
@@ -565,6 +565,77 @@ INLINE void swiglu(const Swiglu *f, int64_t first, int64_t last, int half) {
         }
 }
 
+/* --- a whole step of decoding --------------------------------------------------------------------------------------- */
+
+/* With few rows and a small model each product takes less time than calling it. Rows are independent of each other, so a
+ * thread takes its share of them through all layers. Every number is one sum in the order of the inputs, however many rows
+ * are computed together, so that a row's bits do not depend on its neighbours. */
+
+#define PANEL (2 * LANES) /* outputs of a product that are computed together */
+
+typedef struct { /* one decoder layer; weights in panels [outputs / PANEL, inputs, PANEL] */
+    const float *norm_in, *qkv, *out, *norm_mlp, *gate_up, *down;
+    float *keys, *values; /* [R, K, D, C], [R, K, C, D] */
+} Layer;
+
+typedef struct {
+    int64_t hidden, inner, vocabulary, columns; /* vocabulary: filled up to whole panels */
+    int layers, heads, kv_heads, size;
+    float eps;
+    const Layer *layer;
+    const float *embed, *turns, *norm, *head;
+    const int64_t *tokens, *rows, *positions; /* [N] */
+    float *logits;                            /* [N, vocabulary] */
+} Step;
+
+/* y = (add ? y : 0) + x w of `count` rows, for one panel, of which the first `halves` are outputs. */
+INLINE void panel(const float *x, int64_t inputs, const float *w, float *y, int64_t outputs, int add, int count,
+                  int halves) {
+    vf sum[8][2] = {{{0}}};
+    for (int64_t k = 0; k < inputs; k++) {
+        const vf low = *(const vfu *)(w + k * PANEL), high = *(const vfu *)(w + k * PANEL + LANES);
+        UNROLL(8) for (int r = 0; r < count; r++) {
+            sum[r][0] += x[r * inputs + k] * low;
+            sum[r][1] += x[r * inputs + k] * high;
+        }
+    }
+    UNROLL(8) for (int r = 0; r < count; r++) for (int i = 0; i < halves; i++) {
+        vfu *at = (vfu *)(y + r * outputs + i * LANES);
+        if (add)
+            *at += sum[r][i];
+        else
+            *at = sum[r][i];
+    }
+}
+
+INLINE void product(const float *x, int64_t rows, int64_t inputs, const float *w, float *y, int64_t outputs, int add) {
+    for (int64_t c = 0; c < outputs; c += PANEL, w += inputs * PANEL) {
+        const int halves = c + LANES < outputs ? 2 : 1;
+        int64_t r = 0;
+#define TAKE(n) \
+    for (; r + n <= rows; r += n) panel(x + r * inputs, inputs, w, y + r * outputs + c, outputs, add, n, halves);
+        TAKE(8) TAKE(4) TAKE(2) TAKE(1)
+#undef TAKE
+    }
+}
+
+INLINE void unit(const float *x, int64_t rows, int64_t size, const float *weight, float eps, float *y) {
+    for (; rows > 0; rows--, x += size, y += size) {
+        vf sum = {0};
+        for (int64_t i = 0; i < size; i += LANES) sum += *(const vfu *)(x + i) * *(const vfu *)(x + i);
+        const float inverse = 1.0f / sqrtf(sum_lanes(sum) / size + eps);
+        for (int64_t i = 0; i < size; i += LANES)
+            *(vfu *)(y + i) = *(const vfu *)(x + i) * inverse * *(const vfu *)(weight + i);
+    }
+}
+
+/* Numbers that a thread works in, of one row. */
+static int64_t step_room(const Step *f) {
+    const int64_t wide = (f->heads + 2 * f->kv_heads) * f->size, both = 2 * f->inner;
+    const int64_t attended = f->heads * f->size > f->inner ? f->heads * f->size : f->inner;
+    return 2 * f->hidden + (wide > both ? wide : both) + attended;
+}
+
 /* --- for every processor, every size and every task ---------------------------------------------------------------- */
 
 /* Common sizes of a head as constants, which lets the compiler unroll. */
@@ -612,8 +683,36 @@ FOR_EVERY_CPU void rlhf_swiglu_task(const Swiglu *f, int64_t task) {
         swiglu(f, first, last, 0);
 }
 
+/* Rows `first` to `last` through all layers; `room` as `step_room` says for each of them, then `columns` numbers. */
+FOR_EVERY_CPU void rlhf_step_task(const Step *f, int64_t first, int64_t last, float *room) {
+    const int64_t n = last - first, hidden = f->hidden, wide = (f->heads + 2 * f->kv_heads) * f->size;
+    float *x = room, *normed = x + n * hidden, *attended = normed + n * hidden;
+    float *projected = attended + n * (f->heads * f->size > f->inner ? f->heads * f->size : f->inner);
+    float *weights = room + n * step_room(f);
+    for (int64_t r = 0; r < n; r++) memcpy(x + r * hidden, f->embed + f->tokens[first + r] * hidden, 4 * hidden);
+    for (const Layer *l = f->layer; l < f->layer + f->layers; l++) {
+        unit(x, n, hidden, l->norm_in, f->eps, normed);
+        product(normed, n, hidden, l->qkv, projected, wide, 0);
+        const Decode d = {f->heads, f->kv_heads, f->size, 1, f->columns, f->rows + first, f->positions + first,
+                          projected, f->turns, 1.0f / sqrtf(f->size), l->keys, l->values, attended};
+        for (int64_t task = 0; task < n * f->kv_heads; task++) {
+#define CALL(D) decode(&d, task / f->kv_heads, task % f->kv_heads, D, weights)
+            BY_SIZE(CALL)
+#undef CALL
+        }
+        product(attended, n, f->heads * f->size, l->out, x, hidden, 1);
+        unit(x, n, hidden, l->norm_mlp, f->eps, normed);
+        product(normed, n, hidden, l->gate_up, projected, 2 * f->inner, 0);
+        const Swiglu s = {n, f->inner, 0, projected, NULL, attended};
+        swiglu(&s, 0, n, 0);
+        product(attended, n, f->inner, l->down, x, hidden, 1);
+    }
+    unit(x, n, hidden, f->norm, f->eps, normed);
+    product(normed, n, hidden, f->head, f->logits + first * f->vocabulary, f->vocabulary, 0);
+}
+
 /* Raised with every change of the arguments below, and in kernel.py with it. */
-int rlhf_version(void) { return 3; }
+int rlhf_version(void) { return 4; }
 
 /* Those with a result return 0, or 1 where there is no memory. */
 
@@ -667,6 +766,31 @@ int rlhf_decode(int64_t sequences, int64_t columns, int heads, int kv_heads, int
         for (int64_t task = 0; task < tasks; task++)
             if (weights) rlhf_decode_task(&f, task / kv_heads, task % kv_heads, weights);
         free(weights);
+    }
+    return failed;
+}
+
+int rlhf_step(int64_t sequences, int64_t hidden, int64_t inner, int64_t vocabulary, int64_t columns, int layers,
+              int heads, int kv_heads, int size, float eps, int threads, const void *layer, const float *embed,
+              const float *turns, const float *norm, const float *head, const int64_t *tokens, const int64_t *rows,
+              const int64_t *positions, float *logits) {
+    const Step f = {hidden, inner, vocabulary, columns, layers, heads, kv_heads, size, eps, layer, embed, turns, norm,
+                    head, tokens, rows, positions, logits};
+    if (threads > sequences) threads = sequences;
+    const int64_t each = (sequences + threads - 1) / threads;
+    int failed = 0;
+#pragma omp parallel for num_threads(threads) schedule(static, 1) if (threads > 1)
+    for (int64_t task = 0; task < threads; task++) {
+        const int64_t first = task * each, last = first + each < sequences ? first + each : sequences;
+        if (first >= last) continue;
+        float *room = malloc(4 * ((last - first) * step_room(&f) + columns));
+        if (room)
+            rlhf_step_task(&f, first, last, room);
+        else {
+#pragma omp atomic write
+            failed = 1;
+        }
+        free(room);
     }
     return failed;
 }

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from pipeline.data.forest import Forest
 
-VERSION = 3  # of the functions' arguments, the same as in kernel.c
+VERSION = 4  # of the functions' arguments, the same as in kernel.c
 LANES = 16  # columns of a cache come in multiples of this
 TYPES = (torch.float32, torch.bfloat16)
 LARGEST = 256  # head size
@@ -45,6 +46,7 @@ def library() -> Any:
         return None
     found.rlhf_forest.argtypes = [_POINTER] * 4 + [_LONG] * 4 + [_INT] * 4 + [_FLOAT, _INT] + [_POINTER] * 6
     found.rlhf_decode.argtypes = [_LONG] * 2 + [_INT] * 4 + [_FLOAT, _INT] + [_POINTER] * 7
+    found.rlhf_step.argtypes = [_LONG] * 5 + [_INT] * 4 + [_FLOAT, _INT] + [_POINTER] * 9
     found.rlhf_store.argtypes = [_LONG] * 3 + [_INT] * 4 + [_POINTER] * 7
     found.rlhf_norm.argtypes = [_LONG] * 2 + [_INT, _FLOAT, _INT] + [_POINTER] * 6
     found.rlhf_swiglu.argtypes = [_LONG] * 2 + [_INT] * 2 + [_POINTER] * 3
@@ -161,6 +163,55 @@ def step(
     threads = torch.get_num_threads()
     _require(library().rlhf_decode(n, columns, heads, kv, size, append, size**-0.5, threads, *pointers))
     return out
+
+
+PANEL = 32  # outputs of a product that are computed together, as in kernel.c
+
+
+def panels(weight: Tensor) -> Tensor:
+    """[outputs, inputs] as `Decoder` takes it: [outputs / PANEL, inputs, PANEL], filled up with zeros."""
+    filled = torch.nn.functional.pad(weight, (0, 0, 0, -len(weight) % PANEL))
+    return filled.unflatten(0, (-1, PANEL)).transpose(1, 2).contiguous()
+
+
+class Decoder:
+    """A step of decoding as one call, from tokens to logits: all layers of a LLaMA, products included, float32.
+
+    layers    of each layer [norm_in, qkv, out, norm_mlp, gate_up, down, keys, values]: products as `panels`, gates
+              before ups; queries, keys and values, and their cache, as in `step`
+    embed     [V, hidden]; head: as `panels`; norm [hidden]; turns [C, D] as in `step`
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Sequence[Tensor]],
+        embed: Tensor,
+        turns: Tensor,
+        norm: Tensor,
+        head: Tensor,
+        *,
+        heads: int,
+        eps: float,
+    ) -> None:
+        self._held = [*layers, [embed, turns, norm, head]]  # alive while their addresses are in use
+        _check((torch.float32,), *(x for tensors in self._held for x in tensors))
+        self._table = torch.tensor([[x.data_ptr() for x in layer] for layer in layers])
+        keys, values = layers[0][-2:]
+        kv, size, columns = keys.shape[1:]
+        inner = layers[0][5].shape[1]
+        self.vocabulary, hidden = embed.shape
+        self._padded = head.shape[0] * PANEL
+        self._sizes = [hidden, inner, self._padded, columns, len(layers), heads, kv, size]
+        self._eps = eps
+        self._pointers = [self._table.data_ptr(), *(x.data_ptr() for x in (embed, turns, norm, head))]
+
+    def __call__(self, tokens: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
+        """Logits [N, V] after each sequence's token, whose keys and values are written into its row first."""
+        _check((torch.int64,), tokens, rows, positions)
+        out = torch.empty(len(tokens), self._padded)
+        pointers = [*self._pointers, *(x.data_ptr() for x in (tokens, rows, positions, out))]
+        _require(library().rlhf_step(len(tokens), *self._sizes, self._eps, torch.get_num_threads(), *pointers))
+        return out[:, : self.vocabulary]
 
 
 def store(

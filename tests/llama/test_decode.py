@@ -7,7 +7,8 @@ import torch
 import transformers
 
 from pipeline.flow.errors import UserError
-from pipeline.llama import decode, modeling
+from pipeline.llama import decode, kernel, modeling
+from pipeline.llama.adapters import LoraSettings, add_lora
 
 SHAPE = {
     "vocab_size": 97,
@@ -218,3 +219,89 @@ def test_autocast_around_it_changes_no_bit(dtype):
     wanted = logits()
     with torch.autocast("cpu", dtype):
         assert torch.equal(logits(), wanted)
+
+
+# --- a step in one call -------------------------------------------------------------------------------------
+
+needs_kernel = pytest.mark.skipif(kernel.library() is None, reason="no C compiler when the package was installed")
+SHAPES = {
+    "grouped": {},
+    "one key head": {"num_key_value_heads": 1, "vocab_size": 64},
+    "wide heads": {"hidden_size": 96, "num_attention_heads": 4, "head_dim": 24, "intermediate_size": 112},
+    "other angles": {"rope_parameters": LLAMA3, "tie_word_embeddings": True},
+}
+
+
+def entered(model, rows: int):
+    """A runner with a prompt of 1 to 7 tokens in each of its rows, what to feed next, and at which position."""
+    draw = torch.Generator().manual_seed(rows)
+    lengths = torch.randint(1, 8, (rows,), generator=draw)
+    ids = torch.randint(0, 60, (rows, 7), generator=draw)
+    runner = decode.new_runner(model, decode.new_cache(model, rows, 16))
+    with torch.no_grad():
+        runner.prefill(ids, lengths, torch.arange(rows)[:, None])
+    return runner, torch.randint(0, 60, (rows,), generator=draw), lengths
+
+
+@needs_kernel
+@pytest.mark.parametrize("rows", [1, 3, 8, 21])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_step_in_one_call_is_the_step_by_operators(monkeypatch, shape: str, rows: int):
+    model = new_model(**SHAPES[shape])
+    together, tokens, positions = entered(model, rows)
+    apart, *_ = entered(model, rows)
+    with torch.no_grad():
+        for _ in range(3):
+            monkeypatch.setattr(decode, "IN_ONE_UP_TO", 1024)
+            logits = together.step(tokens, positions, 16)
+            monkeypatch.setattr(decode, "IN_ONE_UP_TO", 0)
+            expected = apart.step(tokens, positions, 16)
+            torch.testing.assert_close(logits, expected, atol=2e-5, rtol=1e-5)
+            tokens, positions = expected.argmax(-1) % 60, positions + 1
+    assert together._decoder is not None and apart._decoder is None
+    for layer in range(3):
+        torch.testing.assert_close(together.cache.slot(layer).keys, apart.cache.slot(layer).keys, atol=2e-5, rtol=1e-5)
+
+
+@needs_kernel
+def test_a_rows_bits_do_not_depend_on_the_others_or_on_threads():
+    """Of 21 rows some are computed eight at a time, some four, some alone; one has a token that is no number."""
+    model = new_model()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[61] = float("nan")
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            runner, tokens, positions = entered(model, 21)
+            tokens[13] = 61
+            with torch.no_grad():
+                found.append(runner.step(tokens, positions, 16))
+                alone = torch.cat([runner.step(tokens[:n], positions[:n], 16)[n - 1 :] for n in range(1, 13)])
+            assert torch.equal(alone, found[-1][:12])
+    finally:
+        torch.set_num_threads(threads)
+    assert found[0][13].isnan().all() and found[0][14:].isfinite().all()
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], atol=0, rtol=0, equal_nan=True)
+
+
+@needs_kernel
+@pytest.mark.parametrize("what", ["bias", "adapter", "hook", "odd size", "other activation", "large"])
+def test_what_has_to_be_called_by_itself_is(what: str):
+    model = new_model(
+        **{
+            "bias": {"attention_bias": True},
+            "odd size": {"intermediate_size": 40},
+            "other activation": {"hidden_act": "gelu"},
+            "large": {"hidden_size": 1056, "num_attention_heads": 4, "head_dim": 8},
+        }.get(what, {})
+    )
+    if what == "adapter":
+        model = add_lora(model, LoraSettings(rank=2), 0)
+    if what == "hook":
+        model.model.norm.register_forward_hook(lambda *_: None)
+    runner, tokens, positions = entered(model, 2)
+    with torch.no_grad():
+        runner.step(tokens, positions, 16)
+    assert runner._decoder is None
