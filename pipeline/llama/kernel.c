@@ -572,6 +572,7 @@ INLINE void swiglu(const Swiglu *f, int64_t first, int64_t last, int half) {
  * are computed together, so that a row's bits do not depend on its neighbours. */
 
 #define PANEL (2 * LANES) /* outputs of a product that are computed together */
+#define WORTH_A_THREAD 4000000 /* products of numbers, 0.1 ms: waking a thread may take longer than less than that */
 
 typedef struct { /* one decoder layer; weights in panels [outputs / PANEL, inputs, PANEL] */
     const float *norm_in, *qkv, *out, *norm_mlp, *gate_up, *down;
@@ -776,7 +777,10 @@ int rlhf_step(int64_t sequences, int64_t hidden, int64_t inner, int64_t vocabula
               const int64_t *positions, float *logits) {
     const Step f = {hidden, inner, vocabulary, columns, layers, heads, kv_heads, size, eps, layer, embed, turns, norm,
                     head, tokens, rows, positions, logits};
+    const int64_t wide = (int64_t)(2 * heads + 2 * kv_heads) * size; /* of all four projections of attention */
+    const int64_t products = sequences * (layers * hidden * (wide + 3 * inner) + hidden * vocabulary);
     if (threads > sequences) threads = sequences;
+    if (threads > 1 + products / WORTH_A_THREAD) threads = 1 + products / WORTH_A_THREAD;
     const int64_t each = (sequences + threads - 1) / threads;
     int failed = 0;
 #pragma omp parallel for num_threads(threads) schedule(static, 1) if (threads > 1)
