@@ -325,8 +325,14 @@ class Workers:
         lines, errors = Lines(), []  # type: Lines, list[dict[str, Any]]
         gangs: list[list[dict[str, Any]]] = []  # of each node, in the order in which they ended
         elsewhere, here = {link.node for link in waiting}, True
-        deadline: float | None = None  # when nodes that outlive a failed one are ended
+        deadline: float | None = None  # when nodes that outlive a failed one are ended, later on given up
         killed: int | None = None  # how many had ended by then
+
+        def lose(link: Link, how: str) -> None:
+            elsewhere.remove(link.node)
+            first = link.node * self.launch.processes // self.launch.nodes
+            gangs.append([{"rank": first, "code": 1, "signal": None, "node": link.node}])
+            errors.append(_error(first, f"node {link.node} ({link.host}) {how}"))
 
         def receive() -> bool:
             """Take what is on the pipe; False at its end."""
@@ -341,7 +347,7 @@ class Workers:
             return bool(data)
 
         def hear(link: Link) -> bool:
-            """Take what another node says; False where it is gone."""
+            """Take what another node says; False where it says nothing more to this row."""
             try:
                 messages = link.receive()
             except LinkGone:
@@ -349,12 +355,13 @@ class Workers:
                     server.signal(signal.SIGKILL)
                     self._leader = None
                 elif link.node in elsewhere:
-                    elsewhere.remove(link.node)
-                    first = link.node * self.launch.processes // self.launch.nodes
-                    gangs.append([{"rank": first, "code": 1, "signal": None, "node": link.node}])
-                    errors.append(_error(first, f"node {link.node} ({link.host}) is gone"))
+                    lose(link, "is gone")
                 return False
-            for message in messages:
+            for number, message in enumerate(messages):
+                if "end" in message and link is self._leader:  # `orders` reads it, once the ranks have ended
+                    server.signal(signal.SIGKILL)
+                    link.unread = messages[number:]
+                    return False
                 if "signal" in message and link is self._leader:
                     server.signal(message["signal"])
                 if "exited" in message and link.node in elsewhere:
@@ -368,8 +375,10 @@ class Workers:
             selector.register(read, selectors.EVENT_READ)
             for link in (*waiting, *([self._leader] if self._leader else [])):
                 selector.register(link.socket, selectors.EVENT_READ, link)
+                if link.unread and not hear(link):
+                    selector.unregister(link.socket)
             while here or elsewhere:
-                left = None if deadline is None or killed is not None else max(0.0, deadline - time.monotonic())
+                left = None if deadline is None else max(0.0, deadline - time.monotonic())
                 for key, _ in selector.select(left):
                     if key.data is not None and not hear(key.data):
                         selector.unregister(key.fileobj)
@@ -380,14 +389,19 @@ class Workers:
                             self._at_work = self._at_work or "forked" in reply
                             if "exited" in reply:
                                 gangs.append(reply["exited"])
-                                here = False
+                                here = self._at_work = False  # a signal need not wait for the other nodes
                 if deadline is None and any(_failed(end) for gang in gangs for end in gang):
                     deadline = time.monotonic() + GRACE_SECONDS
-                if deadline is not None and killed is None and time.monotonic() >= deadline:
-                    server.signal(signal.SIGKILL)
-                    self._kill([link for link in waiting if link.node in elsewhere])
-                    killed = len(gangs)
-        self._at_work = False
+                if deadline is not None and time.monotonic() >= deadline:
+                    late = [link for link in waiting if link.node in elsewhere]
+                    if killed is None:
+                        server.signal(signal.SIGKILL)
+                        self._kill(late)
+                        killed = len(gangs)
+                    else:
+                        for link in late:
+                            lose(link, "does not answer")
+                    deadline = time.monotonic() + GRACE_SECONDS
         while _readable(read) and receive():
             pass
         first = sorted(gangs[:killed], key=lambda gang: _blame(gang, errors))

@@ -52,6 +52,7 @@ class Link:
 
     def __init__(self, connection: socket.socket, node: int, host: str) -> None:
         self.socket, self.node, self.host = connection, node, host
+        self.unread: list[dict[str, Any]] = []  # messages that came together with one that had to be followed first
         self._lines, self._size = Lines(), 0
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         # A machine without power says nothing: the kernel finds out within 40 seconds.
@@ -66,6 +67,9 @@ class Link:
 
     def receive(self) -> list[dict[str, Any]]:
         """Messages that have arrived; waits for some bytes. LinkGone at the end, or where they are no messages."""
+        if self.unread:
+            messages, self.unread = self.unread, []
+            return messages
         try:
             data = self.socket.recv(1 << 16)
         except OSError as error:
@@ -239,7 +243,7 @@ def orders(link: Link) -> Iterator[dict[str, Any]]:
             messages = link.receive()
         except LinkGone:
             raise RowFailed(GONE.format(link.host)) from None
-        for message in messages:
+        for number, message in enumerate(messages):
             if "refused" in message:
                 raise RowFailed(f"node 0 refused this node: {message['refused']}")
             if "end" in message:
@@ -249,7 +253,9 @@ def orders(link: Link) -> Iterator[dict[str, Any]]:
                     raise error
                 return
             if "row" in message:
+                link.unread = messages[number + 1 :]  # a signal to this row, say
                 yield message["row"]
+                break
 
 
 GONE = "node 0 ({}) is gone: the same command on every node goes on after the last checkpoint"

@@ -10,14 +10,17 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from toy_stages import ask
 
+from pipeline.flow import launch as launching
 from pipeline.flow.errors import RowFailed, UserError
-from pipeline.flow.launch import LaunchSettings, free_port, launch_settings
-from pipeline.flow.nodes import LINE_BYTES, Link, LinkGone, call, gather, introduction, node_of, orders
+from pipeline.flow.launch import LaunchSettings, Workers, free_port, launch_settings
+from pipeline.flow.nodes import LINE_BYTES, Link, LinkGone, call, gather, introduction, log_of, node_of, orders
 
 HERE = Path(__file__).parent
 BOOT = """import sys, stages, toy_stages
@@ -130,6 +133,95 @@ def test_an_interrupt_anywhere_stops_all(nodes: Nodes) -> None:
     nodes.wait_for("toy log line", node=0)
     pair[1].send_signal(signal.SIGTERM)
     assert [ended(process)[0] for process in pair] == [143, 143]
+
+
+def test_a_node_that_does_not_answer_holds_nobody_up(nodes: Nodes) -> None:
+    """Node 0's own rank is done, node 1's command sleeps: an interrupt is heard all the same."""
+    pair = [nodes.start(node, "first.seconds=2") for node in (0, 1)]
+    nodes.wait_for("toy log line", node=1)
+    pair[1].send_signal(signal.SIGSTOP)
+    try:
+        until = time.monotonic() + 60
+        while not list(nodes.root.rglob("result.json")):
+            assert time.monotonic() < until
+            time.sleep(0.1)
+        time.sleep(1.0)
+        pair[0].send_signal(signal.SIGINT)
+        assert ended(pair[0], within=30)[0] == 130
+    finally:
+        pair[1].kill()
+        pair[1].communicate()
+
+
+def test_a_node_that_says_nothing_after_a_failure_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launching, "GRACE_SECONDS", 0.3)
+    workers = Workers(settings(processes=2, node_rank=0, preload=False), log=tmp_path / "server.log")
+    ours, theirs = socket.socketpair()
+    workers._followers = [Link(ours, 1, "there")]
+    request, gone = ask(tmp_path, fail="crash"), Link(theirs, 0, "here")
+    try:
+        ended = workers.run(request, log=tmp_path / "row.log", processes=2, on_event=lambda event: None)
+        assert ended.code == 1 and "rank 0" in str(ended.message)
+    finally:
+        workers.close(1)
+    row, *rest = gone.receive()
+    assert "row" in row and rest == [{"signal": signal.SIGKILL}, {"end": 1}]
+    gone.close()
+
+
+class Follower:
+    """Node 1 of 2 in a thread; `lead` is node 0's end of its link."""
+
+    def __init__(self, root: Path) -> None:
+        ours, theirs = socket.socketpair()
+        self.lead, self.link = Link(theirs, 1, "there"), Link(ours, 0, "here")
+        self.workers = Workers(settings(processes=2, node_rank=1, preload=False), log=root / "server.log")
+        self.log = root / "row.log"
+        self.request = ask(root, seconds=60.0)
+        document = json.loads(self.request.read_text())
+        document["launch"] = self.workers.launch.model_dump(mode="json")
+        self.request.write_text(json.dumps(document))
+        self.thread, self.found = in_thread(self._work)
+
+    def _work(self) -> None:
+        for row in orders(self.link):
+            self.workers.follow(self.link, row)
+
+    def row(self, **more: Any) -> dict[str, Any]:
+        return {"row": {"request": str(self.request), "log": str(self.log)} | more}
+
+    def close(self) -> None:
+        self.lead.close()
+        self.thread.join(30)
+        self.workers.close()
+        self.link.close()
+
+
+@pytest.fixture
+def follower(tmp_path: Path) -> Iterator[Follower]:
+    made = Follower(tmp_path)
+    yield made
+    made.close()
+
+
+def test_an_end_in_the_middle_of_a_row_ends_it_with_its_code(follower: Follower) -> None:
+    """Node 0 was interrupted before its own ranks were there."""
+    follower.lead.send(follower.row())
+    log, until = log_of(follower.log, 1), time.monotonic() + 60
+    while not (log.exists() and "toy log line" in log.read_text()):
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    follower.lead.send({"end": 143})
+    follower.lead.close()
+    follower.thread.join(30)
+    assert [getattr(error, "exit_code", None) for error in follower.found] == [143]
+
+
+def test_a_signal_that_comes_together_with_a_row_reaches_it(follower: Follower) -> None:
+    follower.lead.socket.sendall(b"".join(json.dumps(m).encode() + b"\n" for m in (follower.row(), {"signal": 9})))
+    follower.lead.socket.settimeout(30)
+    (answer,) = follower.lead.receive()
+    assert [end["signal"] for end in answer["exited"]] == [9]
 
 
 def settings(**more: Any) -> LaunchSettings:
