@@ -85,6 +85,18 @@ class Link:
             raise LinkGone("no message")
         return messages
 
+    def left(self) -> bool:
+        """Whether the other end has closed the link; of one that has nothing to say yet."""
+        self.socket.setblocking(False)
+        try:
+            return not self.socket.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+        finally:
+            self.socket.setblocking(True)
+
     def close(self) -> None:
         self.socket.close()
 
@@ -147,7 +159,7 @@ def gather(launch: LaunchSettings, say: Say, seconds: float = WAIT_SECONDS) -> l
     deadline = time.monotonic() + seconds
     told: set[int] = set()
     with listener:
-        while missing := set(range(1, launch.nodes)) - links.keys():
+        while missing := _missing(launch, links):
             if missing != told:
                 say(f"waiting at {address[0]}:{address[1]} for {_named(missing)} of {launch.nodes}")
                 told = missing
@@ -161,20 +173,23 @@ def gather(launch: LaunchSettings, say: Say, seconds: float = WAIT_SECONDS) -> l
                     f"launch.nodes: {launch.nodes} asked for, but {_named(missing)} did not call {address[0]}:"
                     f"{address[1]} within {seconds:.0f} s: start the same command there"
                 ) from None
+            missing = _missing(launch, links)
             if (caller := _welcome(connection, str(peer[0]), ours, missing, say)) is not None:
                 links[caller.node] = caller
     return [links[node] for node in sorted(links)]
 
 
+def _missing(launch: LaunchSettings, links: dict[int, Link]) -> set[int]:
+    """The nodes that are still to come; links to nodes that have left again go out of `links`."""
+    for link in [link for link in links.values() if link.left()]:
+        links.pop(link.node).close()
+    return set(range(1, launch.nodes)) - links.keys()
+
+
 def _welcome(connection: socket.socket, host: str, ours: Mapping[str, Any], missing: set[int], say: Say) -> Link | None:
     """A link to a caller that is one of the missing nodes and agrees with us; else None, and the caller told why."""
-    connection.settimeout(HELLO_SECONDS)
     link = Link(connection, -1, host)
-    try:
-        hello = next((m["hello"] for m in link.receive() if isinstance(m.get("hello"), dict)), None)
-    except LinkGone:
-        hello = None
-    if hello is None:
+    if (hello := _hello(link)) is None:
         connection.close()  # a port scanner, say
         return None
     node = hello.pop("node", None)
@@ -184,12 +199,26 @@ def _welcome(connection: socket.socket, host: str, ours: Mapping[str, Any], miss
         say(f"refused a caller from {host}: {why}")
         return None
     connection.settimeout(None)
-    link.node = int(node)
+    link.node = node
     return link
 
 
+def _hello(link: Link) -> dict[str, Any] | None:
+    """Who a caller says to be; None where it is no node, or says nothing in time. It may come in several pieces."""
+    deadline = time.monotonic() + HELLO_SECONDS
+    messages: list[dict[str, Any]] = []
+    try:
+        while not messages:
+            link.socket.settimeout(max(0.01, deadline - time.monotonic()))
+            messages = link.receive()
+    except LinkGone:
+        return None
+    hello = messages[0].get("hello")
+    return hello if isinstance(hello, dict) else None
+
+
 def _refused(node: Any, hello: Mapping[str, Any], ours: Mapping[str, Any], missing: set[int]) -> str | None:
-    if node not in missing:
+    if type(node) is not int or node not in missing:  # a list has no hash, and True is 1
         return f"node {node!r} is not one of those still waited for ({_named(missing)}): check launch.node_rank"
     differs = [name for name in sorted({*ours, *hello}) if ours.get(name) != hello.get(name)]
     if differs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ import pytest
 from toy_stages import ask
 
 from pipeline.flow import launch as launching
+from pipeline.flow import nodes as nodes_module
 from pipeline.flow.errors import RowFailed, UserError
 from pipeline.flow.launch import LaunchSettings, Workers, free_port, launch_settings
 from pipeline.flow.nodes import LINE_BYTES, Link, LinkGone, call, gather, introduction, log_of, node_of, orders
@@ -262,6 +264,58 @@ def test_a_node_that_differs_is_refused_and_the_right_one_still_taken() -> None:
     assert list(orders(link)) == [{"request": "r", "log": "l"}]
     for one in (*links, link):
         one.close()
+
+
+def test_a_hello_may_come_in_pieces() -> None:
+    launch = settings()
+    thread, found = in_thread(lambda: gather(launch, lambda text: None, seconds=10))
+    hello = json.dumps({"hello": {"node": 1} | introduction(launch)}).encode() + b"\n"
+    with _connected(launch) as caller:
+        for piece in (hello[:1], hello[1:200], hello[200:]):
+            caller.sendall(piece)
+            time.sleep(0.2)
+        thread.join(20)
+    assert [link.node for link in found[0]] == [1]
+
+
+@pytest.mark.parametrize("node", [[1], {}, True, 1.0, "1", None])
+def test_a_caller_with_an_odd_number_is_refused(node: Any) -> None:
+    launch, said = settings(), []  # type: LaunchSettings, list[str]
+    thread, found = in_thread(lambda: gather(launch, said.append, seconds=10))
+    with _connected(launch) as odd:
+        odd.sendall(json.dumps({"hello": {"node": node} | introduction(launch)}).encode() + b"\n")
+        assert f"node {node!r} is not one of those" in Link(odd, 0, "here").receive()[0]["refused"]
+    link = call(launch, 1, said.append, seconds=10)
+    thread.join(20)
+    assert [one.node for one in found[0]] == [1]
+    link.close()
+
+
+def test_a_caller_that_trickles_is_not_waited_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nodes_module, "HELLO_SECONDS", 0.5)
+    launch = settings()
+    thread, found = in_thread(lambda: gather(launch, lambda text: None, seconds=20))
+    with _connected(launch) as slow:
+        link, began = call(launch, 1, lambda text: None, seconds=10), time.monotonic()
+        while thread.is_alive() and time.monotonic() - began < 8:
+            with contextlib.suppress(OSError):
+                slow.sendall(b" ")
+            time.sleep(0.1)
+    assert not thread.is_alive() and [one.node for one in found[0]] == [1]
+    link.close()
+
+
+def test_a_node_that_left_may_come_again() -> None:
+    launch, said = settings(processes=3, nodes=3), []  # type: LaunchSettings, list[str]
+    thread, found = in_thread(lambda: gather(launch, said.append, seconds=20))
+    call(launch, 1, said.append, seconds=10).close()
+    links = [call(launch, node, said.append, seconds=10) for node in (1, 2)]
+    thread.join(30)
+    assert [one.node for one in found[0]] == [1, 2] and not any("refused" in text for text in said)
+    found[0][0].send({"end": 0})
+    assert list(orders(links[0])) == []
+    for link in links:
+        link.close()
 
 
 def _connected(launch: LaunchSettings) -> socket.socket:
