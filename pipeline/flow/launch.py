@@ -22,9 +22,10 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from pipeline.flow.artifacts import sha256_file
 from pipeline.flow.config import Places, Settings, parse_settings
 from pipeline.flow.forkserver import GRACE_SECONDS, PRELOAD, ForkServer, Lines, ServerGone
-from pipeline.flow.nodes import NOT_THERE, Link, LinkGone, Say, gather, log_of, node_of
+from pipeline.flow.nodes import NOT_SHARED, Link, LinkGone, Say, gather, log_of, node_of
 
 CPU_TOPOLOGY = Path("/sys/devices/system/cpu")
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # cgroup v2, as containers see their own
@@ -258,8 +259,10 @@ class Workers:
     def run(self, request: Path, *, log: Path, processes: int, on_event: Callable[[dict[str, Any]], None]) -> Outcome:
         """One row: fork its ranks, hand every event to `on_event`, return how they ended."""
         followers = self._followers if processes > 1 else []
-        for link in followers:
-            link.send({"row": {"request": str(request.absolute()), "log": str(log.absolute())}})
+        if followers:
+            row = {"request": str(request.absolute()), "digest": sha256_file(request), "log": str(log.absolute())}
+            for link in followers:
+                link.send({"row": row})
         try:
             ended = self._gang(request, log, processes, on_event, waiting=followers)
         except ServerGone as gone:
@@ -275,8 +278,10 @@ class Workers:
         """
         request = Path(row["request"])
         first = self.node * self.launch.processes // self.launch.nodes
-        if not request.is_file():
-            error = {"rank": first, "code": 2, "message": NOT_THERE.format(request, self.node), "user": True}
+        there = request.is_file()
+        if not there or sha256_file(request) != row["digest"]:  # of an earlier run on a disk of this node's own
+            message = NOT_SHARED.format(request, "another file" if there else "not there", self.node)
+            error = {"rank": first, "code": 2, "message": message, "user": True}
             link.send({"exited": [{"rank": first, "code": 2, "signal": None}], "errors": [error]})
             return
         self._leader = link

@@ -6,7 +6,7 @@
 They talk over TCP (`main_port`), in JSON lines; torch.distributed meets on the port above it:
 
     follower -> node 0   {"hello": {"node": 1, "nodes": 2, ...}}          what must agree, `introduction`
-    node 0 -> follower   {"refused": why} | {"row": {"request", "log"}} | {"signal": 9} | {"end": code}
+    node 0 -> follower   {"refused": why} | {"row": {"request", "digest", "log"}} | {"signal": 9} | {"end": code}
     follower -> node 0   {"exited": [...], "errors": [...]}               once its ranks of the row have ended
 
 Store and run directory lie on a file system that all nodes share, at the same path. A node that goes away ends the row
@@ -39,7 +39,7 @@ WAIT_SECONDS = 600.0  # for the other nodes, at the start of a run
 HELLO_SECONDS = 10.0  # for a caller to say who it is
 LINE_BYTES = 1 << 20
 RANK_VARIABLES = ("NODE_RANK", "SLURM_NODEID")
-NOT_THERE = "{}: is not there on node {}: store and run directory must lie on a file system that all nodes share"
+NOT_SHARED = "{}: is {} on node {}: store and run directory must lie on a file system that all nodes share"
 Say = Callable[[str], None]
 
 

@@ -20,6 +20,7 @@ from toy_stages import ask
 
 from pipeline.flow import launch as launching
 from pipeline.flow import nodes as nodes_module
+from pipeline.flow.artifacts import sha256_file
 from pipeline.flow.errors import RowFailed, UserError
 from pipeline.flow.launch import LaunchSettings, Workers, free_port, launch_settings
 from pipeline.flow.nodes import LINE_BYTES, Link, LinkGone, call, gather, introduction, log_of, node_of, orders
@@ -190,7 +191,8 @@ class Follower:
             self.workers.follow(self.link, row)
 
     def row(self, **more: Any) -> dict[str, Any]:
-        return {"row": {"request": str(self.request), "log": str(self.log)} | more}
+        told = {"request": str(self.request), "digest": sha256_file(self.request), "log": str(self.log)}
+        return {"row": told | more}
 
     def close(self) -> None:
         self.lead.close()
@@ -217,6 +219,17 @@ def test_an_end_in_the_middle_of_a_row_ends_it_with_its_code(follower: Follower)
     follower.lead.close()
     follower.thread.join(30)
     assert [getattr(error, "exit_code", None) for error in follower.found] == [143]
+
+
+@pytest.mark.parametrize(
+    ("more", "said"), [({"request": "/nowhere"}, "is not there on node 1"), ({"digest": "0" * 64}, "is another file")]
+)
+def test_a_request_that_is_not_node_0s_is_refused(follower: Follower, more: dict[str, str], said: str) -> None:
+    """Without a shared file system an earlier run here may have left one of the same name."""
+    follower.lead.send(follower.row(**more))
+    follower.lead.socket.settimeout(30)
+    (answer,) = follower.lead.receive()
+    assert answer["exited"] == [{"rank": 1, "code": 2, "signal": None}] and said in answer["errors"][0]["message"]
 
 
 def test_a_signal_that_comes_together_with_a_row_reaches_it(follower: Follower) -> None:
