@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from toy_stages import ask
 
 from pipeline.flow import launch as launching
 from pipeline.flow import nodes as nodes_module
@@ -161,7 +160,7 @@ def test_a_node_that_says_nothing_after_a_failure_is_given_up(tmp_path: Path, mo
     workers = Workers(settings(processes=2, node_rank=0, preload=False), log=tmp_path / "server.log")
     ours, theirs = socket.socketpair()
     workers._followers = [Link(ours, 1, "there")]
-    request, gone = ask(tmp_path, fail="crash"), Link(theirs, 0, "here")
+    request, gone = request_of(tmp_path, fail="crash"), Link(theirs, 0, "here")
     try:
         ended = workers.run(request, log=tmp_path / "row.log", processes=2, on_event=lambda event: None)
         assert ended.code == 1 and "rank 0" in str(ended.message)
@@ -172,6 +171,12 @@ def test_a_node_that_says_nothing_after_a_failure_is_given_up(tmp_path: Path, mo
     gone.close()
 
 
+def request_of(root: Path, **config: Any) -> Path:
+    from toy_stages import ask  # of this directory, which others that import this module do not have on their path
+
+    return ask(root, **config)
+
+
 class Follower:
     """Node 1 of 2 in a thread; `lead` is node 0's end of its link."""
 
@@ -180,7 +185,7 @@ class Follower:
         self.lead, self.link = Link(theirs, 1, "there"), Link(ours, 0, "here")
         self.workers = Workers(settings(processes=2, node_rank=1, preload=False), log=root / "server.log")
         self.log = root / "row.log"
-        self.request = ask(root, seconds=60.0)
+        self.request = request_of(root, seconds=60.0)
         document = json.loads(self.request.read_text())
         document["launch"] = self.workers.launch.model_dump(mode="json")
         self.request.write_text(json.dumps(document))
