@@ -158,7 +158,7 @@ def gather(launch: LaunchSettings, say: Say, seconds: float = WAIT_SECONDS) -> l
         ) from error
     deadline = time.monotonic() + seconds
     told: set[int] = set()
-    with listener:
+    with listener, _ended_early(links):
         while missing := _missing(launch, links):
             if missing != told:
                 say(f"waiting at {address[0]}:{address[1]} for {_named(missing)} of {launch.nodes}")
@@ -177,6 +177,18 @@ def gather(launch: LaunchSettings, say: Say, seconds: float = WAIT_SECONDS) -> l
             if (caller := _welcome(connection, str(peer[0]), ours, missing, say)) is not None:
                 links[caller.node] = caller
     return [links[node] for node in sorted(links)]
+
+
+@contextlib.contextmanager
+def _ended_early(links: Mapping[int, Link]) -> Iterator[None]:
+    """The nodes that have come hear of it where the run ends before all are there: of a signal, say."""
+    try:
+        yield
+    except BaseException as error:
+        for link in links.values():
+            link.send({"end": getattr(error, "exit_code", 1)})
+            link.close()
+        raise
 
 
 def _missing(launch: LaunchSettings, links: dict[int, Link]) -> set[int]:

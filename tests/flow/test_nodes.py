@@ -23,6 +23,7 @@ from pipeline.flow.artifacts import sha256_file
 from pipeline.flow.errors import RowFailed, UserError
 from pipeline.flow.launch import LaunchSettings, Workers, free_port, launch_settings
 from pipeline.flow.nodes import LINE_BYTES, Link, LinkGone, call, gather, introduction, log_of, node_of, orders
+from pipeline.flow.runner import Interrupted
 
 HERE = Path(__file__).parent
 BOOT = """import sys, stages, toy_stages
@@ -321,6 +322,20 @@ def test_a_caller_that_trickles_is_not_waited_for_long(monkeypatch: pytest.Monke
             time.sleep(0.1)
     assert not thread.is_alive() and [one.node for one in found[0]] == [1]
     link.close()
+
+
+def test_nodes_that_have_come_hear_of_an_interrupt() -> None:
+    launch, said = settings(processes=3, nodes=3), []  # type: LaunchSettings, list[str]
+
+    def say(text: str) -> None:
+        if text.endswith("for node 2 of 3"):
+            raise Interrupted(signal.SIGTERM)
+
+    thread, found = in_thread(lambda: gather(launch, say, seconds=20))
+    with pytest.raises(RowFailed, match="node 0 ended the run") as ended:
+        list(orders(call(launch, 1, said.append, seconds=10)))
+    thread.join(30)
+    assert ended.value.exit_code == found[0].exit_code == 143
 
 
 def test_a_node_that_left_may_come_again() -> None:
