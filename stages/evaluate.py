@@ -142,9 +142,13 @@ def _named(inputs: Any) -> dict[str, Policy]:
     """Policies by the name of the row that made them."""
     named: dict[str, Policy] = {}
     for artifact in inputs.policies:
-        name = artifact.meta.get("row") or artifact.path.name
-        named[name if name not in named else f"{name}-{artifact.digest[:8]}"] = artifact
+        named[_free(artifact.meta.get("row") or artifact.path.name, artifact, named)] = artifact
     return named
+
+
+def _free(name: str, artifact: Policy, named: dict[str, Policy]) -> str:
+    """The name, told apart where another output of the same row has it."""
+    return name if name not in named else f"{name}-{artifact.digest[:8]}"
 
 
 def _chats(named: dict[str, Policy]) -> list[Any]:
@@ -162,6 +166,6 @@ def _reference(inputs: Any, named: dict[str, Policy]) -> tuple[str, Policy]:
     for name, artifact in named.items():
         if artifact.digest == wanted.digest:
             return name, artifact
-    name = wanted.meta.get("row") or "reference"
+    name = _free(wanted.meta.get("row") or "reference", wanted, named)
     named[name] = wanted
     return name, wanted

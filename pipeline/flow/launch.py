@@ -22,9 +22,10 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from pipeline.flow.artifacts import sha256_file
 from pipeline.flow.config import Places, Settings, parse_settings
 from pipeline.flow.forkserver import GRACE_SECONDS, PRELOAD, ForkServer, Lines, ServerGone
-from pipeline.flow.nodes import NOT_THERE, Link, LinkGone, Say, gather, log_of, node_of
+from pipeline.flow.nodes import NOT_SHARED, Link, LinkGone, Say, gather, log_of, node_of
 
 CPU_TOPOLOGY = Path("/sys/devices/system/cpu")
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # cgroup v2, as containers see their own
@@ -258,8 +259,10 @@ class Workers:
     def run(self, request: Path, *, log: Path, processes: int, on_event: Callable[[dict[str, Any]], None]) -> Outcome:
         """One row: fork its ranks, hand every event to `on_event`, return how they ended."""
         followers = self._followers if processes > 1 else []
-        for link in followers:
-            link.send({"row": {"request": str(request.absolute()), "log": str(log.absolute())}})
+        if followers:
+            row = {"request": str(request.absolute()), "digest": sha256_file(request), "log": str(log.absolute())}
+            for link in followers:
+                link.send({"row": row})
         try:
             ended = self._gang(request, log, processes, on_event, waiting=followers)
         except ServerGone as gone:
@@ -275,8 +278,10 @@ class Workers:
         """
         request = Path(row["request"])
         first = self.node * self.launch.processes // self.launch.nodes
-        if not request.is_file():
-            error = {"rank": first, "code": 2, "message": NOT_THERE.format(request, self.node), "user": True}
+        there = request.is_file()
+        if not there or sha256_file(request) != row["digest"]:  # of an earlier run on a disk of this node's own
+            message = NOT_SHARED.format(request, "another file" if there else "not there", self.node)
+            error = {"rank": first, "code": 2, "message": message, "user": True}
             link.send({"exited": [{"rank": first, "code": 2, "signal": None}], "errors": [error]})
             return
         self._leader = link
@@ -325,8 +330,14 @@ class Workers:
         lines, errors = Lines(), []  # type: Lines, list[dict[str, Any]]
         gangs: list[list[dict[str, Any]]] = []  # of each node, in the order in which they ended
         elsewhere, here = {link.node for link in waiting}, True
-        deadline: float | None = None  # when nodes that outlive a failed one are ended
+        deadline: float | None = None  # when nodes that outlive a failed one are ended, later on given up
         killed: int | None = None  # how many had ended by then
+
+        def lose(link: Link, how: str) -> None:
+            elsewhere.remove(link.node)
+            first = link.node * self.launch.processes // self.launch.nodes
+            gangs.append([{"rank": first, "code": 1, "signal": None, "node": link.node}])
+            errors.append(_error(first, f"node {link.node} ({link.host}) {how}"))
 
         def receive() -> bool:
             """Take what is on the pipe; False at its end."""
@@ -341,7 +352,7 @@ class Workers:
             return bool(data)
 
         def hear(link: Link) -> bool:
-            """Take what another node says; False where it is gone."""
+            """Take what another node says; False where it says nothing more to this row."""
             try:
                 messages = link.receive()
             except LinkGone:
@@ -349,12 +360,13 @@ class Workers:
                     server.signal(signal.SIGKILL)
                     self._leader = None
                 elif link.node in elsewhere:
-                    elsewhere.remove(link.node)
-                    first = link.node * self.launch.processes // self.launch.nodes
-                    gangs.append([{"rank": first, "code": 1, "signal": None, "node": link.node}])
-                    errors.append(_error(first, f"node {link.node} ({link.host}) is gone"))
+                    lose(link, "is gone")
                 return False
-            for message in messages:
+            for number, message in enumerate(messages):
+                if "end" in message and link is self._leader:  # `orders` reads it, once the ranks have ended
+                    server.signal(signal.SIGKILL)
+                    link.unread = messages[number:]
+                    return False
                 if "signal" in message and link is self._leader:
                     server.signal(message["signal"])
                 if "exited" in message and link.node in elsewhere:
@@ -368,8 +380,10 @@ class Workers:
             selector.register(read, selectors.EVENT_READ)
             for link in (*waiting, *([self._leader] if self._leader else [])):
                 selector.register(link.socket, selectors.EVENT_READ, link)
+                if link.unread and not hear(link):
+                    selector.unregister(link.socket)
             while here or elsewhere:
-                left = None if deadline is None or killed is not None else max(0.0, deadline - time.monotonic())
+                left = None if deadline is None else max(0.0, deadline - time.monotonic())
                 for key, _ in selector.select(left):
                     if key.data is not None and not hear(key.data):
                         selector.unregister(key.fileobj)
@@ -380,14 +394,19 @@ class Workers:
                             self._at_work = self._at_work or "forked" in reply
                             if "exited" in reply:
                                 gangs.append(reply["exited"])
-                                here = False
+                                here = self._at_work = False  # a signal need not wait for the other nodes
                 if deadline is None and any(_failed(end) for gang in gangs for end in gang):
                     deadline = time.monotonic() + GRACE_SECONDS
-                if deadline is not None and killed is None and time.monotonic() >= deadline:
-                    server.signal(signal.SIGKILL)
-                    self._kill([link for link in waiting if link.node in elsewhere])
-                    killed = len(gangs)
-        self._at_work = False
+                if deadline is not None and time.monotonic() >= deadline:
+                    late = [link for link in waiting if link.node in elsewhere]
+                    if killed is None:
+                        server.signal(signal.SIGKILL)
+                        self._kill(late)
+                        killed = len(gangs)
+                    else:
+                        for link in late:
+                            lose(link, "does not answer")
+                    deadline = time.monotonic() + GRACE_SECONDS
         while _readable(read) and receive():
             pass
         first = sorted(gangs[:killed], key=lambda gang: _blame(gang, errors))

@@ -6,7 +6,7 @@
 They talk over TCP (`main_port`), in JSON lines; torch.distributed meets on the port above it:
 
     follower -> node 0   {"hello": {"node": 1, "nodes": 2, ...}}          what must agree, `introduction`
-    node 0 -> follower   {"refused": why} | {"row": {"request", "log"}} | {"signal": 9} | {"end": code}
+    node 0 -> follower   {"refused": why} | {"row": {"request", "digest", "log"}} | {"signal": 9} | {"end": code}
     follower -> node 0   {"exited": [...], "errors": [...]}               once its ranks of the row have ended
 
 Store and run directory lie on a file system that all nodes share, at the same path. A node that goes away ends the row
@@ -39,7 +39,7 @@ WAIT_SECONDS = 600.0  # for the other nodes, at the start of a run
 HELLO_SECONDS = 10.0  # for a caller to say who it is
 LINE_BYTES = 1 << 20
 RANK_VARIABLES = ("NODE_RANK", "SLURM_NODEID")
-NOT_THERE = "{}: is not there on node {}: store and run directory must lie on a file system that all nodes share"
+NOT_SHARED = "{}: is {} on node {}: store and run directory must lie on a file system that all nodes share"
 Say = Callable[[str], None]
 
 
@@ -52,6 +52,7 @@ class Link:
 
     def __init__(self, connection: socket.socket, node: int, host: str) -> None:
         self.socket, self.node, self.host = connection, node, host
+        self.unread: list[dict[str, Any]] = []  # messages that came together with one that had to be followed first
         self._lines, self._size = Lines(), 0
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         # A machine without power says nothing: the kernel finds out within 40 seconds.
@@ -66,6 +67,9 @@ class Link:
 
     def receive(self) -> list[dict[str, Any]]:
         """Messages that have arrived; waits for some bytes. LinkGone at the end, or where they are no messages."""
+        if self.unread:
+            messages, self.unread = self.unread, []
+            return messages
         try:
             data = self.socket.recv(1 << 16)
         except OSError as error:
@@ -80,6 +84,18 @@ class Link:
         if not all(isinstance(message, dict) for message in messages):
             raise LinkGone("no message")
         return messages
+
+    def left(self) -> bool:
+        """Whether the other end has closed the link; of one that has nothing to say yet."""
+        self.socket.setblocking(False)
+        try:
+            return not self.socket.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+        finally:
+            self.socket.setblocking(True)
 
     def close(self) -> None:
         self.socket.close()
@@ -142,8 +158,8 @@ def gather(launch: LaunchSettings, say: Say, seconds: float = WAIT_SECONDS) -> l
         ) from error
     deadline = time.monotonic() + seconds
     told: set[int] = set()
-    with listener:
-        while missing := set(range(1, launch.nodes)) - links.keys():
+    with listener, _ended_early(links):
+        while missing := _missing(launch, links):
             if missing != told:
                 say(f"waiting at {address[0]}:{address[1]} for {_named(missing)} of {launch.nodes}")
                 told = missing
@@ -157,20 +173,35 @@ def gather(launch: LaunchSettings, say: Say, seconds: float = WAIT_SECONDS) -> l
                     f"launch.nodes: {launch.nodes} asked for, but {_named(missing)} did not call {address[0]}:"
                     f"{address[1]} within {seconds:.0f} s: start the same command there"
                 ) from None
+            missing = _missing(launch, links)
             if (caller := _welcome(connection, str(peer[0]), ours, missing, say)) is not None:
                 links[caller.node] = caller
     return [links[node] for node in sorted(links)]
 
 
+@contextlib.contextmanager
+def _ended_early(links: Mapping[int, Link]) -> Iterator[None]:
+    """The nodes that have come hear of it where the run ends before all are there: of a signal, say."""
+    try:
+        yield
+    except BaseException as error:
+        for link in links.values():
+            link.send({"end": getattr(error, "exit_code", 1)})
+            link.close()
+        raise
+
+
+def _missing(launch: LaunchSettings, links: dict[int, Link]) -> set[int]:
+    """The nodes that are still to come; links to nodes that have left again go out of `links`."""
+    for link in [link for link in links.values() if link.left()]:
+        links.pop(link.node).close()
+    return set(range(1, launch.nodes)) - links.keys()
+
+
 def _welcome(connection: socket.socket, host: str, ours: Mapping[str, Any], missing: set[int], say: Say) -> Link | None:
     """A link to a caller that is one of the missing nodes and agrees with us; else None, and the caller told why."""
-    connection.settimeout(HELLO_SECONDS)
     link = Link(connection, -1, host)
-    try:
-        hello = next((m["hello"] for m in link.receive() if isinstance(m.get("hello"), dict)), None)
-    except LinkGone:
-        hello = None
-    if hello is None:
+    if (hello := _hello(link)) is None:
         connection.close()  # a port scanner, say
         return None
     node = hello.pop("node", None)
@@ -180,12 +211,26 @@ def _welcome(connection: socket.socket, host: str, ours: Mapping[str, Any], miss
         say(f"refused a caller from {host}: {why}")
         return None
     connection.settimeout(None)
-    link.node = int(node)
+    link.node = node
     return link
 
 
+def _hello(link: Link) -> dict[str, Any] | None:
+    """Who a caller says to be; None where it is no node, or says nothing in time. It may come in several pieces."""
+    deadline = time.monotonic() + HELLO_SECONDS
+    messages: list[dict[str, Any]] = []
+    try:
+        while not messages:
+            link.socket.settimeout(max(0.01, deadline - time.monotonic()))
+            messages = link.receive()
+    except LinkGone:
+        return None
+    hello = messages[0].get("hello")
+    return hello if isinstance(hello, dict) else None
+
+
 def _refused(node: Any, hello: Mapping[str, Any], ours: Mapping[str, Any], missing: set[int]) -> str | None:
-    if node not in missing:
+    if type(node) is not int or node not in missing:  # a list has no hash, and True is 1
         return f"node {node!r} is not one of those still waited for ({_named(missing)}): check launch.node_rank"
     differs = [name for name in sorted({*ours, *hello}) if ours.get(name) != hello.get(name)]
     if differs:
@@ -239,7 +284,7 @@ def orders(link: Link) -> Iterator[dict[str, Any]]:
             messages = link.receive()
         except LinkGone:
             raise RowFailed(GONE.format(link.host)) from None
-        for message in messages:
+        for number, message in enumerate(messages):
             if "refused" in message:
                 raise RowFailed(f"node 0 refused this node: {message['refused']}")
             if "end" in message:
@@ -249,7 +294,9 @@ def orders(link: Link) -> Iterator[dict[str, Any]]:
                     raise error
                 return
             if "row" in message:
+                link.unread = messages[number + 1 :]  # a signal to this row, say
                 yield message["row"]
+                break
 
 
 GONE = "node 0 ({}) is gone: the same command on every node goes on after the last checkpoint"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -10,14 +11,19 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pipeline.flow import launch as launching
+from pipeline.flow import nodes as nodes_module
+from pipeline.flow.artifacts import sha256_file
 from pipeline.flow.errors import RowFailed, UserError
-from pipeline.flow.launch import LaunchSettings, free_port, launch_settings
-from pipeline.flow.nodes import LINE_BYTES, Link, LinkGone, call, gather, introduction, node_of, orders
+from pipeline.flow.launch import LaunchSettings, Workers, free_port, launch_settings
+from pipeline.flow.nodes import LINE_BYTES, Link, LinkGone, call, gather, introduction, log_of, node_of, orders
+from pipeline.flow.runner import Interrupted
 
 HERE = Path(__file__).parent
 BOOT = """import sys, stages, toy_stages
@@ -132,6 +138,113 @@ def test_an_interrupt_anywhere_stops_all(nodes: Nodes) -> None:
     assert [ended(process)[0] for process in pair] == [143, 143]
 
 
+def test_a_node_that_does_not_answer_holds_nobody_up(nodes: Nodes) -> None:
+    """Node 0's own rank is done, node 1's command sleeps: an interrupt is heard all the same."""
+    pair = [nodes.start(node, "first.seconds=2") for node in (0, 1)]
+    nodes.wait_for("toy log line", node=1)
+    pair[1].send_signal(signal.SIGSTOP)
+    try:
+        until = time.monotonic() + 60
+        while not list(nodes.root.rglob("result.json")):
+            assert time.monotonic() < until
+            time.sleep(0.1)
+        time.sleep(1.0)
+        pair[0].send_signal(signal.SIGINT)
+        assert ended(pair[0], within=30)[0] == 130
+    finally:
+        pair[1].kill()
+        pair[1].communicate()
+
+
+def test_a_node_that_says_nothing_after_a_failure_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launching, "GRACE_SECONDS", 0.3)
+    workers = Workers(settings(processes=2, node_rank=0, preload=False), log=tmp_path / "server.log")
+    ours, theirs = socket.socketpair()
+    workers._followers = [Link(ours, 1, "there")]
+    request, gone = request_of(tmp_path, fail="crash"), Link(theirs, 0, "here")
+    try:
+        ended = workers.run(request, log=tmp_path / "row.log", processes=2, on_event=lambda event: None)
+        assert ended.code == 1 and "rank 0" in str(ended.message)
+    finally:
+        workers.close(1)
+    row, *rest = gone.receive()
+    assert "row" in row and rest == [{"signal": signal.SIGKILL}, {"end": 1}]
+    gone.close()
+
+
+def request_of(root: Path, **config: Any) -> Path:
+    from toy_stages import ask  # of this directory, which others that import this module do not have on their path
+
+    return ask(root, **config)
+
+
+class Follower:
+    """Node 1 of 2 in a thread; `lead` is node 0's end of its link."""
+
+    def __init__(self, root: Path) -> None:
+        ours, theirs = socket.socketpair()
+        self.lead, self.link = Link(theirs, 1, "there"), Link(ours, 0, "here")
+        self.workers = Workers(settings(processes=2, node_rank=1, preload=False), log=root / "server.log")
+        self.log = root / "row.log"
+        self.request = request_of(root, seconds=60.0)
+        document = json.loads(self.request.read_text())
+        document["launch"] = self.workers.launch.model_dump(mode="json")
+        self.request.write_text(json.dumps(document))
+        self.thread, self.found = in_thread(self._work)
+
+    def _work(self) -> None:
+        for row in orders(self.link):
+            self.workers.follow(self.link, row)
+
+    def row(self, **more: Any) -> dict[str, Any]:
+        told = {"request": str(self.request), "digest": sha256_file(self.request), "log": str(self.log)}
+        return {"row": told | more}
+
+    def close(self) -> None:
+        self.lead.close()
+        self.thread.join(30)
+        self.workers.close()
+        self.link.close()
+
+
+@pytest.fixture
+def follower(tmp_path: Path) -> Iterator[Follower]:
+    made = Follower(tmp_path)
+    yield made
+    made.close()
+
+
+def test_an_end_in_the_middle_of_a_row_ends_it_with_its_code(follower: Follower) -> None:
+    """Node 0 was interrupted before its own ranks were there."""
+    follower.lead.send(follower.row())
+    log, until = log_of(follower.log, 1), time.monotonic() + 60
+    while not (log.exists() and "toy log line" in log.read_text()):
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    follower.lead.send({"end": 143})
+    follower.lead.close()
+    follower.thread.join(30)
+    assert [getattr(error, "exit_code", None) for error in follower.found] == [143]
+
+
+@pytest.mark.parametrize(
+    ("more", "said"), [({"request": "/nowhere"}, "is not there on node 1"), ({"digest": "0" * 64}, "is another file")]
+)
+def test_a_request_that_is_not_node_0s_is_refused(follower: Follower, more: dict[str, str], said: str) -> None:
+    """Without a shared file system an earlier run here may have left one of the same name."""
+    follower.lead.send(follower.row(**more))
+    follower.lead.socket.settimeout(30)
+    (answer,) = follower.lead.receive()
+    assert answer["exited"] == [{"rank": 1, "code": 2, "signal": None}] and said in answer["errors"][0]["message"]
+
+
+def test_a_signal_that_comes_together_with_a_row_reaches_it(follower: Follower) -> None:
+    follower.lead.socket.sendall(b"".join(json.dumps(m).encode() + b"\n" for m in (follower.row(), {"signal": 9})))
+    follower.lead.socket.settimeout(30)
+    (answer,) = follower.lead.receive()
+    assert [end["signal"] for end in answer["exited"]] == [9]
+
+
 def settings(**more: Any) -> LaunchSettings:
     given = {"processes": 4, "nodes": 2, "strategy": "ddp", "main_address": "127.0.0.1", "main_port": two_ports()}
     return launch_settings(given | more)
@@ -170,6 +283,72 @@ def test_a_node_that_differs_is_refused_and_the_right_one_still_taken() -> None:
     assert list(orders(link)) == [{"request": "r", "log": "l"}]
     for one in (*links, link):
         one.close()
+
+
+def test_a_hello_may_come_in_pieces() -> None:
+    launch = settings()
+    thread, found = in_thread(lambda: gather(launch, lambda text: None, seconds=10))
+    hello = json.dumps({"hello": {"node": 1} | introduction(launch)}).encode() + b"\n"
+    with _connected(launch) as caller:
+        for piece in (hello[:1], hello[1:200], hello[200:]):
+            caller.sendall(piece)
+            time.sleep(0.2)
+        thread.join(20)
+    assert [link.node for link in found[0]] == [1]
+
+
+@pytest.mark.parametrize("node", [[1], {}, True, 1.0, "1", None])
+def test_a_caller_with_an_odd_number_is_refused(node: Any) -> None:
+    launch, said = settings(), []  # type: LaunchSettings, list[str]
+    thread, found = in_thread(lambda: gather(launch, said.append, seconds=10))
+    with _connected(launch) as odd:
+        odd.sendall(json.dumps({"hello": {"node": node} | introduction(launch)}).encode() + b"\n")
+        assert f"node {node!r} is not one of those" in Link(odd, 0, "here").receive()[0]["refused"]
+    link = call(launch, 1, said.append, seconds=10)
+    thread.join(20)
+    assert [one.node for one in found[0]] == [1]
+    link.close()
+
+
+def test_a_caller_that_trickles_is_not_waited_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nodes_module, "HELLO_SECONDS", 0.5)
+    launch = settings()
+    thread, found = in_thread(lambda: gather(launch, lambda text: None, seconds=20))
+    with _connected(launch) as slow:
+        link, began = call(launch, 1, lambda text: None, seconds=10), time.monotonic()
+        while thread.is_alive() and time.monotonic() - began < 8:
+            with contextlib.suppress(OSError):
+                slow.sendall(b" ")
+            time.sleep(0.1)
+    assert not thread.is_alive() and [one.node for one in found[0]] == [1]
+    link.close()
+
+
+def test_nodes_that_have_come_hear_of_an_interrupt() -> None:
+    launch, said = settings(processes=3, nodes=3), []  # type: LaunchSettings, list[str]
+
+    def say(text: str) -> None:
+        if text.endswith("for node 2 of 3"):
+            raise Interrupted(signal.SIGTERM)
+
+    thread, found = in_thread(lambda: gather(launch, say, seconds=20))
+    with pytest.raises(RowFailed, match="node 0 ended the run") as ended:
+        list(orders(call(launch, 1, said.append, seconds=10)))
+    thread.join(30)
+    assert ended.value.exit_code == found[0].exit_code == 143
+
+
+def test_a_node_that_left_may_come_again() -> None:
+    launch, said = settings(processes=3, nodes=3), []  # type: LaunchSettings, list[str]
+    thread, found = in_thread(lambda: gather(launch, said.append, seconds=20))
+    call(launch, 1, said.append, seconds=10).close()
+    links = [call(launch, node, said.append, seconds=10) for node in (1, 2)]
+    thread.join(30)
+    assert [one.node for one in found[0]] == [1, 2] and not any("refused" in text for text in said)
+    found[0][0].send({"end": 0})
+    assert list(orders(links[0])) == []
+    for link in links:
+        link.close()
 
 
 def _connected(launch: LaunchSettings) -> socket.socket:
