@@ -100,11 +100,11 @@ def _followed(plan: Path, sets: list[str] | None, name: str | None, skip_bad: bo
     from pipeline.flow.plan import load_plan
     from pipeline.flow.runner import follow
 
-    settings = launch_settings(load_plan(plan, plan_sets(sets, skip_bad), stage_table()).launch)
-    if node_of(settings) == 0:
+    loaded = load_plan(plan, plan_sets(sets, skip_bad), stage_table())
+    if node_of(launch_settings(loaded.launch)) == 0:
         return False
     given = values.get("name") if name is None else name
-    follow(settings, runs / run_name(plan.stem if given is None else given), lambda text: print(text, file=sys.stderr))
+    follow(loaded, runs / run_name(plan.stem if given is None else given), lambda text: print(text, file=sys.stderr))
     return True
 
 

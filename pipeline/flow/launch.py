@@ -221,10 +221,10 @@ class Workers:
         self._at_work = False
         self._signals = 0
 
-    def gather(self, say: Say) -> None:
-        """On node 0 of several: wait for the others."""
+    def gather(self, say: Say, plan: str) -> None:
+        """On node 0 of several: wait for the others, which run the same plan."""
         if self.launch.nodes > 1 and not self._followers:
-            self._followers = gather(self.launch, say)
+            self._followers = gather(self.launch, say, plan)
 
     def close(self, code: int = 0) -> None:
         """End the server and whatever still runs below it, and the other nodes with this exit code."""

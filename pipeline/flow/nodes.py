@@ -28,7 +28,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.flow.artifacts import sha256_file
+from pipeline.flow.artifacts import canonical, sha256_bytes, sha256_file
 from pipeline.flow.errors import RowFailed, UserError
 from pipeline.flow.forkserver import Lines
 
@@ -118,8 +118,8 @@ def node_of(launch: LaunchSettings) -> int:
     )
 
 
-def introduction(launch: LaunchSettings) -> dict[str, Any]:
-    """What must be the same on every node."""
+def introduction(launch: LaunchSettings, plan: str = "") -> dict[str, Any]:
+    """What must be the same on every node. `plan`: digest of the plan (`digest_of`)."""
     from pipeline.flow.stage import PACKAGES, has_kernel
 
     packages = {}
@@ -127,7 +127,14 @@ def introduction(launch: LaunchSettings) -> dict[str, Any]:
         with contextlib.suppress(PackageNotFoundError):
             packages[name] = version(name)
     asked = launch.model_dump(mode="json", exclude={"node_rank", "threads", "main_address", "preload"})
-    return asked | {"python": platform.python_version(), "kernel": has_kernel(), "code": _code()} | packages
+    return (
+        asked | {"plan": plan, "python": platform.python_version(), "kernel": has_kernel(), "code": _code()} | packages
+    )
+
+
+def digest_of(document: Mapping[str, Any], run: str) -> str:
+    """Of a plan as resolved, under the name of its run; where it runs is compared by itself."""
+    return sha256_bytes(canonical([run, {key: value for key, value in document.items() if key != "launch"}]))[:16]
 
 
 def _code() -> str:
@@ -141,12 +148,12 @@ def _code() -> str:
 # ----------------------------------------------------------------------------------------------------- node 0
 
 
-def gather(launch: LaunchSettings, say: Say, seconds: float = WAIT_SECONDS) -> list[Link]:
+def gather(launch: LaunchSettings, say: Say, plan: str = "", seconds: float = WAIT_SECONDS) -> list[Link]:
     """Wait for the other nodes of the run: one link each, by rank.
 
     RowFailed where some do not come in time, UserError where the address is not one of this machine's.
     """
-    ours, links = introduction(launch), {}  # type: dict[str, Any], dict[int, Link]
+    ours, links = introduction(launch, plan), {}  # type: dict[str, Any], dict[int, Link]
     address = (launch.main_address or "", launch.main_port)
     try:
         family = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0][0]
@@ -250,7 +257,7 @@ def _named(nodes: set[int]) -> str:
 # --------------------------------------------------------------------------------------------------- the others
 
 
-def call(launch: LaunchSettings, node: int, say: Say, seconds: float = WAIT_SECONDS) -> Link:
+def call(launch: LaunchSettings, node: int, say: Say, plan: str = "", seconds: float = WAIT_SECONDS) -> Link:
     """A link to node 0, which is called until it answers. RowFailed where it does not in time."""
     address = (launch.main_address or "", launch.main_port)
     deadline = time.monotonic() + seconds
@@ -273,7 +280,7 @@ def call(launch: LaunchSettings, node: int, say: Say, seconds: float = WAIT_SECO
         time.sleep(0.2)
     connection.settimeout(None)
     link = Link(connection, 0, address[0])
-    link.send({"hello": {"node": node} | introduction(launch)})
+    link.send({"hello": {"node": node} | introduction(launch, plan)})
     return link
 
 

@@ -29,13 +29,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.flow.errors import Damaged, Locked, NonFinite, RowFailed, UserError
-from pipeline.flow.nodes import log_of, node_of
+from pipeline.flow.nodes import digest_of, log_of, node_of
 from pipeline.flow.secrets import redact
 from pipeline.flow.store import Store, read_record, read_rows, run_lock
 
 if TYPE_CHECKING:
     from pipeline.flow.artifacts import Artifact
-    from pipeline.flow.launch import LaunchSettings, Outcome, Workers
+    from pipeline.flow.launch import Outcome, Workers
     from pipeline.flow.plan import Plan, Row, RowState
     from pipeline.flow.stage import Request
 
@@ -367,15 +367,14 @@ class Runner:
     def _gather(self, plan: Plan) -> None:
         """Of several nodes, whether all are there is known before anything is computed."""
         if plan.launch.get("nodes", 1) > 1:
-            self._open_workers(plan.launch)
+            say = lambda text: self.listener.said(self.run_dir.name, text)
+            self._open_workers(plan.launch).gather(say, digest_of(plan.document, self.run_dir.name))
 
     def _open_workers(self, launch: Mapping[str, Any]) -> Workers:
-        """The run's workers; of several nodes, the others have come."""
         from pipeline.flow.launch import Workers, launch_settings
 
         if self._workers is None:
             self._workers = Workers(launch_settings(launch), log=self.run_dir / "logs" / "server.log")
-            self._workers.gather(lambda text: self.listener.said(self.run_dir.name, text))
         return self._workers
 
     def _hear(self, row: str, event: dict[str, Any]) -> None:
@@ -475,19 +474,21 @@ def passed_on(to: Callable[[int], bool]) -> Iterator[None]:
             signal.signal(number, previous)
 
 
-def follow(launch: LaunchSettings, run_dir: Path, say: Callable[[str], None]) -> None:
+def follow(plan: Plan, run_dir: Path, say: Callable[[str], None]) -> None:
     """Elsewhere than on node 0: start this node's ranks of every row that node 0 names, until it ends.
 
     RowFailed with node 0's exit code where the run failed, or where node 0 is gone.
     """
-    from pipeline.flow.launch import Workers
+    from pipeline.flow.launch import Workers, launch_settings
     from pipeline.flow.nodes import GONE, LinkGone, call, orders
+
+    launch = launch_settings(plan.launch)
 
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)
     workers = Workers(launch, log=log_of(run_dir / "logs" / "server.log", node_of(launch)))
     with passed_on(workers.signal):
         try:
-            link = call(launch, workers.node, say)
+            link = call(launch, workers.node, say, digest_of(plan.document, run_dir.name))
             workers.start()
             for row in orders(link):
                 say(f"node {workers.node}: {Path(row['log']).stem}")

@@ -432,6 +432,14 @@ def test_settings_that_contradict_each_other(given: dict[str, Any], said: str) -
         settings(**given)
 
 
+def test_another_plan_on_another_node_is_told(nodes: Nodes) -> None:
+    lead, other = nodes.start(0), nodes.start(1, "first.word=other")
+    code, said = ended(other)
+    assert code == 1 and "node 1 differs: plan " in said
+    lead.send_signal(signal.SIGINT)
+    assert ended(lead)[0] == 130
+
+
 def test_what_must_agree_leaves_out_what_may_differ() -> None:
     one, other = settings(main_port=5000), settings(main_port=5000, threads=3, main_address="localhost", node_rank=1)
     assert introduction(one) == introduction(other)
