@@ -1,5 +1,5 @@
 /* What a LLaMA does on a CPU between its matrix products: attention over a token forest, forward and backward, and for
- * one step of decoding; RMSNorm and SwiGLU; and such a step as a whole, with its products.
+ * one step of decoding; RMSNorm, SwiGLU and log-probs; and a step of decoding as a whole, with its products.
  *
  * What attention does with short, ragged sequences of small heads is poor work for a matrix library: padding, the
  * masked half, tiny products and several passes over memory cost more than the arithmetic. Here every sequence has its
@@ -565,6 +565,58 @@ INLINE void swiglu(const Swiglu *f, int64_t first, int64_t last, int half) {
         }
 }
 
+/* --- log-probs of chosen tokens ------------------------------------------------------------------------------------ */
+
+#define LN_2 0.693147180559945309f
+#define FEW 8 /* rows of a task */
+
+typedef struct {
+    int64_t rows, size; /* size: of the vocabulary, a multiple of LANES */
+    int half;
+    float inverse;       /* 1 / temperature */
+    const void *logits;  /* [N, V] */
+    const int64_t *ids;  /* [N] */
+    float *normaliser;   /* [N, 2] largest scaled logit and log of the sum, in base 2: written forward, read backward */
+    float *logp;         /* [N] */
+    float *entropy;      /* [N], or NULL where it is not wanted */
+    const float *grad, *grad_entropy; /* [N], each NULL where there is none */
+    void *out;                        /* [N, V] the gradient of the logits, or NULL forward */
+} Chosen;
+
+/* log softmax(logits / temperature) of one token of each row, and the entropy H; or the gradient of the logits:
+ * d logp_y / d logit_v = [v = y] - p_v and d H / d logit_v = -p_v (logp_v + H), over the temperature. */
+INLINE void chosen(const Chosen *f, int64_t r, int half) {
+    const int64_t n = f->size, at = r * n, y = at + f->ids[r];
+    const float scale = f->inverse * LOG2_E;
+    if (!f->out) {
+        vf most = splat(-INFINITY), sum = {0}, weighted = {0};
+        for (int64_t i = 0; i < n; i += LANES) most = larger(load(f->logits, at + i, half) * scale, most);
+        float top = most[0];
+        for (int i = 1; i < LANES; i++) top = most[i] > top ? most[i] : top;
+        for (int64_t i = 0; i < n; i += LANES) {
+            const vf below = load(f->logits, at + i, half) * scale - top, p = power_of_two(below);
+            sum += p;
+            weighted += choose(p == 0.0f, (vf){0}, p * below);
+        }
+        const float total = sum_lanes(sum), log_total = logf(total);
+        const float own = half ? widen(((const uint16_t *)f->logits)[y]) : ((const float *)f->logits)[y];
+        f->normaliser[2 * r] = top;
+        f->normaliser[2 * r + 1] = log_total * LOG2_E;
+        f->logp[r] = (own * scale - top) * LN_2 - log_total;
+        if (f->entropy) f->entropy[r] = log_total - sum_lanes(weighted) / total * LN_2;
+        return;
+    }
+    const float g = f->grad ? f->grad[r] * f->inverse : 0.0f, h = f->grad_entropy ? f->grad_entropy[r] * f->inverse : 0.0f;
+    const float top = f->normaliser[2 * r], rest = f->normaliser[2 * r + 1], own = h != 0.0f ? f->entropy[r] : 0.0f;
+    for (int64_t i = 0; i < n; i += LANES) {
+        const vf logp2 = load(f->logits, at + i, half) * scale - top - rest, p = power_of_two(logp2);
+        vf d = p * -g;
+        if (h != 0.0f) d -= choose(p == 0.0f, (vf){0}, p * (logp2 * LN_2 + own)) * h;
+        if (i <= y - at && y - at < i + LANES) d[y - at - i] += g;
+        save(f->out, at + i, half, d);
+    }
+}
+
 /* --- a whole step of decoding --------------------------------------------------------------------------------------- */
 
 /* With few rows and a small model each product takes less time than calling it. Rows are independent of each other, so a
@@ -676,6 +728,14 @@ FOR_EVERY_CPU void rlhf_norm_task(const Norm *f, int64_t task) {
         norm(f, first, last, 0, dweight);
 }
 
+FOR_EVERY_CPU void rlhf_chosen_task(const Chosen *f, int64_t task) {
+    for (int64_t r = task * FEW; r < task * FEW + FEW && r < f->rows; r++)
+        if (f->half)
+            chosen(f, r, 1);
+        else
+            chosen(f, r, 0);
+}
+
 FOR_EVERY_CPU void rlhf_swiglu_task(const Swiglu *f, int64_t task) {
     const int64_t first = task * ROWS, last = first + ROWS < f->rows ? first + ROWS : f->rows;
     if (f->half)
@@ -713,7 +773,7 @@ FOR_EVERY_CPU void rlhf_step_task(const Step *f, int64_t first, int64_t last, fl
 }
 
 /* Raised with every change of the arguments below, and in kernel.py with it. */
-int rlhf_version(void) { return 4; }
+int rlhf_version(void) { return 5; }
 
 /* Those with a result return 0, or 1 where there is no memory. */
 
@@ -831,4 +891,11 @@ void rlhf_swiglu(int64_t rows, int64_t size, int half, int threads, const void *
     const Swiglu f = {rows, size, half, x, grad, out};
 #pragma omp parallel for num_threads(threads) schedule(static) if (rows > ROWS)
     for (int64_t task = 0; task < (rows + ROWS - 1) / ROWS; task++) rlhf_swiglu_task(&f, task);
+}
+
+void rlhf_chosen(int64_t rows, int64_t size, int half, float inverse, int threads, const void *logits, const int64_t *ids,
+                 float *normaliser, float *logp, float *entropy, const float *grad, const float *grad_entropy, void *out) {
+    const Chosen f = {rows, size, half, inverse, logits, ids, normaliser, logp, entropy, grad, grad_entropy, out};
+#pragma omp parallel for num_threads(threads) schedule(static) if (rows > FEW)
+    for (int64_t task = 0; task < (rows + FEW - 1) / FEW; task++) rlhf_chosen_task(&f, task);
 }

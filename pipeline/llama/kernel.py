@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pipeline.data.forest import Forest
 
-VERSION = 4  # of the functions' arguments, the same as in kernel.c
+VERSION = 5  # of the functions' arguments, the same as in kernel.c
 LANES = 16  # columns of a cache come in multiples of this
 TYPES = (torch.float32, torch.bfloat16)
 LARGEST = 256  # head size
@@ -50,6 +50,8 @@ def library() -> Any:
     found.rlhf_store.argtypes = [_LONG] * 3 + [_INT] * 4 + [_POINTER] * 7
     found.rlhf_norm.argtypes = [_LONG] * 2 + [_INT, _FLOAT, _INT] + [_POINTER] * 6
     found.rlhf_swiglu.argtypes = [_LONG] * 2 + [_INT] * 2 + [_POINTER] * 3
+    found.rlhf_chosen.argtypes = [_LONG] * 2 + [_INT, _FLOAT, _INT] + [_POINTER] * 8
+    found.rlhf_chosen.restype = None
     found.rlhf_norm.restype = found.rlhf_swiglu.restype = found.rlhf_store.restype = None
     return found
 
@@ -265,3 +267,41 @@ def swiglu(x: Tensor, grad: Tensor | None = None) -> Tensor:
     given = None if grad is None else grad.data_ptr()
     library().rlhf_swiglu(rows, size, half, torch.get_num_threads(), x.data_ptr(), out.data_ptr(), given)
     return out
+
+
+def chosen(
+    logits: Tensor, ids: Tensor, temperature: float, normaliser: Tensor, logp: Tensor, entropy: Tensor | None
+) -> None:
+    """log softmax(logits [N, V] / temperature) at `ids` [N] and, if asked, the entropy, each [N] float32.
+
+    normaliser  [N, 2] float32: written here, read by `chosen_gradient`
+    """
+    _chosen(logits, ids, temperature, normaliser, logp, entropy, None, None, None)
+
+
+def chosen_gradient(
+    logits: Tensor,
+    ids: Tensor,
+    temperature: float,
+    normaliser: Tensor,
+    entropy: Tensor | None,
+    grad: Tensor | None,
+    grad_entropy: Tensor | None,
+) -> Tensor:
+    """The gradient of the logits from those of `logp` and `entropy` of `chosen`, each [N] float32 or None."""
+    out = torch.empty_like(logits)
+    _chosen(logits, ids, temperature, normaliser, None, entropy, grad, grad_entropy, out)
+    return out
+
+
+def _chosen(logits: Tensor, ids: Tensor, temperature: float, *tensors: Tensor | None) -> None:
+    *single, out = tensors
+    _check((logits.dtype,) if logits.dtype in TYPES else TYPES, logits, *(() if out is None else (out,)))
+    _check((torch.int64,), ids)
+    _check((torch.float32,), *(x for x in single if x is not None))
+    rows, size = logits.shape
+    if len(ids) != rows or not 0 <= int(ids.min()) <= int(ids.max()) < size:
+        raise IndexError(f"ids of {rows} rows of {size} logits, not {len(ids)} from {ids.min()} to {ids.max()}")
+    pointers = [None if x is None else x.data_ptr() for x in (logits, ids, *tensors)]
+    half, threads = logits.dtype == torch.bfloat16, torch.get_num_threads()
+    library().rlhf_chosen(rows, size, half, 1.0 / temperature, threads, *pointers)

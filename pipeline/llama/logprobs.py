@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from pipeline.algo.kl import exact_kl
+from pipeline.llama import kernel
 from pipeline.llama.attention import filled
 
 # Logits held at once, in elements: 64 MiB in float32. Up to this size computing them twice would only cost time.
@@ -23,26 +24,38 @@ CHUNK_ELEMENTS = 1 << 24
 
 
 class _Chosen(torch.autograd.Function):
-    """log softmax(logits / temperature) at `ids`, and the entropy, keeping one [N, V] float32 tensor."""
+    """log softmax(logits / temperature) at `ids`, and the entropy, keeping one [N, V] tensor: the logits where the
+    kernel computes them in one pass over memory each way, otherwise float32 log-probs."""
 
     @staticmethod
     def forward(
         ctx: Any, logits: Tensor, ids: Tensor, temperature: float, entropy: bool
     ) -> tuple[Tensor, Tensor | None]:
+        ctx.settings = (temperature, logits.dtype)
+        ctx.set_materialize_grads(False)  # an entropy that is only looked at costs nothing in the backward pass
+        ctx.compiled = len(logits) > 0 and kernel.takes(logits, logits.shape[-1])
+        if ctx.compiled:
+            logits, ids = logits.contiguous(), ids.contiguous()
+            normaliser, own = (torch.empty(len(ids), *more, dtype=torch.float32) for more in ((2,), ()))
+            spread = torch.empty_like(own) if entropy else None
+            kernel.chosen(logits, ids, temperature, normaliser, own, spread)
+            ctx.save_for_backward(logits, ids, spread, normaliser)
+            return own, spread
         scaled = logits if temperature == 1.0 else logits.float() / temperature
         logp = torch.log_softmax(scaled, -1, dtype=torch.float32)
         spread = torch.linalg.vecdot(logp.exp(), logp).neg_() if entropy else None
-        ctx.save_for_backward(logp, ids, spread)
-        ctx.settings = (temperature, logits.dtype)
-        ctx.set_materialize_grads(False)  # an entropy that is only looked at costs nothing in the backward pass
+        ctx.save_for_backward(logp, ids, spread, None)
         return logp.gather(1, ids[:, None]).squeeze(1), spread
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor, None, None, None]:
         """d logp_y / d logit_v = [v = y] - p_v;  d H / d logit_v = -p_v (logp_v + H)."""
-        logp, ids, spread = ctx.saved_tensors
+        logp, ids, spread, normaliser = ctx.saved_tensors
         temperature, dtype = ctx.settings
+        if ctx.compiled:
+            grads = [None if g is None else g.float().contiguous() for g in (grad, grad_entropy)]
+            return kernel.chosen_gradient(logp, ids, temperature, normaliser, spread, *grads), None, None, None
         result = logp.exp()
         grad = logp.new_zeros(len(logp)) if grad is None else grad
         if grad_entropy is None:

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from pipeline.llama import kernel
 from pipeline.llama.logprobs import chosen_logprobs, token_kl, token_logprobs
+from tests.small import same
 
 
 def by_hand(logits: torch.Tensor, ids: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -101,3 +103,83 @@ def test_exact_kl_and_its_gradient_whatever_the_chunk(chunk: int) -> None:
     assert logits.grad[39].tolist() == pytest.approx([0.175945, -0.098118, -0.077827], abs=1e-5)
     warm = token_kl(logits.detach(), same_, reference.detach(), same_, 3, temperature=1e6)
     assert float(warm.abs().max()) < 1e-6
+
+
+# --- the compiled log-probs -----------------------------------------------------------------------------------
+
+needs_kernel = pytest.mark.skipif(kernel.library() is None, reason="no C compiler when the package was installed")
+
+
+def in_float64(logits: torch.Tensor, ids: torch.Tensor, weights: tuple[torch.Tensor, torch.Tensor | None], temperature):
+    leaf = logits.double().requires_grad_()
+    logp = torch.log_softmax(leaf / temperature, -1)
+    entropy = -(logp.exp() * logp).sum(-1)
+    own = logp.gather(1, ids[:, None]).squeeze(1)
+    loss = (own * weights[0]).sum() + (0.0 if weights[1] is None else (entropy * weights[1]).sum())
+    loss.backward()
+    return own.detach(), entropy.detach(), leaf.grad
+
+
+def results(logits: torch.Tensor, ids: torch.Tensor, weights: tuple[torch.Tensor, torch.Tensor | None], **settings):
+    """Log-probs, entropies and the gradient of their weighted sum."""
+    leaf = logits.clone().requires_grad_()
+    logp, entropy = chosen_logprobs(leaf, ids, entropy=True, **settings)
+    loss = (logp * weights[0]).sum() + (0.0 if weights[1] is None else (entropy * weights[1]).sum())
+    loss.backward()
+    return logp.detach(), entropy.detach(), leaf.grad
+
+
+@needs_kernel
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("with_entropy", [False, True])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_compiled_log_probs_are_the_formula(dtype, bound, with_entropy, temperature):
+    """Scaled logits reach 50, whose last place in float32 is 4e-6; a gradient in bfloat16 is rounded to it, up to 3."""
+    draw = torch.Generator().manual_seed(0)
+    logits = (8 * torch.randn(37, 48, generator=draw)).to(dtype)
+    ids = torch.randint(0, 48, (37,), generator=draw)
+    weights = torch.randn(37, generator=draw), torch.randn(37, generator=draw) if with_entropy else None
+    found = results(logits, ids, weights, temperature=temperature)
+    expected = in_float64(logits, ids, weights, temperature)
+    assert found[2].dtype == dtype
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours.double() - theirs).abs().max() <= bound
+
+
+@needs_kernel
+def test_two_tokens_of_equal_logits_by_hand():
+    """16 equal logits: log-prob -ln 16, entropy ln 16, gradient [v = y] - 1/16."""
+    logp, entropy, grad = results(torch.full((1, 16), 3.0), torch.tensor([5]), (torch.ones(1), None))
+    same(logp, [-2.772588722]), same(entropy, [2.772588722])
+    same(grad[0, 5], 15 / 16), same(grad[0, 4], -1 / 16)
+
+
+@needs_kernel
+def test_rows_and_threads_change_no_bit_and_what_is_not_finite_shows():
+    draw = torch.Generator().manual_seed(1)
+    logits, ids = torch.randn(21, 32, generator=draw), torch.randint(0, 32, (21,), generator=draw)
+    logits[3, 4], logits[5, 7] = float("nan"), -float("inf")
+    weights = torch.randn(21, generator=draw), torch.randn(21, generator=draw)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            found.append(results(logits, ids, weights))
+            alone = results(logits[7:8], ids[7:8], (weights[0][7:8], weights[1][7:8]))
+            for one, many in zip(alone, found[-1], strict=True):
+                assert torch.equal(one[0], many[7])
+    finally:
+        torch.set_num_threads(threads)
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=0, rtol=0, equal_nan=True)
+    logp, entropy, grad = found[0]
+    assert logp[3].isnan() and grad[3].isnan().all()
+    assert (
+        entropy[5].isfinite() and grad[5].isfinite().all() and grad[5, 7] == 0.0
+    )  # what cannot be drawn weighs nothing
+
+
+@needs_kernel
+def test_ids_outside_the_vocabulary_are_refused():
+    with pytest.raises(IndexError, match="ids of 2 rows of 16 logits"):
+        chosen_logprobs(torch.zeros(2, 16), torch.tensor([0, 16]))
