@@ -54,6 +54,8 @@ def test_ppo_refuses_samplers_that_are_not_the_policy(sampling: dict[str, Any]) 
         ("rejection", {"temperatures": [-1]}, "temperatures"),
         ("evaluate", {"temperature": -1}, "temperature"),
         ("pretrain", {"vocab_size": 100}, "vocab_size"),
+        ("pretrain", {"objective": "fmi"}, "'fmi'.*'causal', 'prefix', 'fim', 'spans', 'ul2'"),
+        ("pretrain", {"objective": {"name": "fim", "rate": 1.5}}, r"pretrain\.objective\.rate"),
     ],
 )
 def test_values_out_of_range_are_named(stage: str, values: dict[str, Any], named: str) -> None:
@@ -146,6 +148,32 @@ def test_rejection_works_with_what_its_work_needs(values: dict[str, Any], given:
     stage = load_stage(STAGES["rejection"])
     stage.check(config("rejection", **values), frozenset(given))
     assert stage.withheld(config("rejection", **values)) == ({"policy"} if values else set())
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"objective": "fim"}, None),
+        (
+            {"objective": "spans", "vocab_size": 300},
+            "vocab_size: 300, but bytes and the control tokens of spans are 365",
+        ),
+        ({"objective": "spans", "max_tokens": 4096}, r"objective\.sentinels: 100, but a window of 3721 tokens has 186"),
+        ({"objective": "ul2", "max_tokens": 6}, "max_tokens: 6 leaves no text beside the control tokens"),
+    ],
+)
+def test_objectives_fit_their_windows_and_vocabulary(values: dict[str, Any], message: str | None) -> None:
+    stage = load_stage(STAGES["pretrain"])
+    with pytest.raises(UserError, match=message) if message else nullcontext():
+        stage.check(config("pretrain", **values), frozenset({"documents"}))
+
+
+def test_settings_that_are_younger_than_sealed_rows_leave_their_identity_alone() -> None:
+    """The keys that pretraining had before it could do anything else than predict the next token of one source."""
+    found = config("pretrain").identity()
+    assert set(found) == {"model", "vocab_size", "max_tokens", "train"}
+    assert config("pretrain", objective="causal").identity() == found
+    assert config("pretrain", objective="prefix").identity()["objective"] == {"name": "prefix", "share": 0.5}
 
 
 PLAN = """
