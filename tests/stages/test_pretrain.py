@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from pipeline.data.objectives import FillIn
-from pipeline.data.records import Document
+from pipeline.data.records import Document, Prompt
 from pipeline.flow.errors import UserError
 from pipeline.llama.open import open_tokenizer
+from tests.small import ask
 from tests.stages.rows import Place, train
 
 TEXTS = [f"{name} lives in {town} and likes {what}." for name in ("Mira", "Tom", "Ada")
@@ -52,6 +53,28 @@ def test_every_objective_learns(place: Place, objective: str, kinds: set[str] | 
     made = row.metrics.get("windows_by_objective")
     assert made is None if kinds is None else set(made) == kinds and sum(made.values()) == len(TEXTS)
     assert len(open_tokenizer(row.out["tokenizer"]).all_special_tokens) == 8 + more
+
+
+def test_sources_are_cleaned_and_mixed(place: Place) -> None:
+    """18 + 9 documents, of which one is another again and one holds a question: 18 + 7, read half and half."""
+    question = "which town has a river that runs through the old mill and under its wheel"
+    books = [f"a book of {number} pages says little" for number in range(7)] + [TEXTS[3], f"now, {question}!"]
+    inputs = {
+        "documents": documents(place),
+        "more": documents(place, books),
+        "evaluations": place.data("prompts", [Prompt("p", ask(question))]),
+    }
+    mixture = {"weights": {"documents": 1, "more.1": 1}, "passes": "several"}
+    clean = {"duplicates": "near"}
+    row = place.run("pretrain", inputs, mixture=mixture, clean=clean, train=train(batch_tokens=256), **SMALL)
+    assert row.metrics["duplicates"] == {"exact": 1, "near": 0}
+    assert row.metrics["contaminated"]["by_set"] == {"evaluations.0": 1}
+    found = row.metrics["mixture"]
+    assert {name: of["share"] for name, of in found.items()} == pytest.approx(
+        {"documents": 0.5, "more.1": 0.5}, abs=0.02
+    )
+    assert min(of["passes"] for of in found.values()) == 1
+    assert row.metrics["documents"] == sum(of["documents"] for of in found.values()) > 25
 
 
 def test_a_tokenizer_that_was_trained_for_another_objective_is_refused(place: Place) -> None:

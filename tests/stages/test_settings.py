@@ -168,6 +168,44 @@ def test_objectives_fit_their_windows_and_vocabulary(values: dict[str, Any], mes
         stage.check(config("pretrain", **values), frozenset({"documents"}))
 
 
+@pytest.mark.parametrize(
+    ("clean", "given", "message"),
+    [
+        ({"duplicates": "near", "similarity": 0.9}, set(), None),
+        ({"ngram": 8, "contaminated": "cut"}, {"evaluations"}, None),
+        ({"duplicates": "exact", "similarity": 0.9}, set(), "clean.similarity: has no effect without duplicates: near"),
+        ({"ngram": 8}, set(), "clean.ngram: has no effect without evaluation sets: give the row `evaluations`"),
+    ],
+)
+def test_cleaning_without_effect_is_refused(clean: dict[str, Any], given: set[str], message: str | None) -> None:
+    stage = load_stage(STAGES["pretrain"])
+    with pytest.raises(UserError, match=message) if message else nullcontext():
+        stage.check(config("pretrain", clean=clean), frozenset({"documents", *given}))
+
+
+MIXED = """
+sources:
+  web:   {kind: documents, path: w}
+  books: {kind: documents, path: b}
+  ask:   {kind: prompts, path: a}
+rows:
+  - pretrain: {documents: web, more: books, evaluations: [ask, books]}
+stages: {pretrain: {mixture: {weights: {web: 3, books: 1}}}}
+"""
+
+
+def test_sources_that_are_mixed_are_wired_and_named(tmp_path: Path) -> None:
+    path = tmp_path / "plan.yaml"
+    path.write_text(MIXED)
+    (row,) = load_plan(path, [], STAGES).rows
+    assert [ref.text for ref in row.refs()] == ["web", "books", "ask", "books"]
+    with pytest.raises(UserError, match="the row reads nothing called 'boks'; did you mean 'books'"):
+        load_plan(path, ["pretrain.mixture.weights.boks=1"], STAGES)
+    path.write_text(MIXED.replace("more: books, ", ""))
+    with pytest.raises(UserError, match="nothing called 'books'"):
+        load_plan(path, [], STAGES)
+
+
 def test_settings_that_are_younger_than_sealed_rows_leave_their_identity_alone() -> None:
     """The keys that pretraining had before it could do anything else than predict the next token of one source."""
     found = config("pretrain").identity()
