@@ -161,6 +161,7 @@ class Pretrain(Stage):
             **({"windows_by_objective": encoded.made} if encoded.made else {}),
             "cut_documents": encoded.shortened,
             "steps": outcome.steps,
+            **({"skipped_steps": outcome.skipped} if config.train.skip_spikes is not None else {}),
             "tokens": outcome.tokens,
             "read": reader.counts,
         }

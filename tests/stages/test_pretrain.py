@@ -11,6 +11,7 @@ from pipeline.data.objectives import FillIn
 from pipeline.data.records import Document, Prompt
 from pipeline.flow.errors import UserError
 from pipeline.llama.open import open_tokenizer
+from pipeline.train.loop import Trainer
 from tests.small import ask
 from tests.stages.rows import Place, train
 
@@ -75,6 +76,37 @@ def test_sources_are_cleaned_and_mixed(place: Place) -> None:
     )
     assert min(of["passes"] for of in found.values()) == 1
     assert row.metrics["documents"] == sum(of["documents"] for of in found.values()) > 25
+
+
+def test_a_row_that_was_stopped_goes_on_to_the_same_bits(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under a mixture of denoisers and of sources, batches that grow, and steps that are skipped."""
+    inputs = {"documents": documents(place), "more": documents(place, [t.lower() for t in TEXTS])}
+    rule = {"batch_start": 64, "batch_growth": 1000, "skip_spikes": 0.1, "spike_window": 4, "schedule": "wsd"}
+    settings: dict[str, Any] = {
+        "objective": "ul2",
+        "mixture": {"weights": {"documents": 2, "more.1": 1}},
+        "train": train(batch_tokens=256, epochs=2, checkpoint_every=1, **rule) | {"learning_rate": 1e-4},
+        **SMALL,
+    }
+    whole = place.run("pretrain", inputs, **settings)
+    assert 0 < whole.metrics["skipped_steps"] == sum(line["skipped"] for line in whole.log) < whole.metrics["steps"]
+    tokens = [line["tokens"] for line in whole.log]
+    assert tokens[0] <= 64 < max(tokens) <= 256
+    step = Trainer.step
+
+    def broken(self: Trainer, *arguments: Any) -> dict[str, float]:
+        if self.done == 5:
+            raise KeyboardInterrupt
+        return step(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", broken)
+        with pytest.raises(KeyboardInterrupt):
+            place.run("pretrain", inputs, again=place.root / "broken", **settings)
+    again = place.run("pretrain", inputs, again=place.root / "broken", **settings)
+    assert "goes on after step 5, from its checkpoint" in again.said
+    assert again.out["policy"].digest == whole.out["policy"].digest
+    assert again.metrics == whole.metrics
 
 
 def test_a_tokenizer_that_was_trained_for_another_objective_is_refused(place: Place) -> None:

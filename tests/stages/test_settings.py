@@ -54,6 +54,12 @@ def test_ppo_refuses_samplers_that_are_not_the_policy(sampling: dict[str, Any]) 
         ("rejection", {"temperatures": [-1]}, "temperatures"),
         ("evaluate", {"temperature": -1}, "temperature"),
         ("pretrain", {"vocab_size": 100}, "vocab_size"),
+        (
+            "pretrain",
+            {"train": {"batch_start": 9000, "batch_growth": 9}},
+            "must be less than batch_tokens",
+        ),
+        ("sft", {"train": {"schedule": "wsd", "final_fraction": 0}}, "final_fraction: must be above 0 under wsd"),
         ("pretrain", {"objective": "fmi"}, "'fmi'.*'causal', 'prefix', 'fim', 'spans', 'ul2'"),
         ("pretrain", {"objective": {"name": "fim", "rate": 1.5}}, r"pretrain\.objective\.rate"),
     ],
@@ -61,6 +67,15 @@ def test_ppo_refuses_samplers_that_are_not_the_policy(sampling: dict[str, Any]) 
 def test_values_out_of_range_are_named(stage: str, values: dict[str, Any], named: str) -> None:
     with pytest.raises(UserError, match=named):
         config(stage, **values)
+
+
+@pytest.mark.parametrize(
+    ("name", "train"),
+    [("skip_spikes", {"skip_spikes": 6}), ("batch_start", {"batch_tokens": 9, "batch_start": 2, "batch_growth": 9})],
+)
+def test_ppo_refuses_what_its_steps_do_not_have(name: str, train: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=rf"ppo\.train\.{name}: has no effect in PPO"):
+        load_stage(STAGES["ppo"]).check(config("ppo", train=train), frozenset({"reward"}))
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 torchrun --nproc_per_node 2 tests/train/ranks.py OUT STRATEGY [ZERO_STAGE [WHAT [OFFLOAD [PRECISION]]]]
 
-WHAT is records, ratings, parked, poisoned or stopped.
+WHAT is records, ratings, parked, poisoned, spikes or stopped.
 
 `stopped` leaves without a word in the third step, and goes on with checkpoints under OUT.work when called again.
 """
@@ -35,12 +35,14 @@ from pipeline.train.strategy import Strategy, build  # noqa: E402
 from tests.small import ask, chat, policy  # noqa: E402
 from tests.train.tiny import Listener, Tiny, next_token, records  # noqa: E402
 
+SPIKES: dict[str, Any] = {"skip_spikes": 0.3, "spike_window": 4, "epochs": 3}
 
-def train(strategy: Strategy, root: Path | None = None, leave_in: int | None = None) -> dict[str, object]:
+
+def train(strategy: Strategy, root: Path | None = None, leave_in: int | None = None, **more: Any) -> dict[str, object]:
     """9 records in batches of 4, 4 and 1, unequal lengths, several passes a step; the last batch is one
     rank's.
     """
-    settings = TrainSettings(batch=4, token_budget=14, learning_rate=1e-2, evaluations=2, checkpoint_every=1)
+    settings = TrainSettings(batch=4, token_budget=14, learning_rate=1e-2, evaluations=2, checkpoint_every=1, **more)
     plan = Plan(records(9), settings, seed=1, strategy=strategy)
     trainer = Trainer(Tiny(), next_token, settings, strategy, total=len(plan), seed=3)
     heldout = trainer.share(records(5, longest=9))
@@ -184,7 +186,8 @@ def main(
         root = Path(f"{out}.work")
         begun = root.exists()
         made.barrier()  # before anybody makes it
-        found = train(made, root, leave_in=3 if what == "stopped" and not begun else None)
+        more = SPIKES if what == "spikes" else {}
+        found = train(made, root, leave_in=3 if what == "stopped" and not begun else None, **more)
     Path(f"{out}.{found['rank']}").write_text(json.dumps(found), encoding="utf-8")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
