@@ -64,7 +64,8 @@ class Overlap:
             here = []
             for length, runs in self._runs.items():
                 each = grams(found, length)
-                for at in np.nonzero(np.isin(each, runs))[0].tolist():
+                nearest = runs[np.searchsorted(runs, each).clip(max=len(runs) - 1)]
+                for at in np.nonzero(nearest == each)[0].tolist():
                     here.append((length, int(each[at]), (spans[at][0], spans[at + length - 1][1])))
             texts_with.update({(length, run) for length, run, _ in here})
             shared.append(here)
