@@ -7,7 +7,7 @@
     pretrain: {clean: {duplicates: near}}                      evaluations: what no document may share a run with
 
 Documents stand side by side in a batch without padding and without seeing each other. A tokenizer trained here has the
-control tokens of the objective.
+control tokens of the objective, and held-out figures are of the same objective.
 """
 
 from __future__ import annotations

@@ -48,8 +48,8 @@ def fill_in(
 ) -> tuple[list[int], list[float]]:
     """Ids and loss weights in the order PSM or SPM, up to the middle; `marks` are PRE, SUF and MID.
 
-    SPM is the second of the paper's variants, which shares its tokens with PSM (Bavarian et al. 2022, section 4.3). The
-    marks themselves have no loss: they are given, whatever is to be filled in.
+    SPM is the variant that has its tokens in common with PSM (Bavarian et al. 2022): the prefix stands behind MID, next
+    to the middle. The marks themselves have no loss: they are given, whatever is to be filled in.
     """
     pre, suf, mid = marks
     if spm:

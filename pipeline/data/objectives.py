@@ -76,7 +76,7 @@ class FillIn(Layout):
         ge=0,
         le=1,
         description="Share of the rearranged windows in the order suffix, prefix, middle; the others are in the order "
-        "prefix, suffix, middle (Bavarian et al. 2022, section 4.3: half and half).",
+        "prefix, suffix, middle (Bavarian et al. 2022: half and half).",
     )
 
     def control_tokens(self) -> tuple[str, ...]:
