@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,12 @@ import pytest
 
 from pipeline.data.objectives import FillIn
 from pipeline.data.records import Document, Prompt
+from pipeline.data.sources import write_jsonl
 from pipeline.flow.errors import UserError
 from pipeline.llama.open import open_tokenizer
 from pipeline.train.loop import Trainer
 from tests.small import ask
+from tests.stages.conftest import Chain
 from tests.stages.rows import Place, train
 
 TEXTS = [f"{name} lives in {town} and likes {what}." for name in ("Mira", "Tom", "Ada")
@@ -117,3 +120,42 @@ def test_a_tokenizer_that_was_trained_for_another_objective_is_refused(place: Pl
     assert set(FillIn().control_tokens()) <= set(open_tokenizer(again.out["tokenizer"]).get_vocab())
     with pytest.raises(UserError, match=r"the tokenizer has no <\|targets\|> and 100 more"):
         place.run("pretrain", given, objective="spans", train=train(), **SMALL)
+
+
+PLAN = """
+sources:
+  world: {kind: world, documents: 300, heldout_documents: 30, conversations: 30, comparisons: 30, heldout_pairs: 20,
+          prompts: 20, dev: 10, heldout: 20}
+  lists: {kind: documents, path: lists.jsonl}
+rows:
+  - pretrain: {documents: world.documents, more: lists, heldout: world.heldout_documents, evaluations: world.prompts}
+stages:
+  pretrain:
+    model: {preset: test}
+    vocab_size: 500
+    objective: ul2
+    mixture: {weights: {world: 3, lists: 1}}
+    clean: {duplicates: near}
+    train: {epochs: 2, batch_tokens: 2048, batch_start: 512, batch_growth: 20000, learning_rate: 0.01, schedule: wsd,
+            skip_spikes: 6}
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_hide_mix_and_grow_as_one_does(tmp_path: Path) -> None:
+    draw = random.Random(0)
+    words = [" ".join(draw.choice(["tea", "sea", "sun", "and", "of"]) for _ in range(40)) for _ in range(200)]
+    found = []
+    for name, launch in (("one", ()), ("two", ("processes=2", "strategy=ddp"))):
+        directory = tmp_path / name
+        directory.mkdir()
+        (directory / "plan.yaml").write_text(PLAN)
+        write_jsonl(directory / "lists.jsonl", [Document(text) for text in words])
+        told = [word for setting in (*launch, "threads=1", "device=cpu") for word in ("--set", f"launch.{setting}")]
+        found.append(Chain(directory).run(*told)["pretrain"]["metrics"])
+    one, two = found
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+    assert two["heldout_loss"] == pytest.approx(one["heldout_loss"], rel=1e-5)
+    same = ("documents", "windows", "windows_by_objective", "mixture", "duplicates", "contaminated", "steps", "tokens")
+    assert [two[name] for name in same] == [one[name] for name in same]
+    assert one["mixture"]["lists"]["share"] == pytest.approx(0.25, abs=0.01)
