@@ -83,6 +83,9 @@ class Ppo(Stage):
         config.reward.require_source("ppo", "reward" in given)
         if config.sampling.temperature == 0.0:
             raise UserError("ppo.sampling.temperature: 0 draws one answer only, so there is nothing to learn from")
+        for name in ("skip_spikes", "batch_start"):
+            if getattr(config.train, name) is not None:
+                raise UserError(f"ppo.train.{name}: has no effect in PPO, whose steps are set by prompts and minibatch")
         if config.sampling.truncated and not config.importance.correct:
             raise UserError(
                 "ppo.sampling: top_k, top_p, min_new_tokens and the like cut tokens from the distribution that answers "

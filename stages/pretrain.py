@@ -1,23 +1,33 @@
-"""Pretraining: next-token prediction on packed documents, from random weights to a policy.
+"""Pretraining on packed documents, from random weights to a policy: next-token prediction, or another objective.
 
     documents -> tokenizer (trained here unless one is given) -> windows -> LLaMA -> policy
 
-Documents stand side by side in a batch without padding and without seeing each other.
+    pretrain: {objective: {name: fim, rate: 0.9}}      causal, prefix, fim, spans, ul2 (pipeline/data/objectives.py)
+    pretrain: {mixture: {weights: {web: 3, books: 1}}}         documents: web, more: books; in shares of tokens
+    pretrain: {clean: {duplicates: near}}                      evaluations: what no document may share a run with
+
+Documents stand side by side in a batch without padding and without seeing each other. A tokenizer trained here has the
+control tokens of the objective, and held-out figures are of the same objective.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from pipeline.flow.artifacts import Documents, Policy, Tokenizer
-from pipeline.flow.config import Settings
-from pipeline.flow.stage import Stage, Workspace
+from pipeline.data.corpus_settings import CleaningSettings, MixtureSettings
+from pipeline.data.objectives import Causal, Objective, named
+from pipeline.flow.artifacts import Comparisons, Conversations, Documents, Policy, Prompts, Tokenizer
+from pipeline.flow.config import Settings, added
+from pipeline.flow.errors import UserError
+from pipeline.flow.stage import OneOrMore, Stage, Workspace
 from pipeline.llama.config import SIZES
 from pipeline.llama.presets import ModelSettings
+from pipeline.llama.tokenizer import BYTES_AND_CONTROL
 from pipeline.train.settings import TrainSettings
 
 
@@ -29,19 +39,39 @@ class Pretrain(Stage):
     class Config(Settings):
         model: ModelSettings = Field(default=ModelSettings(), description="Shape of the LLaMA, or a preset's name.")
         vocab_size: int = Field(
-            default=1024, ge=264, le=SIZES["vocab_size"], description="Tokens of the tokenizer trained here."
+            default=1024,
+            ge=BYTES_AND_CONTROL,
+            le=SIZES["vocab_size"],
+            description="Tokens of the tokenizer trained here.",
         )
         max_tokens: int = Field(default=512, ge=2, description="Longest window; longer documents are cut into several.")
+        objective: Objective = added(
+            Causal(name="causal"),
+            "What is predicted of a window: causal, prefix, fim, spans or ul2, by name or with its own settings.",
+        )
+        mixture: MixtureSettings | None = added(
+            None, "Shares of the sources in what is read; without them every document is read once."
+        )
+        clean: CleaningSettings = added(
+            CleaningSettings(), "Documents that are left out: duplicates, and overlap with `evaluations`."
+        )
         train: TrainSettings = Field(
             default=TrainSettings(learning_rate=3e-3, batch_tokens=8192, weight_decay=0.1, keep="last"),
             description="Optimiser, schedule and batches.",
         )
+
+        @field_validator("objective", mode="before")
+        @classmethod
+        def _by_name(cls, value: Any) -> Any:
+            return named(value)
 
     @dataclass
     class Inputs:
         documents: Documents
         heldout: Documents | None = None
         tokenizer: Tokenizer | None = None
+        more: OneOrMore[Documents] | None = None
+        evaluations: Annotated[list[Documents | Conversations | Comparisons | Prompts], "one will do"] | None = None
 
     @dataclass
     class Outputs:
@@ -50,9 +80,29 @@ class Pretrain(Stage):
 
     headline = ("heldout_perplexity", "tokens")
 
+    @classmethod
+    def check(cls, config: Any, given: frozenset[str]) -> None:
+        try:
+            room = config.objective.room(config.max_tokens)
+        except ValueError as error:
+            raise UserError(f"pretrain.objective.{error}") from error
+        if room < 2:
+            raise UserError(f"pretrain.max_tokens: {config.max_tokens} leaves no text beside the control tokens")
+        config.clean.require_used("pretrain", "evaluations" in given)
+        needed = BYTES_AND_CONTROL + len(config.objective.control_tokens())
+        if "tokenizer" not in given and config.vocab_size < needed:
+            what = f"bytes and the control tokens of {config.objective.name}"
+            raise UserError(f"pretrain.vocab_size: {config.vocab_size}, but {what} are {needed}; raise it")
+
+    @classmethod
+    def check_names(cls, config: Any, names: Mapping[str, Sequence[str]]) -> None:
+        if config.mixture:
+            config.mixture.require_names("pretrain", [*names["documents"], *names.get("more", ())])
+
     def run(self, inputs: Inputs, workspace: Workspace) -> dict[str, Any]:
         from pipeline.data.chat import ChatFormat
-        from pipeline.data.groups import document_groups
+        from pipeline.data.corpus import read_corpus, read_evaluations
+        from pipeline.data.pretraining import pretraining_groups, require_tokens
         from pipeline.data.reader import Reader
         from pipeline.llama.heads import PolicyModel
         from pipeline.llama.open import new_policy, open_tokenizer, save_model, save_tokenizer
@@ -64,17 +114,27 @@ class Pretrain(Stage):
 
         config: Pretrain.Config = self.config
         reader = Reader(workspace)
-        documents = reader.read("documents", inputs.documents, "documents")
+        corpus = read_corpus(reader, inputs.documents, inputs.more or ())
+        corpus.clean(config.clean, read_evaluations(reader, inputs.evaluations or ()))
         heldout = reader.read("heldout", inputs.heldout, "documents") if inputs.heldout else []
         if inputs.tokenizer:
             tokenizer = open_tokenizer(inputs.tokenizer)
+            require_tokens(tokenizer, config.objective)
         else:
-            workspace.say(f"training a tokenizer of {config.vocab_size} tokens on {len(documents)} documents")
-            texts = (m.content if isinstance(m.content, str) else "" for d in documents for m in d.messages)
-            plain = (d.text for d in documents if d.text)
-            tokenizer = train_tokenizer([*plain, *filter(None, texts)], config.vocab_size)
+            once = corpus.documents  # whatever their shares
+            workspace.say(f"training a tokenizer of {config.vocab_size} tokens on {len(once)} documents")
+            texts = (m.content if isinstance(m.content, str) else "" for d in once for m in d.messages)
+            plain = (d.text for d in once if d.text)
+            tokenizer = train_tokenizer(
+                [*plain, *filter(None, texts)], config.vocab_size, more=config.objective.control_tokens()
+            )
         chat = ChatFormat(tokenizer)
-        encoded = document_groups(documents, chat, config.max_tokens).required("documents", config.max_tokens)
+        lengths = lambda records: [len(ids) for ids in chat.documents_ids(records)]
+        documents = corpus.mixed(config.mixture, lengths, workspace.seed)
+        laid_out = lambda records: pretraining_groups(
+            records, chat, config.max_tokens, config.objective, workspace.seed
+        )
+        encoded = laid_out(documents).required("documents", config.max_tokens)
         model = new_policy(config.model, tokenizer, chat.stop_ids, workspace.seed)
         module = PolicyModel(model)
         ranks = strategy.for_row(workspace, precision=config.train.precision, clip=config.train.clip)
@@ -82,8 +142,7 @@ class Pretrain(Stage):
         trainer = Trainer(module, next_token, config.train, ranks, total=len(plan), seed=workspace.seed)
         held = None
         if heldout:
-            encoded_heldout = document_groups(heldout, chat, config.max_tokens)
-            held = trainer.share(encoded_heldout.required("heldout", config.max_tokens).groups)
+            held = trainer.share(laid_out(heldout).required("heldout", config.max_tokens).groups)
         evaluate = (lambda: trainer.evaluate(held)) if held is not None else None
         outcome = fit(trainer, plan, workspace, evaluate=evaluate, best_by="nll", figures=("loss", "learning_rate"))
         with trainer.whole():
@@ -98,8 +157,11 @@ class Pretrain(Stage):
             "parameters": sum(p.numel() for p in model.parameters()),
             "documents": len(documents),
             "windows": len(encoded.groups),
+            **corpus.figures,
+            **({"windows_by_objective": encoded.made} if encoded.made else {}),
             "cut_documents": encoded.shortened,
             "steps": outcome.steps,
+            **({"skipped_steps": outcome.skipped} if config.train.skip_spikes is not None else {}),
             "tokens": outcome.tokens,
             "read": reader.counts,
         }

@@ -28,6 +28,7 @@ class Encoded:
     dropped: int = 0  # records that did not fit into max_tokens at all
     ties: int = 0  # comparisons without any preference
     shortened: int = 0  # records that lost whole rounds
+    made: dict[str, int] = field(default_factory=dict)  # windows by what a pretraining objective did with them
 
     def add(self, record: int, group: Group) -> None:
         self.groups.append(group)

@@ -2,6 +2,7 @@
 
     class Settings                        base of every settings class; .identity() -> dict, .modules_named() -> tuple
     not_identity(default, description)    a field that does not decide the result, such as a token budget
+    added(default, description)           a field that is younger than sealed rows: no part of identity at its default
     module_names(description)             a field that lists Python modules whose source decides the result
     parse_settings(cls, values, label, where) -> Settings      UserError: key, place, nearest valid key
     load_document(path) -> Document       `extends` merged, `path:` keys made absolute, duplicate keys refused
@@ -82,7 +83,8 @@ class Settings(pydantic.BaseModel):
         return out
 
     def identity(self) -> dict[str, Any]:
-        """What decides the result, as JSON: every field but those made by `not_identity`, at every depth."""
+        """What decides the result, as JSON: every field at every depth, without those made by `not_identity` and
+        those made by `added` that are at their default."""
         return dict(_identity(self, self.model_dump(mode="json")))
 
     def modules_named(self) -> tuple[str, ...]:
@@ -131,6 +133,13 @@ def not_identity(default: Any = ..., description: str = "", **checks: Any) -> An
     return pydantic.Field(default, description=description, json_schema_extra=extra, **checks)
 
 
+def added(default: Any, description: str, **checks: Any) -> Any:
+    """A field that is part of a fingerprint only where it is not at its default, which must mean what was done before
+    there was the field: rows that were sealed then keep their identity. `checks` are pydantic's (gt, le)."""
+    extra: Any = {"added": True}
+    return pydantic.Field(default, description=description, json_schema_extra=extra, **checks)
+
+
 def module_names(description: str) -> Any:
     """A field that lists importable modules: the digest of their source enters a row's fingerprint."""
     extra: Any = {"modules": True}
@@ -149,12 +158,17 @@ def _modules(value: Any) -> Iterator[str]:
         yield from _modules(list(value.values()))
 
 
+def _decides(info: pydantic.fields.FieldInfo, value: Any) -> bool:
+    extra: Any = info.json_schema_extra or {}
+    return extra.get("identity", True) and not (extra.get("added", False) and value == info.default)
+
+
 def _identity(value: Any, dumped: Any) -> Any:
     if isinstance(value, pydantic.BaseModel):
         return {
             name: _identity(getattr(value, name), dumped[name])
             for name, info in type(value).model_fields.items()
-            if (info.json_schema_extra or {}).get("identity", True)  # type: ignore[union-attr]
+            if _decides(info, getattr(value, name))
         }
     if isinstance(value, (list, tuple)):
         return [_identity(v, d) for v, d in zip(value, dumped, strict=True)]

@@ -3,13 +3,13 @@
     tokenizer = train_tokenizer(texts, vocab_size=2048)
     encode_texts(tokenizer, ["Hi <|user|>"])      # control tokens spelled in text stay text
 
-Ids 0 to 7 are the control tokens, 8 to 263 the bytes, the rest merges.
+Ids 0 to 7 are the control tokens, then come those of a pretraining objective, if it has any, the 256 bytes, and merges.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,9 +41,9 @@ _SPLIT = (
 
 
 def train_tokenizer(
-    texts: Iterable[str], vocab_size: int, chat_template: str = CHAT_TEMPLATE
+    texts: Iterable[str], vocab_size: int, chat_template: str = CHAT_TEMPLATE, more: Sequence[str] = ()
 ) -> PreTrainedTokenizerFast:
-    """Byte-level BPE over `texts` with the control tokens at ids 0..7.
+    """Byte-level BPE over `texts` with the control tokens at ids 0..7, and `more` of them after these.
 
     The same texts in the same order give the same tokenizer. The result may hold fewer than `vocab_size`
     tokens where the texts have no more pairs to merge. Raises UserError where `vocab_size` cannot hold bytes
@@ -52,10 +52,11 @@ def train_tokenizer(
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    if vocab_size < BYTES_AND_CONTROL:
+    control = (*CONTROL_TOKENS, *more)
+    if vocab_size < 256 + len(control):
         raise UserError(
-            f"tokenizer.vocab_size is {vocab_size}, but 256 bytes and {len(CONTROL_TOKENS)} control "
-            f"tokens need {BYTES_AND_CONTROL}: raise tokenizer.vocab_size"
+            f"tokenizer.vocab_size is {vocab_size}, but 256 bytes and {len(control)} control "
+            f"tokens need {256 + len(control)}: raise tokenizer.vocab_size"
         )
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
@@ -67,12 +68,12 @@ def train_tokenizer(
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=list(CONTROL_TOKENS),
+        special_tokens=list(control),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
-    for number, token in enumerate(CONTROL_TOKENS):
+    for number, token in enumerate(control):
         if backend.token_to_id(token) != number:
             raise AssertionError(f"{token} has id {backend.token_to_id(token)}, expected {number}")
     return PreTrainedTokenizerFast(
@@ -80,7 +81,7 @@ def train_tokenizer(
         bos_token=BOS,
         eos_token=EOS,
         pad_token=PAD,
-        additional_special_tokens=list(CONTROL_TOKENS[3:]),
+        additional_special_tokens=list(control[3:]),
         chat_template=chat_template,
         clean_up_tokenization_spaces=False,
     )

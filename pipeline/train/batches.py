@@ -93,22 +93,30 @@ def plan_steps(sizes: Sequence[int], settings: TrainSettings, seed: int) -> list
         raise UserError("there is nothing to train on: no record is left after reading and truncation")
     steps: list[list[int]] = []
     current: list[int] = []
-    tokens = 0
+    tokens = before = 0  # of the step at hand, and of those before it
     for record in _stream(len(sizes), settings, seed):
-        if current and _full(len(current), tokens + sizes[record], settings):
+        if current and _full(len(current), tokens + sizes[record], settings, before):
             steps.append(current)
             if len(steps) == settings.steps:
                 return steps
+            before += tokens
             current, tokens = [], 0
         current.append(record)
         tokens += sizes[record]
     return [*steps, current]
 
 
-def _full(records: int, tokens_with_next: int, settings: TrainSettings) -> bool:
+def _full(records: int, tokens_with_next: int, settings: TrainSettings, before: int) -> bool:
     if settings.batch_tokens is not None:
-        return tokens_with_next > settings.batch_tokens
+        return tokens_with_next > largest_step(settings, settings.batch_tokens, before)
     return records >= settings.batch
+
+
+def largest_step(settings: TrainSettings, batch_tokens: int, before: int) -> float:
+    """Tokens that a step may hold after steps of `before` tokens: grows linearly, then stays at `batch_tokens`."""
+    if settings.batch_start is None or settings.batch_growth is None:
+        return batch_tokens
+    return settings.batch_start + (batch_tokens - settings.batch_start) * min(1.0, before / settings.batch_growth)
 
 
 def _stream(n: int, settings: TrainSettings, seed: int) -> Iterator[int]:

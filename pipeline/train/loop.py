@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.data.forest import Forest, Group, build, cut, size
-from pipeline.flow.errors import Damaged, NonFinite
+from pipeline.flow.errors import Damaged, NonFinite, UserError
 from pipeline.llama.arithmetic import fast_products
 from pipeline.train import optim
 from pipeline.train.batches import Plan, check_sizes
@@ -34,6 +34,7 @@ from pipeline.train.metrics import Number, Sums, exact_sum, merge
 from pipeline.train.randomness import seed_dropout
 from pipeline.train.resume import Resume
 from pipeline.train.settings import TrainSettings
+from pipeline.train.spikes import Spikes
 from pipeline.train.strategy import Strategy
 
 if TYPE_CHECKING:
@@ -94,7 +95,13 @@ class Trainer:
         self.coefficients = dict(coefficients or {})
         self.parts = tuple(parts)
         self.held: tuple[str, ...] = ()  # prefixes of `rates` that do not move for now
-        self.done = 0  # updates made
+        self.done = 0  # steps made, skipped ones too
+        self.spikes = Spikes(settings)
+        if settings.skip_spikes is not None and strategy.deepspeed is not None:
+            raise UserError(
+                "train.skip_spikes: DeepSpeed clears gradients in its update alone, so no step can be skipped under "
+                "it; use launch.strategy ddp or fsdp, or leave skip_spikes out"
+            )
         module.train()
         if settings.checkpointing:
             enable_checkpointing(module)
@@ -108,8 +115,9 @@ class Trainer:
         weights   by term, of this rank's work; a global weight of 0 leaves its term out
         filler    stands in where other ranks make more passes; by default the last forest this rank has seen
 
-        Returns loss, loss/<term> where there are several, metrics, gradient_norm, learning_rate, tokens; the
-        same on every rank. NonFinite, before the weights are touched, where loss or gradient is not finite.
+        Returns loss, loss/<term> where there are several, metrics, gradient_norm, learning_rate, tokens, and under
+        `skip_spikes` whether the step was skipped (1 or 0); the same on every rank. NonFinite, before the weights
+        are touched, where loss or gradient is not finite.
         """
         number = self.done + 1
         micros = self._micros(work)
@@ -126,6 +134,13 @@ class Trainer:
         norm = self.engine.gradient_norm(self.settings.clip)
         self._require_finite(number, "gradient norm", norm, figures)
         rate = optim.learning_rate(self.settings, number, self.total)
+        spike = self.spikes.found(figures["loss"])
+        if self.settings.skip_spikes is not None:
+            figures["skipped"] = float(spike)
+        if spike:
+            self.engine.clear()
+            self.done = number
+            return figures | {"learning_rate": rate} | ({} if norm is None else {"gradient_norm": norm})
         optim.set_learning_rate(self.engine.optimizer, rate, self.held)
         if self.held:
             self.engine.hold(self.held)
@@ -282,6 +297,7 @@ class Outcome:
     steps: int
     tokens: int
     chose: bool = False  # whether an evaluation decided which weights are kept
+    skipped: int = 0  # steps that were spikes and changed nothing
 
     @property
     def looks(self) -> list[dict[str, float]]:
@@ -339,11 +355,13 @@ def fit(
         tokens, last, evaluations = own["tokens"], own["last"], own["evaluations"]
         if watch:
             watch.load(own["watch"])
+        trainer.spikes.load(own["spikes"])
     state = lambda: {
         "tokens": tokens,
         "last": last,
         "evaluations": evaluations,
         "watch": watch.state() if watch else None,
+        "spikes": trainer.spikes.state(),
     }
     with progress.stoppable():
         for number in range(trainer.done, len(plan)):
@@ -352,6 +370,8 @@ def fit(
             last = trainer.step(batch.groups, batch.weights, batch.filler)
             seconds = time.perf_counter() - started
             tokens += int(last[TOKENS])
+            if last.get("skipped"):
+                workspace.say(f"step {trainer.done}: its loss of {last['loss']:.4g} is a spike, so it changes nothing")
             report = last | {"time/tokens_per_second": last[TOKENS] / seconds}
             if trainer.done in due:
                 found, seen = dict(evaluate() if evaluate else {}), _seen(trainer, watch)
@@ -367,7 +387,8 @@ def fit(
                 workspace.progress(tokens, plan.tokens, "tokens", **{k: report[k] for k in figures if k in report})
             progress.after(trainer.done, len(plan), state)
     kept = best.restore(trainer) if best and best.step else trainer.done
-    return Outcome(last, evaluations, kept, trainer.done, tokens, chose=bool(best and best.step))
+    chose = bool(best and best.step)
+    return Outcome(last, evaluations, kept, trainer.done, tokens, chose=chose, skipped=trainer.spikes.skipped)
 
 
 def _seen(trainer: Trainer, watch: Watch | None) -> dict[str, float]:

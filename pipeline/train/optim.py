@@ -65,6 +65,11 @@ def warmup_steps(settings: TrainSettings, total: int) -> int:
     return min(max(1, round(settings.warmup * total)), total - 1) if settings.warmup and total > 1 else 0
 
 
+def cooldown_steps(settings: TrainSettings, total: int) -> int:
+    """Updates at the end whose rate falls under wsd: at least 1, and none of those of the warm-up."""
+    return min(max(1, round(settings.cooldown * total)), total - warmup_steps(settings, total))
+
+
 def learning_rate(settings: TrainSettings, step: int, total: int) -> float:
     """The rate of update `step` (1 … total)."""
     factor = multiplier(
@@ -73,6 +78,7 @@ def learning_rate(settings: TrainSettings, step: int, total: int) -> float:
         warmup=warmup_steps(settings, total),
         shape=settings.schedule,
         final=settings.final_fraction,
+        cooldown=cooldown_steps(settings, total),
     )
     return settings.learning_rate * factor
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.flow.config import Settings, not_identity
+from pipeline.flow.config import Settings, added, not_identity
 
 
 class TrainSettings(Settings):
@@ -22,6 +22,18 @@ class TrainSettings(Settings):
         default=None,
         ge=1,
         description="Tokens an optimiser step at most, over all ranks; where set, it replaces `batch`.",
+    )
+    batch_start: int | None = added(
+        None,
+        "Tokens of the first optimiser step at most, where steps grow to `batch_tokens` (Brown et al. 2020, appendix "
+        "B: 32,000 at first).",
+        ge=1,
+    )
+    batch_growth: int | None = added(
+        None,
+        "Tokens in the course of which steps grow linearly from `batch_start` to `batch_tokens` (Brown et al. 2020, "
+        "appendix B: 4 to 12 billion).",
+        ge=1,
     )
     token_budget: int = not_identity(
         8192, "Tokens a forward pass at most; it decides memory and speed, never the result.", ge=1
@@ -44,11 +56,28 @@ class TrainSettings(Settings):
         lt=1,
         description="Share of the steps in which the rate climbs from zero to its peak.",
     )
-    schedule: Literal["cosine", "linear", "constant"] = Field(
-        default="cosine", description="How the rate falls after warm-up."
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = Field(
+        default="cosine",
+        description="How the rate falls after warm-up; wsd stays at the peak and falls exponentially in the last steps "
+        "(Hu et al. 2024).",
+    )
+    cooldown: float = added(
+        0.1, "Share of the steps in which the rate falls under wsd (Hu et al. 2024: a tenth is enough).", gt=0, lt=1
     )
     final_fraction: float = Field(
         default=0.1, ge=0, le=1, description="Share of the peak rate that the last step uses."
+    )
+    skip_spikes: float | None = added(
+        None,
+        "A step whose loss stands more than this many standard deviations above the mean of the steps before it "
+        "changes neither weights nor moments (OLMo 2, 2025: 6); without it no step is skipped.",
+        gt=0,
+    )
+    spike_window: int = added(
+        128,
+        "Steps before a step that its loss is compared with, skipped ones too; none is skipped before half as many are "
+        "known (OLMo 2, 2025: 128).",
+        ge=4,
     )
     evaluations: int = Field(
         default=4,
@@ -68,4 +97,22 @@ class TrainSettings(Settings):
     def _sane(self) -> TrainSettings:
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas: both must be in [0, 1), not {list(self.betas)}")
+        self._check_growth()
+        if self.schedule != "wsd" and self.cooldown != 0.1:
+            raise ValueError(f"cooldown: has no effect under the schedule {self.schedule}; set schedule to wsd")
+        if self.schedule == "wsd" and not self.final_fraction:
+            raise ValueError("final_fraction: must be above 0 under wsd, where the rate falls exponentially")
+        if self.schedule == "wsd" and self.warmup + self.cooldown > 1:
+            raise ValueError("cooldown: warmup and cooldown together are more than all steps")
+        if self.skip_spikes is None and self.spike_window != 128:
+            raise ValueError("spike_window: has no effect without skip_spikes")
         return self
+
+    def _check_growth(self) -> None:
+        if (self.batch_start is None) != (self.batch_growth is None):
+            missing = "batch_start" if self.batch_start is None else "batch_growth"
+            raise ValueError(f"{missing}: batches grow by batch_start and batch_growth together")
+        if self.batch_start is None:
+            return
+        if self.batch_tokens is None or self.batch_start >= self.batch_tokens:
+            raise ValueError(f"batch_start: must be less than batch_tokens, which is {self.batch_tokens}")

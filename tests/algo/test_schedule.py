@@ -21,6 +21,12 @@ def test_linear_and_constant():
     assert [multiplier(s, total=4, warmup=2, shape="constant") for s in range(5)] == [0.0, 0.5, 1.0, 1.0, 1.0]
 
 
+def test_warm_up_stable_decay():
+    """10 steps, 2 of warm-up, 4 of cooldown to a sixteenth: each of them halves the rate."""
+    rates = [multiplier(s, total=10, warmup=2, shape="wsd", final=1 / 16, cooldown=4) for s in range(12)]
+    assert rates == [0.0, 0.5, 1, 1, 1, 1, 1, 0.5, 0.25, 0.125, 0.0625, 0.0625]
+
+
 def test_corners():
     assert multiplier(0, total=0) == 1.0
     assert multiplier(5, total=5, warmup=5) == 1.0

@@ -36,9 +36,10 @@ def setting(key: str, value: str) -> str:
 
 
 KEYS = """
-pretrain.vocab_size pretrain.model.hidden_size pretrain.model.rope_theta pretrain.train.learning_rate sft.train_on
-sft.max_tokens sft.adapter.targets sft.train.batch_tokens sft.train.weight_decay reward.weight_by reward.centring
-reward.normalise_prompts reward.train.precision ppo.iterations ppo.advantage ppo.clip_high ppo.dual_clip
+pretrain.vocab_size pretrain.mixture.weights pretrain.clean.similarity pretrain.train.skip_spikes
+pretrain.train.batch_growth pretrain.model.hidden_size pretrain.model.rope_theta pretrain.train.learning_rate
+sft.train_on sft.max_tokens sft.adapter.targets sft.train.batch_tokens sft.train.weight_decay reward.weight_by
+reward.centring reward.normalise_prompts reward.train.precision ppo.iterations ppo.advantage ppo.clip_high ppo.dual_clip
 ppo.value_coefficient ppo.kl.coefficient ppo.kl.estimator ppo.critic.warmup ppo.reference.kind ppo.mix.pretraining
 ppo.importance.correct ppo.sampling.temperature ppo.sampling.max_new_tokens ppo.engine.precision ppo.reward.combine
 ppo.reward.unfinished_score ppo.train.schedule rejection.temperatures rejection.choose.fraction rejection.pairs.margin
@@ -47,6 +48,7 @@ evaluate.token_budget launch.processes launch.strategy launch.zero_stage sources
 sources.world.length_bias
 """
 POSITIVE = """
+pretrain.clean.similarity pretrain.train.skip_spikes pretrain.train.spike_window pretrain.train.cooldown
 pretrain.vocab_size pretrain.model.num_hidden_layers pretrain.model.rms_norm_eps pretrain.train.batch sft.max_tokens
 sft.adapter.rank sft.train.learning_rate sft.train.epochs sft.train.eps reward.normalise_prompts
 reward.train.token_budget ppo.iterations ppo.prompts ppo.minibatch ppo.epochs ppo.clip ppo.kl.target ppo.kl.horizon
@@ -118,7 +120,10 @@ MUTATIONS: list[tuple[str, tuple[str, ...]]] = [
     # words that are none, with those that are
     (setting("sft.train_on", "everything"), ("sft.train_on", "'all_rounds'", "'last_round'")),
     (setting("sft.train.precision", "fp16"), ("sft.train.precision", "'fp32' or 'bf16'")),
-    (setting("sft.train.schedule", "cosin"), ("sft.train.schedule", "'cosine'")),
+    (setting("sft.train.schedule", "cosin"), ("sft.train.schedule", "'cosine'", "'wsd'")),
+    (setting("pretrain.objective", "fmi"), ("pretrain.objective", "'fmi'", "'fim'")),
+    (setting("pretrain.objective", "{name: spans, densty: 1}"), ("unknown key 'densty'", "did you mean 'density'?")),
+    (setting("pretrain.clean.duplicates", "all"), ("pretrain.clean.duplicates", "'exact' or 'near'")),
     (setting("sft.adapter.targets", "all"), ("sft.adapter.targets", "'attention'")),
     (setting("pretrain.model.preset", "llama-3-8"), ("preset 'llama-3-8' is not known", "did you mean 'llama-3-8b'?")),
     (setting("pretrain.model", "milion"), ("preset 'milion' is not known", "did you mean 'million'?")),

@@ -13,6 +13,7 @@ from pipeline.flow.config import (
     Places,
     Settings,
     absolute_path_value,
+    added,
     assign,
     load_document,
     load_plan_file,
@@ -272,6 +273,19 @@ def test_identity_leaves_out_what_does_not_decide_the_result() -> None:
         "steps": 10,
     }
     assert Config(log_every=1, train=Train(token_budget=1)).identity() == Config().identity()
+
+
+def test_a_field_added_later_is_part_of_identity_where_it_is_not_at_its_default() -> None:
+    class Older(Settings):
+        steps: int = 10
+
+    class Newer(Older):
+        loss: Sigmoid = added(Sigmoid(kind="sigmoid"), "what is minimised")
+        passes: int = added(1, "how often", ge=1)
+
+    assert Newer().identity() == Newer(loss=Sigmoid()).identity() == Older().identity()
+    assert Newer(passes=2).identity() == {"steps": 10, "passes": 2}
+    assert Newer(loss=Sigmoid(beta=0.2)).identity() == {"steps": 10, "loss": {"kind": "sigmoid", "beta": 0.2}}
 
 
 def test_identity_reaches_into_lists_and_mappings() -> None:

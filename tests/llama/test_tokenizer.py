@@ -34,6 +34,18 @@ def test_control_tokens_stand_first(tokenizer) -> None:
     assert stop_tokens(tokenizer) == (7, 2)
 
 
+def test_more_control_tokens_follow_and_are_stored(tmp_path: Path) -> None:
+    more = ("<|fim_prefix|>", "<|fim_suffix|>")
+    trained = train_tokenizer(TEXTS, 400, more=more)
+    trained.save_pretrained(tmp_path)
+    opened = AutoTokenizer.from_pretrained(tmp_path)
+    for made in (trained, opened):
+        assert made.convert_tokens_to_ids([*CONTROL_TOKENS, *more]) == list(range(10))
+        assert set(more) <= set(made.all_special_tokens) and not set(encode_texts(made, list(more))[0]) & set(range(10))
+    with pytest.raises(UserError, match="10 control tokens need 266"):
+        train_tokenizer(TEXTS, 265, more=more)
+
+
 def test_small_numbers_are_single_tokens() -> None:
     numbers = [str(n) for n in range(100)]
     trained = train_tokenizer([" ".join(numbers)] * 50, 400)

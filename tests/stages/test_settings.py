@@ -54,11 +54,28 @@ def test_ppo_refuses_samplers_that_are_not_the_policy(sampling: dict[str, Any]) 
         ("rejection", {"temperatures": [-1]}, "temperatures"),
         ("evaluate", {"temperature": -1}, "temperature"),
         ("pretrain", {"vocab_size": 100}, "vocab_size"),
+        (
+            "pretrain",
+            {"train": {"batch_start": 9000, "batch_growth": 9}},
+            "must be less than batch_tokens",
+        ),
+        ("sft", {"train": {"schedule": "wsd", "final_fraction": 0}}, "final_fraction: must be above 0 under wsd"),
+        ("pretrain", {"objective": "fmi"}, "'fmi'.*'causal', 'prefix', 'fim', 'spans', 'ul2'"),
+        ("pretrain", {"objective": {"name": "fim", "rate": 1.5}}, r"pretrain\.objective\.rate"),
     ],
 )
 def test_values_out_of_range_are_named(stage: str, values: dict[str, Any], named: str) -> None:
     with pytest.raises(UserError, match=named):
         config(stage, **values)
+
+
+@pytest.mark.parametrize(
+    ("name", "train"),
+    [("skip_spikes", {"skip_spikes": 6}), ("batch_start", {"batch_tokens": 9, "batch_start": 2, "batch_growth": 9})],
+)
+def test_ppo_refuses_what_its_steps_do_not_have(name: str, train: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=rf"ppo\.train\.{name}: has no effect in PPO"):
+        load_stage(STAGES["ppo"]).check(config("ppo", train=train), frozenset({"reward"}))
 
 
 @pytest.mark.parametrize(
@@ -146,6 +163,70 @@ def test_rejection_works_with_what_its_work_needs(values: dict[str, Any], given:
     stage = load_stage(STAGES["rejection"])
     stage.check(config("rejection", **values), frozenset(given))
     assert stage.withheld(config("rejection", **values)) == ({"policy"} if values else set())
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"objective": "fim"}, None),
+        (
+            {"objective": "spans", "vocab_size": 300},
+            "vocab_size: 300, but bytes and the control tokens of spans are 365",
+        ),
+        ({"objective": "spans", "max_tokens": 4096}, r"objective\.sentinels: 100, but a window of 3721 tokens has 186"),
+        ({"objective": "ul2", "max_tokens": 6}, "max_tokens: 6 leaves no text beside the control tokens"),
+    ],
+)
+def test_objectives_fit_their_windows_and_vocabulary(values: dict[str, Any], message: str | None) -> None:
+    stage = load_stage(STAGES["pretrain"])
+    with pytest.raises(UserError, match=message) if message else nullcontext():
+        stage.check(config("pretrain", **values), frozenset({"documents"}))
+
+
+@pytest.mark.parametrize(
+    ("clean", "given", "message"),
+    [
+        ({"duplicates": "near", "similarity": 0.9}, set(), None),
+        ({"ngram": 8, "contaminated": "cut"}, {"evaluations"}, None),
+        ({"duplicates": "exact", "similarity": 0.9}, set(), "clean.similarity: has no effect without duplicates: near"),
+        ({"ngram": 8}, set(), "clean.ngram: has no effect without evaluation sets: give the row `evaluations`"),
+    ],
+)
+def test_cleaning_without_effect_is_refused(clean: dict[str, Any], given: set[str], message: str | None) -> None:
+    stage = load_stage(STAGES["pretrain"])
+    with pytest.raises(UserError, match=message) if message else nullcontext():
+        stage.check(config("pretrain", clean=clean), frozenset({"documents", *given}))
+
+
+MIXED = """
+sources:
+  web:   {kind: documents, path: w}
+  books: {kind: documents, path: b}
+  ask:   {kind: prompts, path: a}
+rows:
+  - pretrain: {documents: web, more: books, evaluations: [ask, books]}
+stages: {pretrain: {mixture: {weights: {web: 3, books: 1}}}}
+"""
+
+
+def test_sources_that_are_mixed_are_wired_and_named(tmp_path: Path) -> None:
+    path = tmp_path / "plan.yaml"
+    path.write_text(MIXED)
+    (row,) = load_plan(path, [], STAGES).rows
+    assert [ref.text for ref in row.refs()] == ["web", "books", "ask", "books"]
+    with pytest.raises(UserError, match="the row reads nothing called 'boks'; did you mean 'books'"):
+        load_plan(path, ["pretrain.mixture.weights.boks=1"], STAGES)
+    path.write_text(MIXED.replace("more: books, ", ""))
+    with pytest.raises(UserError, match="nothing called 'books'"):
+        load_plan(path, [], STAGES)
+
+
+def test_settings_that_are_younger_than_sealed_rows_leave_their_identity_alone() -> None:
+    """The keys that pretraining had before it could do anything else than predict the next token of one source."""
+    found = config("pretrain").identity()
+    assert set(found) == {"model", "vocab_size", "max_tokens", "train"}
+    assert config("pretrain", objective="causal").identity() == found
+    assert config("pretrain", objective="prefix").identity()["objective"] == {"name": "prefix", "share": 0.5}
 
 
 PLAN = """

@@ -2,7 +2,7 @@
 
 torchrun --nproc_per_node 2 tests/train/ranks.py OUT STRATEGY [ZERO_STAGE [WHAT [OFFLOAD [PRECISION]]]]
 
-WHAT is records, ratings, parked, poisoned or stopped.
+WHAT is records, ratings, parked, poisoned, spikes or stopped.
 
 `stopped` leaves without a word in the third step, and goes on with checkpoints under OUT.work when called again.
 """
@@ -26,7 +26,7 @@ from pipeline.algo.preference import Kto  # noqa: E402
 from pipeline.data.records import Rated  # noqa: E402
 from pipeline.flow.errors import NonFinite  # noqa: E402
 from pipeline.train.batches import Plan, weigh_tokens  # noqa: E402
-from pipeline.train.loop import Trainer, fit  # noqa: E402
+from pipeline.train.loop import LossSums, Trainer, fit  # noqa: E402
 from pipeline.train.parked import Parked  # noqa: E402
 from pipeline.train.preferences import PARTS, training_of  # noqa: E402
 from pipeline.train.reference import with_reference  # noqa: E402
@@ -69,6 +69,27 @@ def train(strategy: Strategy, root: Path | None = None, leave_in: int | None = N
         "last": outcome.last,
         "kept": outcome.kept_step,
         "evaluations": outcome.evaluations,
+        "weights": {name: tensor.flatten().tolist() for name, tensor in state.items()},
+    }
+
+
+def train_spiky(strategy: Strategy) -> dict[str, object]:
+    """7 steps, several passes each; the loss of the sixth is a hundred times what it was."""
+    settings = TrainSettings(batch=4, token_budget=14, learning_rate=1e-2, epochs=3, skip_spikes=6.0, spike_window=8)
+    plan = Plan(records(9), settings, seed=1, strategy=strategy)
+
+    def loss(module: Any, forest: Any) -> Any:
+        out = next_token(module, forest)
+        return LossSums({"tokens": out.terms["tokens"] * (100.0 if trainer.done == 5 else 1.0)})
+
+    trainer = Trainer(Tiny(), loss, settings, strategy, total=len(plan), seed=3)
+    steps = [trainer.step(batch.groups, batch.weights, batch.filler) for batch in plan]
+    with trainer.whole():
+        state = {name: tensor.detach().clone() for name, tensor in trainer.module.state_dict().items()}
+    return {
+        "rank": strategy.rank,
+        "skipped": [step["skipped"] for step in steps],
+        "losses": [step["loss"] for step in steps],
         "weights": {name: tensor.flatten().tolist() for name, tensor in state.items()},
     }
 
@@ -176,6 +197,8 @@ def main(
     )
     if what == "ratings":
         found = train_ratings(made)
+    elif what == "spikes":
+        found = train_spiky(made)
     elif what == "poisoned":
         found = poisoned(made, precision)
     elif what == "parked":

@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.data.forest import Segment, build
 from pipeline.flow.errors import UserError
-from pipeline.train.batches import Plan, plan_steps, weigh_tokens
+from pipeline.train.batches import Plan, largest_step, plan_steps, weigh_tokens
 from pipeline.train.settings import TrainSettings
 from pipeline.train.strategy import Strategy
 from tests.train.tiny import records
@@ -39,6 +39,33 @@ def test_batches_by_tokens() -> None:
     steps = plan_steps(sizes, TrainSettings(batch_tokens=8), seed=0)
     assert sorted(i for s in steps for i in s) == list(range(7))
     assert all(sum(sizes[i] for i in s) <= 8 for s in steps)
+
+
+def test_batches_grow_by_the_tokens_before_them() -> None:
+    """From 2 to 10 tokens in the course of 16: 2 at first, 3 after 2 tokens, 4 after 5 (4.5), 6 after 9 (6.5), 9 after
+    15 (9.5), then 10."""
+    settings = TrainSettings(batch_tokens=10, batch_start=2, batch_growth=16)
+    assert [len(s) for s in plan_steps([1] * 50, settings, seed=0)] == [2, 3, 4, 6, 9, 10, 10, 6]
+    assert [largest_step(settings, 10, seen) for seen in (0, 2, 8, 16, 99)] == [2, 3, 6, 10, 10]
+    lengths = [3, 1, 2] * 20
+    steps = plan_steps(lengths, settings, seed=4)
+    before = 0
+    for step in steps:
+        tokens = sum(lengths[i] for i in step)
+        assert tokens <= largest_step(settings, 10, before) or len(step) == 1
+        before += tokens
+    assert sorted(i for step in steps for i in step) == list(range(60))
+
+
+def test_a_growing_plan_is_the_same_on_every_number_of_ranks() -> None:
+    groups = records(40)
+    settings = TrainSettings(batch_tokens=60, batch_start=12, batch_growth=100)
+    whole = Plan(groups, settings, seed=5, strategy=ranks(1)[0])
+    for world in (2, 3):
+        plans = [Plan(groups, settings, seed=5, strategy=s) for s in ranks(world)]
+        assert all(plan.steps == whole.steps for plan in plans)
+        for step in range(len(whole)):
+            assert sorted(i for plan in plans for i in plan.mine(step)) == sorted(whole.steps[step])
 
 
 def test_ranks_share_every_step_without_overlap() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 
 from pipeline.data.forest import Forest, Segment, build
-from pipeline.flow.errors import NonFinite
+from pipeline.flow.errors import NonFinite, UserError
 from pipeline.train.batches import Plan, weigh_tokens
 from pipeline.train.loop import LossSums, Trainer, evaluation_steps, fit
 from pipeline.train.optim import learning_rate
@@ -155,6 +156,41 @@ def test_nan_at_step_7_names_it_and_leaves_the_weights_of_step_6(one: Strategy, 
         made.step(groups, weigh_tokens(groups))
     assert failure.value.exit_code == 4
     assert all(torch.equal(a, b) for a, b in zip(before, made.module.parameters(), strict=True))
+
+
+def test_a_spike_changes_neither_weights_nor_moments(one: Strategy) -> None:
+    """Step 7's loss is a thousand times what it was. The next step goes on as if it had not been, at its own rate."""
+
+    def spiky(module: Any, forest: Forest) -> LossSums:
+        out = next_token(module, forest)
+        return LossSums({"tokens": out.terms["tokens"] * (1000.0 if made.done == 6 else 1.0)})
+
+    made = trainer(one, spiky, skip_spikes=6.0, spike_window=8)
+    groups = records(4)
+    steps = [made.step(groups, weigh_tokens(groups)) for _ in range(6)]
+    before = {name: tensor.detach().clone() for name, tensor in made.state().items()}
+    steps.append(made.step(groups, weigh_tokens(groups)))
+    after = made.state()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert all(p.grad is None for p in made.engine.parameters)
+    steps.append(made.step(groups, weigh_tokens(groups)))
+    assert [s["skipped"] for s in steps] == [0, 0, 0, 0, 0, 0, 1, 0]
+    assert steps[6]["gradient_norm"] > 100 * steps[5]["gradient_norm"] and steps[7]["loss"] < steps[5]["loss"]
+    assert [s["learning_rate"] for s in steps] == [learning_rate(made.settings, k, 20) for k in range(1, 9)]
+    assert made.spikes.skipped == 1 and made.done == 8
+
+
+def test_no_step_is_skipped_unless_that_is_asked_for(one: Strategy) -> None:
+    made = trainer(one)
+    groups = records(4)
+    figures = [made.step(groups, weigh_tokens(groups)) for _ in range(3)]
+    assert all("skipped" not in f for f in figures) and made.spikes.state() is None and not made.spikes.losses
+
+
+def test_spikes_cannot_be_skipped_under_deepspeed() -> None:
+    strategy: Any = SimpleNamespace(deepspeed=object())
+    with pytest.raises(UserError, match="train.skip_spikes: DeepSpeed clears gradients in its update alone"):
+        Trainer(Tiny(), next_token, TrainSettings(skip_spikes=6.0), strategy, total=3, seed=0)
 
 
 def test_small_updates_move_float32_masters_under_bf16(one: Strategy) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.train.optim import adamw, learning_rate, parameter_groups, set_learning_rate, warmup_steps
+from pipeline.train.optim import adamw, cooldown_steps, learning_rate, parameter_groups, set_learning_rate, warmup_steps
 from pipeline.train.settings import TrainSettings
 from tests.train.tiny import Tiny
 
@@ -44,6 +44,22 @@ def test_learning_rate_is_the_closed_form() -> None:
         assert learning_rate(settings, step, 110) == pytest.approx(rate, abs=1e-12)
     assert learning_rate(TrainSettings(learning_rate=2.0), 40, 40) == pytest.approx(0.2)
     assert learning_rate(TrainSettings(learning_rate=2.0), 1, 1) == pytest.approx(0.2)
+
+
+def test_shapes_of_the_rate() -> None:
+    """100 steps, a tenth of warm-up: half way down at step 55, a tenth of the peak at the end."""
+    for schedule, middle, end in (("cosine", 0.55, 0.1), ("linear", 0.55, 0.1), ("constant", 1, 1), ("wsd", 1, 0.1)):
+        settings = TrainSettings(learning_rate=1.0, warmup=0.1, schedule=schedule)  # type: ignore[arg-type]
+        rates = [learning_rate(settings, step, 100) for step in (5, 10, 55, 100)]
+        assert rates == pytest.approx([0.5, 1.0, middle, end])
+
+
+def test_wsd_falls_in_its_last_steps_alone() -> None:
+    settings = TrainSettings(learning_rate=1.0, warmup=0.1, schedule="wsd", cooldown=0.2, final_fraction=0.01)
+    assert cooldown_steps(settings, 100) == 20
+    assert [learning_rate(settings, s, 100) for s in (10, 80, 90, 100)] == pytest.approx([1.0, 1.0, 0.1, 0.01])
+    assert [cooldown_steps(settings, n) for n in (1, 2, 3)] == [1, 1, 1]
+    assert learning_rate(settings, 1, 1) == pytest.approx(0.01)
 
 
 @pytest.mark.parametrize(("eps", "moved"), [(1e-8, 9.99900e-4), (1e-5, 9.09091e-4)])

@@ -116,6 +116,18 @@ def test_what_a_watch_saw_is_remembered(tmp_path: Path) -> None:
     assert whole[0].kept_step == 4 and whole[0].looks[0]["choice"] == -math.inf
 
 
+@pytest.mark.parametrize("killed_in", [2, 4, 5, 6])
+def test_spikes_are_told_by_the_losses_before_the_break(tmp_path: Path, killed_in: int) -> None:
+    """Two steps known are enough, and hardly any deviation is: some of the six steps are skipped."""
+    rule = {"skip_spikes": 0.1, "spike_window": 4, "checkpoint_every": 1}
+    whole = row(tmp_path / "whole", **rule)
+    assert 0 < whole[0].skipped == sum(line["skipped"] for line in whole[2]) < 4
+    assert [s for s in whole[3] if "is a spike" in s]
+    with pytest.raises(Killed):
+        row(tmp_path / "parts", killed_in, **rule)
+    assert_same(row(tmp_path / "parts", **rule), whole)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_step_saves_and_leaves(tmp_path: Path, number: signal.Signals) -> None:
     before = {n: signal.getsignal(n) for n in stopping.SIGNALS}
@@ -155,7 +167,7 @@ def test_no_room_for_two_checkpoints_is_told_before_the_first_step(
     row(tmp_path)
 
 
-@pytest.mark.parametrize("key", ["updates", "best", "metrics_size", "own", "tokens", "last", "evaluations"])
+@pytest.mark.parametrize("key", ["updates", "best", "metrics_size", "own", "tokens", "last", "evaluations", "spikes"])
 def test_a_state_that_lacks_something_is_refused_by_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
 ) -> None:

@@ -25,6 +25,13 @@ def test_what_only_costs_memory_and_time_is_not_identity() -> None:
     assert TrainSettings(batch=3).identity() != TrainSettings().identity()
 
 
+def test_younger_settings_are_no_part_of_identity_at_their_defaults() -> None:
+    younger = {"batch_start", "batch_growth", "cooldown", "skip_spikes", "spike_window"}
+    found = TrainSettings().identity()
+    assert not younger & set(found)
+    assert TrainSettings(skip_spikes=6.0).identity() == found | {"skip_spikes": 6.0}
+
+
 @pytest.mark.parametrize(
     "bad",
     [
@@ -34,6 +41,15 @@ def test_what_only_costs_memory_and_time_is_not_identity() -> None:
         {"batch": 0},
         {"precision": "fp16"},
         {"steps": 10**20},
+        {"schedule": "wsd", "final_fraction": 0.0},
+        {"schedule": "wsd", "warmup": 0.5, "cooldown": 0.6},
+        {"cooldown": 0.2},
+        {"batch_tokens": 100, "batch_start": 10},
+        {"batch_tokens": 100, "batch_growth": 10},
+        {"batch_start": 10, "batch_growth": 10},
+        {"batch_tokens": 100, "batch_start": 100, "batch_growth": 10},
+        {"skip_spikes": 0},
+        {"spike_window": 64},
     ],
 )
 def test_bad_values_are_refused(bad: dict[str, object]) -> None:

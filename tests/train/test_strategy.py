@@ -13,7 +13,7 @@ import pytest
 from pipeline.flow.errors import UserError
 from pipeline.train import zero
 from pipeline.train.strategy import Strategy, build, for_row
-from tests.train.ranks import train
+from tests.train.ranks import train, train_spiky
 
 
 def torchrun(
@@ -61,6 +61,16 @@ def test_two_ranks_train_like_one_on_ragged_batches(tmp_path: Path, alone: dict[
 
 def test_two_ranks_of_sharded_weights_train_like_one(tmp_path: Path, alone: dict[str, Any]) -> None:
     assert_same(torchrun(tmp_path / "fsdp", 2, "fsdp"), alone)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+def test_two_ranks_skip_the_steps_that_one_skips(tmp_path: Path, strategy: str) -> None:
+    alone: dict[str, Any] = train_spiky(build(device="cpu"))
+    for rank in torchrun(tmp_path / strategy, 2, strategy, "2", "spikes"):
+        assert rank["skipped"] == alone["skipped"] == [0, 0, 0, 0, 0, 1, 0]
+        assert rank["losses"] == pytest.approx(alone["losses"], rel=1e-5)
+        for name, values in alone["weights"].items():
+            assert rank["weights"][name] == pytest.approx(values, rel=1e-4, abs=1e-6), name
 
 
 @pytest.mark.slow
