@@ -205,7 +205,10 @@ class Ppo(Stage):
         )
         trained: list[Any] = [m for m in (roles.actor.policy, roles.actor.value) if m is not None]
         seen = watch.networks if watch else []
-        workspace.say(memory.statement(trained, frozen, policy.model, config.train, shared=shared))
+        told = memory.statement(
+            trained, frozen, config, ranks, workspace.launch, prompts.ids, shared=shared, looks=watch is not None
+        )
+        workspace.say(told)
         parked = Parked(ranks, workspace.frozen, [*roles.still, *rewards.networks, *seen], staying=learner.modules)
         if parked.bytes:
             workspace.say(f"{memory.human(parked.bytes)} of frozen models are elsewhere during updates (launch.frozen)")
