@@ -149,9 +149,12 @@ class Ppo(Stage):
         rewards = Rewards.open(inputs.reward, config.reward, inputs.policy.lineage, config.train.token_budget)
         watch = _watch(config, inputs, roles.policy, rewards, reader, workspace, ranks.device)
         frozen = [*roles.frozen, *rewards.networks, *(watch.networks if watch else [])]
-        for model in (roles.actor, *frozen):
+        alike = [*roles.actor.children(), *roles.still, *rewards.networks, *(watch.networks if watch else [])]
+        shared, there = 0, []  # one by one, so that a device holds a shared base once, and once more for a moment
+        for model in (*roles.actor.children(), *frozen):
             model.to(ranks.device)
-        shared = share_frozen(roles.actor, *roles.still, *rewards.networks, *(watch.networks if watch else []))
+            there += [model] if model in alike else []
+            shared += share_frozen(*there)
         for caution in config.cautions():
             workspace.say(caution)
         if roles.dropout_off:
