@@ -152,9 +152,12 @@ class Ppo(Stage):
         rewards = Rewards.open(inputs.reward, config.reward, inputs.policy.lineage, config.train.token_budget)
         watch = _watch(config, inputs, roles.policy, rewards, reader, workspace, ranks.device)
         frozen = [*roles.frozen, *rewards.networks, *(watch.networks if watch else [])]
-        for model in (roles.actor, *frozen):
+        alike = [*roles.actor.children(), *roles.still, *rewards.networks, *(watch.networks if watch else [])]
+        shared, there = 0, []  # one by one, so that a device holds a shared base once, and once more for a moment
+        for model in (*roles.actor.children(), *frozen):
             model.to(ranks.device)
-        shared = share_frozen(roles.actor, *roles.still, *rewards.networks, *(watch.networks if watch else []))
+            there += [model] if model in alike else []
+            shared += share_frozen(*there)
         for caution in config.cautions():
             workspace.say(caution)
         if roles.dropout_off:
@@ -208,7 +211,10 @@ class Ppo(Stage):
         )
         trained: list[Any] = [m for m in (roles.actor.policy, roles.actor.value) if m is not None]
         seen = watch.networks if watch else []
-        workspace.say(memory.statement(trained, frozen, policy.model, config.train, shared=shared))
+        told = memory.statement(
+            trained, frozen, config, ranks, workspace.launch, prompts.ids, shared=shared, looks=watch is not None
+        )
+        workspace.say(told)
         parked = Parked(ranks, workspace.frozen, [*roles.still, *rewards.networks, *seen], staying=learner.modules)
         if parked.bytes:
             workspace.say(f"{memory.human(parked.bytes)} of frozen models are elsewhere during updates (launch.frozen)")

@@ -14,6 +14,7 @@ FORBIDDEN = {  # package -> packages of this project that it must not import
     "pipeline/data": {"cli", "llama", "rollout", "train", "evaluate", "report", "stages"},
     "pipeline/llama": {"cli", "rollout", "train", "evaluate", "report", "stages"},
     "pipeline/rollout": {"cli", "train", "evaluate", "report", "stages"},
+    "pipeline/estimate": {"cli", "algo", "data", "rollout", "train", "evaluate", "report", "stages"},
     "pipeline/train": {"cli", "rollout", "evaluate", "report", "stages"},
     "pipeline/evaluate": {"cli", "train", "stages"},
     "pipeline/report": {"cli", "train", "stages", "rollout"},

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from pipeline.cli import diff, plan, report, run, show, store
+from pipeline.cli import diff, estimate, plan, report, run, show, store
 from pipeline.flow.errors import RowFailed, UserError, no_room
 from pipeline.flow.secrets import redact
 
@@ -55,6 +55,7 @@ app = typer.Typer(
 )
 app.command("run")(run.run)
 app.command("plan")(plan.plan)
+app.command("estimate")(estimate.estimate)
 app.command("stage")(run.stage)
 app.command("show")(show.show)
 app.command("lineage")(show.lineage)

@@ -10,6 +10,7 @@ stage --force   {"row", "stage", "fingerprint", "seconds", "same", "scratch": PA
 plan            {"plan", "rows": [{"row", "stage", "status": "fresh"|"stale"|"pending",
                  "fingerprint": FP|null, "why", "waits_for",
                  "inputs": {SLOT: {"type", "from": REF|[REF, ...]}}, "outputs": {SLOT: TYPE}}]}
+estimate        {"plan", "device", "utilisation", "rows": [...]}, as in pipeline/cli/estimate.py
 show RUN        {"run", "rows": [a row of `run` + {"fingerprint", "tokens", "headline": [METRIC, ...]}],
                  "started", "finished": TIME|null, "exit_code": CODE|null, "error"}   null: it has not ended
 show RUN ROW    {"run", "row", "fingerprint", "stage", "version", "settings", "metrics", "environment",

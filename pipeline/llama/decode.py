@@ -22,6 +22,7 @@ heads, G query heads a key head, W width of a head, V vocabulary.
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
@@ -57,7 +58,13 @@ class SlotLayer(CacheLayerMixin):
 
     def __init__(self, cache: SlotCache) -> None:
         super().__init__()
-        self.cache = cache
+        self._cache = weakref.ref(cache)  # a cycle would keep keys and values until the garbage collector comes
+
+    @property
+    def cache(self) -> SlotCache:
+        found = self._cache()
+        assert found is not None
+        return found
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         _, heads, _, width = key_states.shape

@@ -1,12 +1,23 @@
-"""A prediction of a stage's peak memory, said before it starts, so that a run that cannot fit is seen at once."""
+"""The peak memory of a row's models, said before it starts, so that a run that cannot fit is seen at once.
+
+The prediction is that of `rlhf estimate` (pipeline/estimate), with the models and lengths that are known by now.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 from torch import nn
 
-from pipeline.train.settings import TrainSettings
+from pipeline.estimate.following import layout_of
+from pipeline.estimate.memory import human, peak
+from pipeline.estimate.rows import ppo_work
+from pipeline.estimate.shape import Model, Shape
+from pipeline.flow.launch import launch_settings
+from pipeline.llama.adapters import TARGETS, LoraSettings, is_adapted
+from pipeline.llama.heads import ValueHead, unwrapped
+from pipeline.train.strategy import Strategy
 
 
 def parameters(*modules: nn.Module) -> int:
@@ -17,57 +28,52 @@ def trainable(*modules: nn.Module) -> int:
     return sum(p.numel() for m in modules for p in m.parameters() if p.requires_grad)
 
 
-def predict(
-    trained: list[nn.Module],
-    frozen: list[nn.Module],
-    *,
-    tokens: int,
-    hidden: int,
-    layers: int,
-    intermediate: int,
-    vocabulary: int,
-    scored: int,
-) -> int:
-    """Bytes at the peak of an update.
-
-    fp32 weights of all models; gradient and two Adam moments of what is trained (16 bytes a trained parameter in
-    all, Rajbhandari et al. 2020, section 3.1, without the half-precision copies); activations that a decoder layer
-    keeps for its backward pass, about (10 hidden + 4 intermediate) floats a token; logits and their gradient of the
-    `scored` positions.
-    """
-    weights = 4 * parameters(*trained, *frozen)
-    states = 12 * trainable(*trained)
-    activations = 4 * tokens * layers * (10 * hidden + 4 * intermediate) * max(len(trained), 1)
-    logits = 2 * 4 * scored * vocabulary
-    return weights + states + activations + logits
-
-
-def human(size: float) -> str:
-    for unit in ("B", "KB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB"
+def model_of(module: Any) -> Model:
+    """A PolicyModel or ScalarModel as an estimate knows it. Models that hold one base in common have it at one address,
+    which is the base's name here."""
+    model = module.lm if hasattr(module, "lm") else module.classifier
+    inner = unwrapped(model)
+    shape = Shape.of(cast(Mapping[str, Any], inner.config.get_text_config().to_dict()))
+    adapter = None
+    if is_adapted(model):
+        config = model.active_peft_config
+        names = set(config.target_modules)
+        targets = next((name for name, modules in TARGETS.items() if set(modules) == names), "linear")
+        adapter = LoraSettings.model_validate({"rank": config.r, "targets": targets})
+    base = str(inner.get_input_embeddings().weight.data_ptr())
+    return Model(shape, base, adapter, scalar=hasattr(module, "classifier"))
 
 
 def statement(
-    trained: list[nn.Module], frozen: list[nn.Module], model: Any, settings: TrainSettings, *, shared: int = 0
+    trained: Sequence[nn.Module],
+    frozen: Sequence[nn.Module],
+    config: Any,
+    ranks: Strategy,
+    launch: Mapping[str, Any],
+    prompts: Sequence[Sequence[int]],
+    *,
+    shared: int = 0,
+    looks: bool = False,
 ) -> str:
-    """One line for people: what will be held and the predicted peak. `shared`: bytes that roles hold in common."""
-    config = model.config
-    peak = predict(
-        trained,
-        frozen,
-        tokens=settings.token_budget,
-        hidden=config.hidden_size,
-        layers=config.num_hidden_layers,
-        intermediate=config.intermediate_size,
-        vocabulary=config.vocab_size,
-        scored=settings.token_budget,
+    """One line for people about a PPO row: what is held and the predicted peak of a rank. `shared`: bytes that roles
+    hold in common; `looks`: whether the best weights are kept."""
+    samples, new = config.sampling.samples, config.sampling.max_new_tokens
+    longest, mean = max(map(len, prompts)), sum(map(len, prompts)) / len(prompts)
+    work = ppo_work(
+        config,
+        layout_of(launch_settings(launch), config.train.precision, ranks.device.type == "cpu"),
+        tuple(model_of(m) for m in trained if not isinstance(m, ValueHead)),
+        tuple(map(model_of, frozen)),
+        count=min(config.prompts, len(prompts)),
+        columns=longest + new,
+        longest=longest + samples * new,
+        scored=samples * new / (mean + samples * new),
+        looks=looks,
     )
-    peak -= shared
+    found = peak(work)
     once = f", {human(shared)} of it held once for several roles" if shared else ""
     return (
         f"trains {trainable(*trained):,} of {parameters(*trained):,} parameters, {parameters(*frozen):,} frozen{once}; "
-        f"predicted peak memory {human(peak)} for {settings.token_budget} tokens a pass (train.token_budget)"
+        f"predicted peak memory {human(found.total)} while {found.phase}, {work.tokens} tokens a pass "
+        "(train.token_budget)"
     )

@@ -25,6 +25,7 @@ BENCHMARKS = {
     "dpo": "DPO, comparisons a second, against TRL's DPOTrainer",
     "rloo": "RLOO with K = 8, completions a second, against TRL's RLOOTrainer",
     "scaling": "several processes, tokens a second and memory a rank, against one",
+    "estimate": "peak memory of every stage that `rlhf estimate` predicts, MB, against what is measured",
     "safety": "what checkpoints inside a row cost, steps a second, against none",
 }
 

@@ -30,7 +30,7 @@ assert not heavy, heavy
 """
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=_environment())
     assert ended.returncode == 0, ended.stderr
-    for command in ("run", "plan", "stage", "show", "lineage", "diff", "gc", "verify", "data", "import"):
+    for command in ("run", "plan", "estimate", "stage", "show", "lineage", "diff", "gc", "verify", "data", "import"):
         assert f"\n  {command} " in ended.stdout
 
 

@@ -1,45 +1,52 @@
-"""The predicted peak, by hand."""
+"""What a PPO row says of its memory, with the models that it really opened."""
 
 from __future__ import annotations
 
 from types import SimpleNamespace
 
-import pytest
+import torch
 from torch import nn
 
+from pipeline.llama.adapters import LoraSettings, add_lora, share_frozen
+from pipeline.llama.heads import PolicyModel, ScalarModel
 from pipeline.train import memory
-from pipeline.train.settings import TrainSettings
+from stages.ppo import Ppo
+from tests import small
 
 
-def test_the_parts_of_the_prediction():
-    trained, frozen = nn.Linear(3, 2, bias=False), nn.Linear(5, 2, bias=False)  # 6 and 10 parameters
-    shape = {"tokens": 7, "hidden": 3, "layers": 2, "intermediate": 4, "vocabulary": 11, "scored": 5}
-    weights, states = 4 * 16, 12 * 6
-    activations = 4 * 7 * 2 * (10 * 3 + 4 * 4)
-    logits = 2 * 4 * 5 * 11
-    assert memory.predict([trained], [frozen], **shape) == weights + states + activations + logits
-    two = memory.predict([trained, frozen], [], **shape)  # each trunk keeps its own activations
-    assert two == weights + 12 * 16 + 2 * activations + logits
-
-
-def test_what_an_adapter_leaves_frozen_has_no_optimiser_state():
+def test_what_an_adapter_leaves_frozen_is_not_trainable():
     model = nn.Sequential(nn.Linear(10, 10, bias=False), nn.Linear(10, 1, bias=False))
     model[0].requires_grad_(False)
     assert (memory.parameters(model), memory.trainable(model)) == (110, 10)
 
 
-@pytest.mark.parametrize(
-    ("size", "text"), [(7, "7 B"), (1500, "1.5 KB"), (2_340_000, "2.34 MB"), (8e9, "8 GB"), (3e12, "3 TB")]
-)
-def test_sizes_for_people(size: float, text: str):
-    assert memory.human(size) == text
+def test_models_are_known_by_their_modules():
+    policy, scorer = small.policy(), small.scorer()
+    found, scalar = memory.model_of(policy.module), memory.model_of(scorer.module)
+    assert (found.parameters, found.adapter, found.scalar) == (memory.parameters(policy.module), None, False)
+    assert (scalar.parameters, scalar.scalar) == (memory.parameters(scorer.module), True)
+
+
+def test_models_that_share_a_base_say_so():
+    lora = LoraSettings(rank=2, targets="query_value")
+    one = PolicyModel(add_lora(small.policy(seed=3).model, lora, seed=0))
+    two = ScalarModel(add_lora(small.scorer(seed=3).model, lora, seed=1))
+    apart = [memory.model_of(m) for m in (one, two)]
+    assert share_frozen(one, two)
+    together = [memory.model_of(m) for m in (one, two)]
+    assert apart[0].base != apart[1].base and together[0].base == together[1].base
+    for model, module in zip(together, (one, two), strict=True):
+        assert (model.adapter and model.adapter.rank) == 2
+        assert model.parameters == memory.parameters(module) and model.trained == memory.trainable(module)
 
 
 def test_the_statement_names_the_setting_that_decides():
-    config = SimpleNamespace(hidden_size=3, num_hidden_layers=2, intermediate_size=4, vocab_size=11)
-    model = SimpleNamespace(config=config)
-    said = memory.statement(
-        [nn.Linear(3, 2, bias=False)], [nn.Linear(5, 2, bias=False)], model, TrainSettings(token_budget=64)
-    )
-    assert said.startswith("trains 6 of 6 parameters, 10 frozen; predicted peak memory ")
-    assert said.endswith("for 64 tokens a pass (train.token_budget)")
+    policy, reference, reward = small.policy(), small.policy(), small.scorer()
+    ranks = SimpleNamespace(device=torch.device("cpu"))
+    config = Ppo.Config.model_validate({"train": {"token_budget": 640}})
+    trained, frozen = [policy.module], [reference.module, reward.module]
+    said = memory.statement(trained, frozen, config, ranks, {}, [[1] * 8] * 4)
+    held = memory.parameters(policy.module)
+    assert said.startswith(f"trains {held:,} of {held:,} parameters, {memory.parameters(*frozen):,} frozen; ")
+    assert said.endswith(", 640 tokens a pass (train.token_budget)")
+    assert "predicted peak memory " in said and " MB while " in said

@@ -1,0 +1,129 @@
+"""The sizes of a LLaMA as an estimate needs them, and of the adapters over it. No torch: planning imports this.
+
+shape = Shape.of(PRESETS["llama-7b"])
+shape.parameters                    6,738,415,616
+lora_parameters(shape, 8, "query_value")     4,194,304
+kv_bytes(shape)                     524,288 bytes a token in 16 bits
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.llama.adapters import TARGETS, LoraSettings
+from pipeline.llama.presets import head_dim, parameter_count
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Widths and counts. `queries` and `keys` are widths of all heads together."""
+
+    vocabulary: int
+    hidden: int
+    inner: int
+    layers: int
+    heads: int
+    queries: int
+    keys: int
+    tied: bool
+    parameters: int  # of the causal LM, a tied head once
+
+    @classmethod
+    def of(cls, shape: Mapping[str, Any]) -> Shape:
+        """From the arguments of transformers' LlamaConfig, or a config.json."""
+        heads = shape["num_attention_heads"]
+        full = {**shape, "num_key_value_heads": shape.get("num_key_value_heads") or heads}
+        size = head_dim(full)
+        return cls(
+            vocabulary=full["vocab_size"],
+            hidden=full["hidden_size"],
+            inner=full["intermediate_size"],
+            layers=full["num_hidden_layers"],
+            heads=heads,
+            queries=heads * size,
+            keys=full["num_key_value_heads"] * size,
+            tied=bool(full.get("tie_word_embeddings")),
+            parameters=parameter_count(full),
+        )
+
+    @property
+    def table(self) -> int:
+        """Parameters of the embedding, and of the head, which are one where they are tied."""
+        return self.vocabulary * self.hidden
+
+    @property
+    def scalar_parameters(self) -> int:
+        """Of a reward or value model: one output in place of the head over the vocabulary."""
+        return self.parameters - (0 if self.tied else self.table) + self.hidden
+
+    @property
+    def projections(self) -> dict[str, tuple[int, int]]:
+        """(inputs, outputs) of the linear layers of a decoder layer, by name."""
+        return {
+            "q_proj": (self.hidden, self.queries),
+            "k_proj": (self.hidden, self.keys),
+            "v_proj": (self.hidden, self.keys),
+            "o_proj": (self.queries, self.hidden),
+            "gate_proj": (self.hidden, self.inner),
+            "up_proj": (self.hidden, self.inner),
+            "down_proj": (self.inner, self.hidden),
+        }
+
+    @property
+    def layer_matrices(self) -> int:
+        """Parameters of a decoder layer that stand in products: all but norms and biases."""
+        return sum(a * b for a, b in self.projections.values())
+
+    @property
+    def trunk(self) -> int:
+        """Those of all layers."""
+        return self.layers * self.layer_matrices
+
+
+def lora_parameters(shape: Shape, rank: int, targets: str) -> int:
+    """Trained by LoRA: A [rank, inputs] and B [outputs, rank] of every target (Hu et al. 2021, section 4.1)."""
+    return shape.layers * sum(rank * sum(shape.projections[name]) for name in TARGETS[targets])
+
+
+def kv_bytes(shape: Shape, width: float = 2) -> float:
+    """Keys and values of one token in all layers, `width` bytes a number."""
+    return 2 * shape.layers * shape.keys * width
+
+
+@dataclass(frozen=True)
+class Model:
+    """One model of a row.
+
+    base      the row or source whose whole weights it holds: frozen models of one base can hold them once
+    adapter   what is over them
+    scalar    one output: a reward or value model
+    """
+
+    shape: Shape
+    base: str
+    adapter: LoraSettings | None = None
+    scalar: bool = False
+
+    @property
+    def whole(self) -> int:
+        """Parameters without an adapter's."""
+        return self.shape.scalar_parameters if self.scalar else self.shape.parameters
+
+    @property
+    def own(self) -> int:
+        """An adapter's parameters; of a scalar model with the copy of the head that is trained beside it."""
+        if self.adapter is None:
+            return 0
+        head = self.shape.hidden if self.scalar else 0
+        return lora_parameters(self.shape, self.adapter.rank, self.adapter.targets) + head
+
+    @property
+    def trained(self) -> int:
+        """Parameters that training moves."""
+        return self.own or self.whole
+
+    @property
+    def parameters(self) -> int:
+        return self.whole + self.own
