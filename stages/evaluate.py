@@ -21,6 +21,7 @@ from pipeline.flow.stage import Stage, Workspace
 class Evaluate(Stage):
     name = "evaluate"
     version = 1
+    one_process = True  # answers are not shared among ranks
     sources = ("data", "llama", "algo", "rollout", "evaluate", "report")
 
     class Config(Settings):
