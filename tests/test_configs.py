@@ -23,6 +23,10 @@ def test_a_shipped_plan_loads(path: Path):
     assert plan.rows and all(row.stage in STAGES or row.stage == "world" for row in plan.rows)
 
 
+def test_a_ppo_row_of_the_quickstart_can_be_gone_on_with():
+    assert load_plan(ROOT / "configs" / "quickstart.yaml", [], STAGES).row("ppo").config.train.checkpoint_every == 1
+
+
 def test_every_part_is_used_by_a_plan():
     text = "".join(p.read_text() for p in (ROOT / "configs").rglob("*.yaml"))
     for part in [*(ROOT / "configs" / "model").glob("*.yaml"), *(ROOT / "configs" / "launch").glob("*.yaml")]:

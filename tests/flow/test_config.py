@@ -309,6 +309,17 @@ def test_a_nested_mapping_changes_the_keys_it_names_of_the_default_of_its_field(
     assert parse_settings(Stage, {"loss": {"kind": "ipo"}}, "settings.x").loss == Ipo()
 
 
+def test_a_choice_among_words_is_no_other_member_of_a_union() -> None:
+    class Choosing(Settings):
+        precision: Literal["fp32", "bf16"] = "fp32"
+        every: int = 100
+
+    class Stage(Settings):
+        train: Choosing = Choosing(every=1)
+
+    assert parse_settings(Stage, {"train": {"precision": "bf16"}}, "settings.x").train.every == 1
+
+
 @pytest.mark.parametrize("bad", [0, 1, 1.0, "yes", "off", "true", [True]])
 def test_a_number_or_a_word_is_no_boolean(bad: object) -> None:
     class Switches(Settings):
