@@ -122,7 +122,7 @@ def _no_number(value: Any) -> Any:
 
 
 def _another_tag(default: Settings, given: Mapping[str, Any]) -> bool:
-    """Whether it names another member of a union: a tag is a Literal of one value, not one of several words to choose from."""
+    """Whether it names another member of a union: a tag is a Literal of one value, not one of several words."""
     hints = {name: info.annotation for name, info in type(default).model_fields.items()}
     tags = [name for name, hint in hints.items() if get_origin(hint) is Literal and len(get_args(hint)) == 1]
     return any(name in given and given[name] != getattr(default, name) for name in tags)
