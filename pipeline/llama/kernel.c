@@ -41,6 +41,10 @@ typedef float vfu __attribute__((vector_size(4 * LANES), aligned(4), may_alias))
 typedef float v8u __attribute__((vector_size(32), aligned(4), may_alias));
 typedef float v8 __attribute__((vector_size(32)));
 typedef int32_t v8i __attribute__((vector_size(32)));
+typedef uint16_t h __attribute__((vector_size(2 * LANES)));
+typedef uint16_t hu __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+typedef uint16_t h8 __attribute__((vector_size(16)));
+typedef uint16_t h8u __attribute__((vector_size(16), aligned(2), may_alias));
 
 #ifdef __clang__
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
@@ -78,12 +82,10 @@ INLINE float widen(uint16_t x) {
     return y;
 }
 
-INLINE uint16_t narrow(float x) { /* to the nearest, ties to even; NaN stays NaN */
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    if ((bits & 0x7fffffff) > 0x7f800000) return (uint16_t)((bits >> 16) | 0x40);
-    return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
+/* float32 to the 16 bits of a bfloat16, in vectors of V: to the nearest, ties to even; NaN stays NaN. */
+#define NARROW(V, x)                                                                            \
+    (CHOOSE_BITS((x) != (x), (V)(x) | 0x400000, (V)(x) + 0x7fff + (((V)(x) >> 16) & 1)) >> 16)
+#define CHOOSE_BITS(which, yes, no) (((which) & (yes)) | (~(which) & (no)))
 
 /* Pairs side by side turned by their cosines and sines, or back (by = -1). Rotary positions: Su et al. 2021. */
 INLINE void turn(float *row, const float *angle, int size, float by) {
@@ -103,17 +105,13 @@ INLINE v8 turn8(v8 x, const float *angle, float by) {
 
 /* 8 numbers, float32 or bfloat16 (half). */
 INLINE v8 read8(const void *from, int64_t at, int half) {
-    v8 x = {0};
-    if (half)
-        for (int d = 0; d < 8; d++) x[d] = widen(((const uint16_t *)from)[at + d]);
-    else
-        x = *(const v8u *)((const float *)from + at);
-    return x;
+    if (half) return (v8)(__builtin_convertvector(*(const h8u *)((const uint16_t *)from + at), v8i) << 16);
+    return *(const v8u *)((const float *)from + at);
 }
 
 INLINE void write8(void *to, int64_t at, int half, v8 x) {
     if (half)
-        for (int d = 0; d < 8; d++) ((uint16_t *)to)[at + d] = narrow(x[d]);
+        *(h8u *)((uint16_t *)to + at) = __builtin_convertvector(NARROW(v8i, x), h8);
     else
         *(v8u *)((float *)to + at) = x;
 }
@@ -522,15 +520,13 @@ INLINE void decode(const Decode *f, int64_t n, int kv, int size, float *weights)
 #define ROWS 64 /* of a task; sums over rows are made task by task, whatever the number of threads */
 
 INLINE vf load(const void *from, int64_t at, int half) {
-    if (!half) return *(const vfu *)((const float *)from + at);
-    vf x = {0};
-    for (int i = 0; i < LANES; i++) x[i] = widen(((const uint16_t *)from)[at + i]);
-    return x;
+    if (half) return (vf)(__builtin_convertvector(*(const hu *)((const uint16_t *)from + at), vi) << 16);
+    return *(const vfu *)((const float *)from + at);
 }
 
 INLINE void save(void *to, int64_t at, int half, vf x) {
     if (half)
-        for (int i = 0; i < LANES; i++) ((uint16_t *)to)[at + i] = narrow(x[i]);
+        *(hu *)((uint16_t *)to + at) = __builtin_convertvector(NARROW(vi, x), h);
     else
         *(vfu *)((float *)to + at) = x;
 }
