@@ -51,6 +51,7 @@ from .artifacts import (
     safe_member,
     sha256_bytes,
     sha256_file,
+    sync,
     within_levels,
 )
 from .errors import Damaged, UserError
@@ -119,15 +120,16 @@ class Store:
                 shutil.copyfile(partial / name, out / name)
         self._compare(out, manifest["outputs"], hashes=False)
         for path in sorted(out.rglob("*"), reverse=True):
-            _sync(path)
+            if not path.is_symlink():
+                sync(path)
             if path.is_file():
                 path.chmod(0o444)
         _write_json(out / "manifest.json", {**manifest, "seal": _seal_of(manifest)})
         (out / "manifest.json").chmod(0o444)
-        _sync(out)
+        sync(out)
         target.parent.mkdir(parents=True, exist_ok=True)
         out.rename(target)
-        _sync(target.parent)
+        sync(target.parent)
         shutil.rmtree(partial)
         return target
 
@@ -553,18 +555,8 @@ def _write_json(path: Path, value: Any) -> None:
     """Whole or not at all: written beside, synced, renamed."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     beside.write_text(_rendered(value), encoding="utf-8")
-    _sync(beside)
+    sync(beside)
     beside.replace(path)
-
-
-def _sync(path: Path) -> None:
-    if path.is_symlink():
-        return
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _flat(values: Iterable[Any]) -> list[Any]:

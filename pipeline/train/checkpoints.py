@@ -16,7 +16,6 @@ refused. Nothing is pickled.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import math
 import os
@@ -30,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from pipeline.flow.artifacts import read_object
+from pipeline.flow.artifacts import read_object, sha256_file, sync
 from pipeline.flow.errors import Damaged, RowFailed, UserError
 
 if TYPE_CHECKING:
@@ -134,7 +133,7 @@ class Checkpoints:
                 beside = work.with_name(f"{work.name}-{self.ranks.rank}")  # a part has its name once it is whole
                 _write_tensors(tensors, beside)
                 os.rename(beside, part)
-                _sync(work)
+                sync(work)
             if self.ranks.main:
                 self._await_parts(work)
                 self._complete(step, place, work, state)
@@ -169,7 +168,7 @@ class Checkpoints:
     def _complete(self, step: int, place: Path, work: Path, state: str) -> None:
         """The tensors are written: the rest, the new name, and away with what is too old."""
         (work / STATE).write_text(state, encoding="utf-8")
-        _sync(work / STATE)
+        sync(work / STATE)
         files = {path.name: _facts(path) for path in sorted(work.iterdir())}
         manifest = {
             "schema": SCHEMA,
@@ -179,12 +178,12 @@ class Checkpoints:
             "layout": self.layout,
         }
         (work / MANIFEST).write_text(json.dumps({**manifest, "files": files}, indent=1), encoding="utf-8")
-        _sync(work / MANIFEST)
-        _sync(work)
+        sync(work / MANIFEST)
+        sync(work)
         if place.exists():  # damaged, else the row had gone on from it
             _remove(place)
         os.rename(work, place)
-        _sync(self.directory)
+        sync(self.directory)
         self._verify(place)
         others = [other for other in self._places() if other != place]
         beyond = [other for other in others if _step(other) > step]  # damaged, else the row had gone on from them
@@ -281,7 +280,7 @@ def _write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
         save_file(dict(tensors), path)
     except SafetensorError as error:  # how it reports what the system refused
         raise OSError(str(error)) from error
-    _sync(path)
+    sync(path)
 
 
 def megabytes(tensors: Mapping[str, Tensor]) -> int:
@@ -321,16 +320,4 @@ def _remove(place: Path) -> None:
 
 
 def _facts(path: Path) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
