@@ -6,7 +6,7 @@
     module_names(description)             a field that lists Python modules whose source decides the result
     parse_settings(cls, values, label, where) -> Settings      UserError: key, place, nearest valid key
     load_document(path) -> Document       `extends` merged, `path:` keys made absolute, duplicate keys refused
-    load_plan_file(path, sets=()) -> dict                      the merged mapping, `--set` applied literally
+    with_sets(document, sets) -> Document                      `--set` applied literally
     parse_set(text) -> (keys, value)      "dpo.beta=0.2" -> (("dpo", "beta"), 0.2)
     assign(document, keys, value, label), merge(below, above)
     nearest(key, valid) -> str            "; did you mean 'beta'?" or the list of what is valid
@@ -355,6 +355,10 @@ class Document:
     places: Places
     files: tuple[Path, ...]  # every file read, the plan itself last
 
+    @property
+    def path(self) -> Path:
+        return self.files[-1]
+
 
 def load_document(path: Path) -> Document:
     """Read `path` and all it extends; relative `path:` and `extends` values start at the file naming them."""
@@ -405,13 +409,14 @@ def _text(path: Path) -> str:
         raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from error
 
 
-def load_plan_file(path: Path, sets: Iterable[str] = ()) -> dict[str, Any]:
-    """The merged mapping of a plan file, each `--set` assigned under its literal keys."""
-    values = load_document(path).values
+def with_sets(document: Document, sets: Iterable[str]) -> Document:
+    """The document with each `--set` assigned under its literal keys."""
+    values, lines = dict(document.values), dict(document.places.lines)
     for text in sets:
         keys, value = parse_set(text)
         assign(values, keys, absolute_path_value(keys[-1], value, Path.cwd()), f"--set {text}")
-    return values
+        lines[keys] = f"--set {text}"
+    return Document(values, Places(lines, document.places.also), document.files)
 
 
 def merge(below: Any, above: Any) -> Any:

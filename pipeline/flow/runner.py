@@ -167,6 +167,7 @@ class Runner:
         self._interrupted: int | None = None
         self._row = self.run_dir.name  # the row at work, for what is said
         self.started = False  # the run directory is ours and the plan is loaded
+        self.gathered = False  # the other nodes of several are there, or node 0 has told those that were
         self._began = time.time()
 
     # ------------------------------------------------------------------------------------------- two commands
@@ -366,6 +367,7 @@ class Runner:
 
     def _gather(self, plan: Plan) -> None:
         """Of several nodes, whether all are there is known before anything is computed."""
+        self.gathered = True
         if plan.launch.get("nodes", 1) > 1:
             say = lambda text: self.listener.said(self.run_dir.name, text)
             self._open_workers(plan.launch).gather(say, digest_of(plan.document, self.run_dir.name))

@@ -1,6 +1,6 @@
 """Reading a plan: settings merged and checked, references resolved, kinds compared, before anything runs.
 
-    load(path, sets, stages) -> Plan       behind `plan.load_plan`
+    load(document, sets, stages) -> Plan       behind `plan.load_plan`
     code_of(stage class, its settings) -> {file: sha256}
 
 Every refusal names file and line, what was expected, what stands above, and what mends it.
@@ -20,13 +20,13 @@ from pydantic import field_validator
 from . import secrets
 from .artifacts import KINDS, Artifact, sha256_file
 from .config import (
+    Document,
     Keys,
     Places,
     Settings,
     absolute_path_value,
     absolute_paths,
     assign,
-    load_document,
     merge,
     nearest,
     parse_set,
@@ -59,9 +59,8 @@ SOURCE_KINDS = (
 SEEDS = 2**63  # signed 64-bit numbers, without the negative ones that numpy refuses
 
 
-def load(path: Path, sets: Sequence[str], stages: Mapping[str, str]) -> Plan:
-    document = load_document(path)
-    return _Loading(path, document.values, document.places, dict(stages)).plan(sets)
+def load(document: Document, sets: Sequence[str], stages: Mapping[str, str]) -> Plan:
+    return _Loading(document.path, dict(document.values), document.places, dict(stages)).plan(sets)
 
 
 class _SourceSettings(Settings):
