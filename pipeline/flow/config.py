@@ -9,6 +9,7 @@
     with_sets(document, sets) -> Document                      `--set` applied literally
     parse_set(text) -> (keys, value)      "dpo.beta=0.2" -> (("dpo", "beta"), 0.2)
     assign(document, keys, value, label), merge(below, above)
+    refused(key, words)                   what a validator of several settings raises about one of them
     nearest(key, valid) -> str            "; did you mean 'beta'?" or the list of what is valid
 
 The YAML is a subset without surprises: true and false are the only booleans, 1e-4 is a number, dates text;
@@ -33,7 +34,7 @@ from .errors import UserError
 
 Keys = tuple[str, ...]
 S = TypeVar("S", bound="Settings")
-UNKNOWN = "unknown_key"
+UNKNOWN, REFUSED = "unknown_key", "refused"  # types of our own errors, whose context holds the keys they are about
 NO_NUMBER = object()
 MOST_BYTES = 2**20  # of a plan file; the YAML reader takes ten seconds for that
 MOST_LEVELS = 64  # of nesting in a plan
@@ -178,6 +179,11 @@ def _identity(value: Any, dumped: Any) -> Any:
     return dumped
 
 
+def refused(key: str, words: str) -> PydanticCustomError:
+    """What a validator of a whole group raises: the message is about this key of it."""
+    return PydanticCustomError(REFUSED, "{words}", {"words": words, "keys": [key]})
+
+
 def nearest(key: str, valid: Iterable[str]) -> str:
     """The end of an error message: the valid name most like `key`, else all of them."""
     names = sorted(valid)
@@ -221,6 +227,8 @@ def _problem(detail: ErrorDetails, values: Any, label: str, where: Places | None
             values = values[part]  # type: ignore[index]
         elif detail["type"] == "missing" and part == detail["loc"][-1]:
             keys.append(str(part))
+    if detail["type"] == REFUSED:
+        keys.append(detail["ctx"]["keys"][0])
     at = list(keys)
     if detail["type"] == UNKNOWN:
         at.append(detail["ctx"]["keys"][0])

@@ -444,9 +444,10 @@ def test_which_node_this_is(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"processes": 3}, "launch.processes is 3, which 2 nodes cannot share equally"),
-        ({"main_address": None}, "set launch.main_address"),
-        ({"node_rank": 2}, "launch.node_rank is 2, but launch.nodes is 2: nodes count from 0"),
+        ({"processes": 3}, "launch.processes: 3, over all nodes, which 2 nodes cannot share equally"),
+        ({"processes": 514}, "launch.processes: 514, but there are at most 256 on a node"),
+        ({"main_address": None}, "launch.nodes: 2 nodes: set launch.main_address"),
+        ({"node_rank": 2}, "launch.node_rank: 2, but launch.nodes is 2: nodes count from 0"),
         ({"main_port": 65535}, "main_port"),
     ],
 )
