@@ -57,10 +57,11 @@ class Dpo(Stage):
         @model_validator(mode="before")
         @classmethod
         def _short(cls, values: Any) -> Any:
-            """`beta: 0.1` is `loss: {beta: 0.1}`; null leaves it to the loss."""
-            if not isinstance(values, Mapping) or not any(key in values for key in SHORT):
+            """`loss: ipo` is `loss: {name: ipo}`, `beta: 0.1` is `loss: {beta: 0.1}`; null leaves it to the loss."""
+            if not isinstance(values, Mapping) or not any(key in values for key in ("loss", *SHORT)):
                 return values
             loss = values.get("loss", {})
+            loss = {"name": loss} if isinstance(loss, str) else loss
             if not isinstance(loss, Mapping):
                 return values
             short = {key: values[key] for key in SHORT if values.get(key) is not None}

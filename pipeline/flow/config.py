@@ -187,10 +187,13 @@ def refused(key: str, words: str) -> PydanticCustomError:
 def nearest(key: str, valid: Iterable[str]) -> str:
     """The end of an error message: the valid name most like `key`, else all of them."""
     names = sorted(valid)
-    close = difflib.get_close_matches(key, names, 1, 0.6)
-    if close:
-        return f"; did you mean {close[0]!r}?"
-    return f"; valid: {', '.join(names)}" if names else ""
+    return closest(key, names) or (f"; valid: {', '.join(names)}" if names else "")
+
+
+def closest(key: str, valid: Iterable[str]) -> str:
+    """The same, or nothing where none is like `key`."""
+    close = difflib.get_close_matches(key, list(valid), 1, 0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 # --------------------------------------------------------------------------------------- validated settings
@@ -229,13 +232,28 @@ def _problem(detail: ErrorDetails, values: Any, label: str, where: Places | None
             keys.append(str(part))
     if detail["type"] == REFUSED:
         keys.append(detail["ctx"]["keys"][0])
+    if detail["type"] == "union_tag_invalid" and isinstance(values, Mapping):
+        keys.append(tag := detail["ctx"]["discriminator"].strip("'"))
+        values = values.get(tag)
     at = list(keys)
     if detail["type"] == UNKNOWN:
         at.append(detail["ctx"]["keys"][0])
     place = where.of(label, at) if where else ""
-    given = "" if detail["type"] in (UNKNOWN, "missing") or isinstance(values, Mapping) else f" (given: {values!r})"
+    return f"{place}{'.'.join([label, *keys])}: {_words_of(detail, values)}"
+
+
+def _words_of(detail: ErrorDetails, given: Any) -> str:
+    """What is wrong with the value given, in our words where pydantic's are of its own making."""
+    context = detail.get("ctx", {})
+    if expected := context.get("expected_tags") or (detail["type"] == "literal_error" and context["expected"]):
+        close = closest(str(given), re.findall("'([^']+)'", expected))
+        return f"expected {expected}, found {given!r}{close}"
+    if detail["type"] == "missing":
+        return "is missing"
+    if detail["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        return f"expected a mapping of settings, found {given!r}"
     message = detail["msg"].removeprefix("Value error, ")
-    return f"{place}{'.'.join([label, *keys])}: {message}{given}"
+    return message if detail["type"] == UNKNOWN or isinstance(given, Mapping) else f"{message} (given: {given!r})"
 
 
 @dataclass

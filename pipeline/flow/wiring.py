@@ -27,6 +27,7 @@ from .config import (
     absolute_path_value,
     absolute_paths,
     assign,
+    closest,
     merge,
     nearest,
     parse_set,
@@ -364,8 +365,7 @@ class _Loading:
             below = above in names and not any(known.startswith(f"{above}.") for known in self.kinds)
             words = f"{above!r} does not stand above it" if below else f"nothing above is called {text!r}"
             words = f"{text} is left out by the settings of row {above}" if text in self.withheld else words
-            close = nearest(text, self.kinds) if not below and text not in self.withheld else ""
-            close = close if close.startswith("; did") else ""
+            close = closest(text, self.kinds) if not below and text not in self.withheld else ""
             raise self._fail(keys, f"{start}; {words}{close}; {self._candidates(slot)}")
         kinds = self.kinds[text]
         if not set(kinds) <= set(slot.kinds):

@@ -257,7 +257,7 @@ def test_a_boolean_is_no_number() -> None:
         "settings.x.learning_rate: Input should be a valid number (given: True)",
         "settings.x.betas.1: Input should be a valid number (given: False)",
         "settings.x.token_budget: Input should be a valid integer (given: True)",
-        "settings.x.level: Input should be 1 or 2 (given: True)",
+        "settings.x.level: expected 1 or 2, found True",
         "settings.x.maybe: Input should be a valid integer (given: False)",
     ]
     found = parse_settings(More, {"either": True, "anything": {"a": True}, "betas": [0, 1]}, "settings.x")
