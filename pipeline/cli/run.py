@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pipeline.flow.launch import LaunchSettings
     from pipeline.flow.runner import Again, RowResult, Runner, RunResult
 
+DONE = ("executed", "reused")  # statuses of rows that are sealed
 Name = Annotated[str | None, typer.Option("--name", help="name of the run directory; default: the plan file's name")]
 SkipBad = Annotated[
     bool, typer.Option("--skip-bad", help="count malformed records and set them aside instead of stopping")
@@ -211,14 +212,14 @@ def print_result(result: RunResult) -> None:
     if lines:
         print_table(("row", "", "seconds", "tokens", "figures"), lines, right=(2, 3))
         print()
-    evaluations = [row for row in result.rows if "policies" in row.metrics and row.status != "failed"]
+    evaluations = [row for row in result.rows if "policies" in row.metrics and row.status in DONE]
     for row in evaluations:
         _print_evaluation(row)
     print(f"run           {result.run_dir}  ({clock(result.seconds)})")
     for row in evaluations:
         print(f"side by side  {row.artifacts['evaluation']['path']}/samples.html  ({row.row})")
     policy = result.final_policy()
-    if policy is not None and all(row.status != "failed" for row in result.rows):
+    if policy is not None and all(row.status in DONE for row in result.rows):
         print(f"final policy  {policy}")
 
 

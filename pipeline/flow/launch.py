@@ -142,6 +142,25 @@ def processes_of(stage: type, launch: LaunchSettings) -> int:
     return 1 if getattr(stage, "one_process", False) else launch.processes
 
 
+def sharing(world: int, strategy: str) -> str:
+    """
+    >>> sharing(1, "single"), sharing(2, "ddp")
+    ('1 process', '2 processes (ddp)')
+    """
+    return f"{world} process{'es' if world > 1 else ''}" + (f" ({strategy})" if strategy != "single" else "")
+
+
+def sharing_of(stage: type, launch: LaunchSettings) -> str:
+    """How a row of this stage is shared among processes."""
+    processes = processes_of(stage, launch)
+    return sharing(processes, "single" if getattr(stage, "one_process", False) else launch.strategy)
+
+
+def sharing_then(environment: Mapping[str, Any]) -> str:
+    """The same of a row that was sealed."""
+    return sharing(environment["world"], environment["launch"].get("strategy", "single"))
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -167,7 +167,7 @@ def state_of(
     fingerprint = fingerprint_of(identity)
     if store.is_sealed(fingerprint):
         store.check(fingerprint)
-        return RowState(row.name, "fresh", fingerprint, "sealed")
+        return RowState(row.name, "fresh", fingerprint, _sealed(plan, row, store.manifest(fingerprint)))
     if "skip_bad" in identity:  # a row that was sealed without it had no bad row to skip
         strict = fingerprint_of({key: value for key, value in identity.items() if key != "skip_bad"})
         if store.is_sealed(strict):
@@ -180,8 +180,16 @@ def state_of(
                 store.check(fp)
                 words = "; ".join(differences(manifest["identity"], identity))
                 return RowState(row.name, "fresh", fp, f"{words}: accepted as unchanged")
-    why = _why([m["identity"] for m in earlier.values() if m["row"] == row.name], identity)
+    why = store.left(fingerprint) or _why([m["identity"] for m in earlier.values() if m["row"] == row.name], identity)
     return RowState(row.name, "stale", fingerprint, why)
+
+
+def _sealed(plan: Plan, row: Row, manifest: Mapping[str, Any]) -> str:
+    """Launch settings are no part of identity: said where the row was shared otherwise than the plan says now."""
+    from .launch import launch_settings, sharing_of, sharing_then
+
+    before, now = sharing_then(manifest["environment"]), sharing_of(row.cls, launch_settings(plan.launch))
+    return "sealed" if before == now else f"sealed with {before}, reused: launch settings are no part of its identity"
 
 
 def request(plan: Plan, row: Row, store: Store, known: Mapping[str, str] | None = None) -> Request:

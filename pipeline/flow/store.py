@@ -4,6 +4,7 @@ Store(root)
   .row_dir(fp) .partial_dir(fp) .is_sealed(fp)
   .prepare(request) -> Path                       partial directory with request.json and an empty out/, no more
   .seal(fp, manifest) -> Path                     partial/<fp>/out -> rows/<fp>, manifest last
+  .left(fp) -> str | None                         what an interrupted try left, in words
   .manifest(fp) -> dict                           Damaged where it is not what was sealed
   .open_output(fp, slot) -> Artifact              sizes verified on every open, hashes once (remembered)
   .check(fp, full=False)                          every file of a row; full ignores what is remembered
@@ -132,6 +133,20 @@ class Store:
         sync(target.parent)
         shutil.rmtree(partial)
         return target
+
+    def left(self, fp: str) -> str | None:
+        """What a try before this one left of a row that is not sealed, in words; None where it begins anew."""
+        if is_held(self.root / "locks" / f"{fp}.lock"):
+            return "another process works on it"
+        checkpoints = self.partial_dir(fp) / CHECKPOINTS
+        steps = [
+            int(name) for path in checkpoints.glob("step-*") if (name := path.name.removeprefix("step-")).isdecimal()
+        ]
+        if steps:
+            return f"stopped after step {max(steps)}, its last checkpoint, and goes on from there"
+        if any(checkpoints.glob("*/*.jsonl")):
+            return "stopped while it drew answers, and goes on with those that it has"
+        return None
 
     # ---------------------------------------------------------------------------------------------- reading
 
