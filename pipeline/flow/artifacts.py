@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
-from .errors import Damaged, UserError
+from .errors import Damaged, UserError, anew
 
 SCHEMA = 1
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".jsonl.gz", ".json.gz")
@@ -328,6 +328,7 @@ def check_sizes(artifact: Artifact) -> None:
             continue
         if "source" in artifact.meta:
             raise UserError(CHANGED.format(path))
+        mend = f"(artifact {artifact.digest}); {anew(artifact.path.parent)}"
         if size is None:
-            raise Damaged(f"{path}: missing, though its manifest lists it (artifact {artifact.digest})")
-        raise Damaged(f"{path}: has {size} bytes, its manifest says {expected} (artifact {artifact.digest})")
+            raise Damaged(f"{path}: missing, though its manifest lists it {mend}")
+        raise Damaged(f"{path}: has {size} bytes, its manifest says {expected} {mend}")

@@ -55,7 +55,7 @@ from .artifacts import (
     sync,
     within_levels,
 )
-from .errors import Damaged, UserError
+from .errors import Damaged, UserError, anew
 from .locks import Lock, hold, is_held
 from .locks import run_lock as run_lock
 from .stage import Request
@@ -212,15 +212,14 @@ class Store:
         for slot, output in outputs.items():
             listed = output["files"]
             if artifact_digest(output["kind"], {n: f["sha256"] for n, f in listed.items()}) != output["digest"]:
-                raise Damaged(f"{root}: the digest of {slot!r} does not follow from its list of files")
+                raise Damaged(f"{root}: the digest of {slot!r} does not follow from its list of files; {anew(root)}")
             for name, facts in listed.items():
-                self._compare_file(safe_member(safe_member(root, slot), name), facts, full, hashes)
+                self._compare_file(safe_member(safe_member(root, slot), name), facts, full, hashes, anew(root))
             for name in members(root / slot):
                 if name not in listed:
                     raise Damaged(f"{root / slot / name}: is not in the manifest of its row; take it out")
 
-    def _compare_file(self, path: Path, facts: Mapping[str, Any], full: bool, hashes: bool) -> None:
-        mend = "delete the directory of this row and run again to compute it anew"
+    def _compare_file(self, path: Path, facts: Mapping[str, Any], full: bool, hashes: bool, mend: str) -> None:
         if not path.is_file():
             raise Damaged(f"{path}: missing, though its manifest lists it; {mend}")
         if (size := path.stat().st_size) != facts["bytes"]:
@@ -415,7 +414,7 @@ class Store:
             entries = _flat(request["inputs"].values())
             return [digest for entry in entries for digest in (entry["digest"], *entry["bases"])]
         except (AttributeError, KeyError, TypeError) as error:
-            raise Damaged(f"{path}: is no request of a row ({error!r}); remove its directory") from error
+            raise Damaged(f"{path}: is no request of a row ({error!r}); {anew(path.parent)}") from error
 
     def _remove(self, path: Path) -> None:
         trash = path if path.name.startswith(".trash-") else path.with_name(f".trash-{path.name}")
@@ -496,15 +495,15 @@ def _read_sealed(path: Path) -> dict[str, Any]:
         manifest = json.loads(text)
         found, expected = _seal_of(manifest), manifest["seal"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, Damaged) as error:
-        raise Damaged(f"{path}: cannot be read as a manifest ({error}); remove the row and run again") from error
+        raise Damaged(f"{path}: cannot be read as a manifest ({error}); {anew(path.parent)}") from error
     if found != expected:
-        raise Damaged(f"{path}: was changed: its seal is {found}, it says {expected}; remove the row and run again")
+        raise Damaged(f"{path}: was changed: its seal is {found}, it says {expected}; {anew(path.parent)}")
     if not within_levels(manifest) or text != _rendered(manifest):  # also what means the same
-        raise Damaged(f"{path}: was changed: it is not written as it was sealed; remove the row and run again")
+        raise Damaged(f"{path}: was changed: it is not written as it was sealed; {anew(path.parent)}")
     if isinstance(schema := manifest.get("schema"), int) and schema > SCHEMA:
         raise UserError(f"{path}: written by a newer version (schema {schema}); update this one")
     if not isinstance(schema, int) or not _is_manifest(manifest):
-        raise Damaged(f"{path}: is no manifest of a row; remove the row and run again")
+        raise Damaged(f"{path}: is no manifest of a row; {anew(path.parent)}")
     return dict(manifest)
 
 

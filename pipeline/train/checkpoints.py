@@ -30,7 +30,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from pipeline.flow.artifacts import read_object, sha256_file, sync
-from pipeline.flow.errors import Damaged, RowFailed, UserError
+from pipeline.flow.errors import Damaged, RowFailed, UserError, anew
+from pipeline.flow.launch import sharing
 
 if TYPE_CHECKING:
     from pipeline.train.strategy import Strategy
@@ -211,9 +212,7 @@ class Checkpoints:
                 problems.append(str(problem))
                 say(f"{problem}; trying the one before it")
         if problems:
-            raise Damaged(
-                f"{self.directory}: no checkpoint verifies ({problems[0]}); remove that directory to start the row anew"
-            )
+            raise Damaged(f"{self.directory}: no checkpoint verifies ({problems[0]}); {anew(self.directory)}")
         return None
 
     def clear(self) -> None:
@@ -250,13 +249,13 @@ class Checkpoints:
 
         if manifest["world"] != self.ranks.world:
             raise UserError(
-                f"checkpoint {place}: written by {manifest['world']} processes, now there are {self.ranks.world}: go "
-                f"on with launch.processes={manifest['world']}, or remove {self.directory} to start the row anew"
+                f"checkpoint {place}: written by {sharing(manifest['world'], 'single')}, now there are "
+                f"{self.ranks.world}: go on with launch.processes={manifest['world']}, or {anew(self.directory)}"
             )
         if manifest.get("layout") != self.layout:
             raise UserError(
                 f"checkpoint {place}: its weights lie as {manifest.get('layout')}, now as {self.layout}: go on "
-                f"with the launch settings that wrote it, or remove {self.directory} to start the row anew"
+                f"with the launch settings that wrote it, or {anew(self.directory)}"
             )
         state = json.loads((place / STATE).read_text(encoding="utf-8"), object_hook=_float)
         own = place / _part(self.ranks.rank)

@@ -232,7 +232,7 @@ def test_a_manifest_that_was_forged_and_sealed_again_is_refused(store: Store, na
     _seal(store, "aa", "first")
     forge(store, "aa", FORGED[name])
     fresh = Store(store.root)
-    with pytest.raises(Damaged, match=r"aa/manifest.json: .*remove the row and run again"):
+    with pytest.raises(Damaged, match=r"aa/manifest.json: .*; rm -rf .*/store/rows/aa and run the same command again"):
         fresh.open_output("aa", "documents")
     assert fresh.manifests() == {}
 
