@@ -307,7 +307,7 @@ class Figures:
     def verdict(self) -> str:
         counts = {s: sum(r["status"] == s for r in self.rows) for s in (MET, MISSED, UNMEASURED)}
         said = f"{counts[MET]} met, {counts[MISSED]} missed, {counts[UNMEASURED]} not measured."
-        where = " These are promises of the embedded world, measured by evaluation rows: configs/figures.yaml has all of them."
+        where = " These are promises of the embedded world, read from evaluation rows: configs/figures.yaml has all."
         return said + (where if counts[UNMEASURED] else "")
 
     def render_markdown(self) -> str:
