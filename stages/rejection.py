@@ -254,7 +254,9 @@ class Rejection(Stage):
     ) -> dict[str, Any]:
         """Fine-tune the policy on the chosen answers as texts."""
         from pipeline.data.groups import conversation_groups
+        from pipeline.evaluate.watch import open_watch
         from pipeline.llama.open import save_policy
+        from pipeline.rollout.rewards import Rewards
         from pipeline.rollout.samples import note_rendering
         from pipeline.train.batches import Plan
         from pipeline.train.loop import Trainer, fit
@@ -273,7 +275,13 @@ class Rejection(Stage):
         encoded.required("the chosen answers", config.max_tokens)
         plan = Plan(encoded.groups, config.train, seed=workspace.seed, strategy=ranks)
         trainer = Trainer(policy.module, next_token, config.train, ranks, total=len(plan), seed=workspace.seed)
-        watch = self._watch(inputs, policy, reader, workspace, ranks)
+        scored = inputs.dev and (inputs.reward or config.reward.functions)
+        proxy = (
+            Rewards.open(inputs.reward, config.reward, inputs.policy.lineage, config.token_budget) if scored else None
+        )
+        watch = open_watch(
+            inputs, config, policy, reader, workspace, ranks.device, proxy=proxy, sampling=config.sampling
+        )
         outcome = fit(
             trainer,
             plan,
@@ -285,33 +293,6 @@ class Rejection(Stage):
             save_policy(policy, workspace)
         watched = watch.chosen(outcome.kept_step, chose=outcome.chose, looked=len(outcome.looks)) if watch else {}
         return watched | {"loss": outcome.last.get("nll"), "steps": outcome.steps, "trained_tokens": outcome.tokens}
-
-    def _watch(self, inputs: Inputs, policy: Trainable, reader: Reader, workspace: Workspace, ranks: Strategy) -> Any:
-        """What is looked at on `dev` while the policy learns; None without it."""
-        if inputs.dev is None:
-            return None
-        from pipeline.evaluate.watch import open_watch
-        from pipeline.rollout.rewards import Rewards
-
-        config: Rejection.Config = self.config
-        assert config.train and inputs.policy
-        return open_watch(
-            reader.read("dev", inputs.dev, "prompts"),
-            policy=policy,
-            proxy=Rewards.open(inputs.reward, config.reward, inputs.policy.lineage, config.token_budget)
-            if inputs.reward or config.reward.functions
-            else None,
-            heldout=inputs.heldout_reward,
-            judge=inputs.judge,
-            start=inputs.policy,
-            seed=workspace.seed,
-            sampling=config.sampling,
-            device=ranks.device,
-            max_tokens=config.max_tokens,
-            token_budget=config.train.token_budget,
-            kl_budget=config.kl_budget,
-            say=workspace.say,
-        )
 
 
 def _name(inputs: Rejection.Inputs) -> str | None:

@@ -124,7 +124,9 @@ def _adapter(where: Path) -> LoraSettings:
     known = next((name for name, modules in TARGETS.items() if set(modules) == names), None)
     if type(rank) is not int or rank < 1 or known is None:
         raise UserError(f"{where}: expected a LoRA adapter of rank r over {', '.join(TARGETS)} layers")
-    return LoraSettings(rank=rank, alpha=float(alpha) if isinstance(alpha, int | float) else 1.0, targets=known)  # type: ignore[arg-type]
+    return LoraSettings.model_validate(
+        {"rank": rank, "alpha": float(alpha) if isinstance(alpha, int | float) else 1.0, "targets": known}
+    )
 
 
 def layout_of(launch: LaunchSettings, precision: str, on_cpu: bool) -> Layout:
