@@ -47,11 +47,11 @@ def test_models_that_are_made_have_as_many_parameters(tied: bool):
 
 @pytest.mark.parametrize("scalar", [False, True])
 def test_adapters_that_are_made_train_as_many(scalar: bool):
-    from pipeline.llama.adapters import add_lora
+    from pipeline.llama.adapters import add_adapter
 
     lora = LoraSettings(rank=3, targets="attention")
     made = small.scorer() if scalar else small.policy()
     model = Model(Shape.of(made.model.config.to_dict()), "a", lora, scalar)
-    adapted = add_lora(made.model, lora, seed=0)
+    adapted = add_adapter(made.model, lora, seed=0)
     assert model.trained == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     assert model.parameters == sum(p.numel() for p in adapted.parameters())

@@ -9,7 +9,7 @@ import transformers
 from pipeline.data.forest import Segment, build
 from pipeline.flow.errors import UserError
 from pipeline.llama import adapters
-from pipeline.llama.adapters import LoraSettings, adapters_off, add_lora, copy_adapter, share_frozen, using_adapter
+from pipeline.llama.adapters import LoraSettings, adapters_off, add_adapter, copy_adapter, share_frozen, using_adapter
 from pipeline.llama.heads import PolicyModel, ScalarModel
 from pipeline.llama.modeling import LlamaForCausalLM, LlamaForSequenceClassification
 from pipeline.llama.presets import PRESETS
@@ -37,7 +37,7 @@ def nll(module: PolicyModel) -> torch.Tensor:
 
 def test_switched_off_it_is_the_base_to_the_bit() -> None:
     base = PolicyModel(policy())(FOREST).logprobs_T
-    module = PolicyModel(add_lora(policy(), LoraSettings(rank=4), seed=0))
+    module = PolicyModel(add_adapter(policy(), LoraSettings(rank=4), seed=0))
     train(module, nll)
     assert (module(FOREST).logprobs_T - base).abs().max() > 0.1
     with adapters_off(module.lm):
@@ -50,7 +50,7 @@ def test_switched_off_a_classifiers_trained_head_is_the_first_one() -> None:
     torch.manual_seed(1)
     classifier = LlamaForSequenceClassification(transformers.LlamaConfig(**SHAPE, num_labels=1)).eval()
     base = ScalarModel(classifier)(FOREST).detach()
-    module = ScalarModel(add_lora(classifier, LoraSettings(rank=4), seed=0))
+    module = ScalarModel(add_adapter(classifier, LoraSettings(rank=4), seed=0))
     train(module, lambda m: (m(FOREST) - 1).square().sum())
     assert (module(FOREST) - base).abs().max() > 1e-2
     with adapters_off(module.classifier):
@@ -66,7 +66,7 @@ def test_adapters_with_biases_are_no_reference() -> None:
 
 
 def test_a_frozen_copy_is_the_reference_of_a_row_that_starts_from_an_adapter() -> None:
-    module = PolicyModel(add_lora(policy(), LoraSettings(rank=4), seed=0))
+    module = PolicyModel(add_adapter(policy(), LoraSettings(rank=4), seed=0))
     train(module, nll, 3)
     start = module(FOREST).logprobs_T.detach()
     trainable = [n for n, p in module.named_parameters() if p.requires_grad]
@@ -81,7 +81,7 @@ def test_a_frozen_copy_is_the_reference_of_a_row_that_starts_from_an_adapter() -
 
 
 def test_only_the_adapter_is_trained_and_it_follows_the_seed() -> None:
-    models = [add_lora(policy(), LoraSettings(rank=4, targets="query_value"), seed) for seed in (0, 0, 1)]
+    models = [add_adapter(policy(), LoraSettings(rank=4, targets="query_value"), seed) for seed in (0, 0, 1)]
     names = {n.split(".")[-3] for n, p in models[0].named_parameters() if p.requires_grad}
     assert names == {"lora_A", "lora_B"}
     count = sum(p.numel() for p in models[0].parameters() if p.requires_grad)
@@ -89,11 +89,11 @@ def test_only_the_adapter_is_trained_and_it_follows_the_seed() -> None:
     weights = [[p for n, p in m.named_parameters() if "lora_A" in n] for m in models]
     assert torch.equal(weights[0][0], weights[1][0]) and not torch.equal(weights[0][0], weights[2][0])
     with pytest.raises(UserError, match="already"):
-        add_lora(models[0], LoraSettings(), seed=0)
+        add_adapter(models[0], LoraSettings(), seed=0)
 
 
 def test_checkpointing_reaches_the_adapters() -> None:
-    module = PolicyModel(add_lora(policy(), LoraSettings(rank=4), seed=0)).train()
+    module = PolicyModel(add_adapter(policy(), LoraSettings(rank=4), seed=0)).train()
     nll(module).backward()
     plain = {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
     module.zero_grad()
@@ -122,9 +122,9 @@ def test_roles_on_one_base_compute_what_they_did_apart_and_hold_it_once() -> Non
     classifier = LlamaForSequenceClassification(transformers.LlamaConfig(**SHAPE, num_labels=1))
     classifier.model.load_state_dict(policy().model.state_dict())
     roles = [
-        PolicyModel(add_lora(policy(), LoraSettings(rank=4), seed=1)),
+        PolicyModel(add_adapter(policy(), LoraSettings(rank=4), seed=1)),
         PolicyModel(policy()).requires_grad_(False),
-        ScalarModel(add_lora(classifier.eval(), LoraSettings(rank=4), seed=2)),
+        ScalarModel(add_adapter(classifier.eval(), LoraSettings(rank=4), seed=2)),
     ]
     train(roles[0], nll, steps=3)
     before = [roles[0](FOREST).logprobs_T, roles[1](FOREST).logprobs_T, roles[2](FOREST)]

@@ -8,7 +8,7 @@ import transformers
 
 from pipeline.flow.errors import UserError
 from pipeline.llama import decode, kernel, modeling
-from pipeline.llama.adapters import LoraSettings, add_lora
+from pipeline.llama.adapters import LoraSettings, add_adapter
 
 SHAPE = {
     "vocab_size": 97,
@@ -298,7 +298,7 @@ def test_what_has_to_be_called_by_itself_is(what: str):
         }.get(what, {})
     )
     if what == "adapter":
-        model = add_lora(model, LoraSettings(rank=2), 0)
+        model = add_adapter(model, LoraSettings(rank=2), 0)
     if what == "hook":
         model.model.norm.register_forward_hook(lambda *_: None)
     runner, tokens, positions = entered(model, 2)

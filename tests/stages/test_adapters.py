@@ -232,7 +232,7 @@ def test_a_reference_that_is_not_the_start_is_refused(
     """The base below an adapter is not where the row starts: asserted at run time, before the first update."""
     import pipeline.train.roles as roles
 
-    monkeypatch.setattr(roles, "open_frozen", lambda artifact: open_frozen(base))
+    monkeypatch.setattr(roles, "open_start", lambda *start: open_frozen(base))
     inputs = {"policy": sft.out["policy"], "reward": reward.out["model"], "prompts": prompts}
     with pytest.raises(RowFailed, match="the reference is not the policy that this row starts from"):
         place.run("ppo", inputs, iterations=1, prompts=4, sampling=SHORT, train=train())
