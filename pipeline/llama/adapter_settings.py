@@ -42,9 +42,14 @@ class AdapterSettings(Settings):
     )
 
     @property
-    def starts_as_base(self) -> bool:
+    def silent(self) -> bool:
         """Whether a new one changes nothing before the first update, to the bit."""
         return not self.virtual
+
+    @property
+    def keeps_start(self) -> bool:
+        """Whether the policy that a row starts from is, as it is stored, what is trained before the first update."""
+        return self.silent and self.beneath != "merge"
 
     def plain(self) -> Self:
         """What is left of the settings in a stored adapter: how it was made and trained is not."""
@@ -80,7 +85,7 @@ class LoraSettings(AdapterSettings):
     )
 
     @property
-    def starts_as_base(self) -> bool:
+    def silent(self) -> bool:
         return self.initial == "zero"
 
     def plain(self) -> LoraSettings:

@@ -381,7 +381,7 @@ def open_start(
 ) -> Trainable:
     """What the trained policy is before the first update, frozen, to the bit: the policy itself, or the form in which
     it is trained where that is not the same."""
-    if adapter is None or (adapter.starts_as_base and adapter.beneath != "merge"):
+    if adapter is None or adapter.keeps_start:
         return open_frozen(artifact, dtype=dtype)
     start = open_trainable(artifact, adapter, seed, dtype=dtype)
     start.module.requires_grad_(False).eval()

@@ -40,7 +40,10 @@ def with_tokens(model: Any, ids_BL: Tensor, mask_BL: Tensor, positions_BL: Tenso
         inputs = {"input_ids": ids_BL, "past_key_values": past, "position_ids": positions_BL + before}
     else:
         own = model.get_base_model().get_input_embeddings()(ids_BL)
-        embedded = torch.cat((model.get_prompt(rows).to(own.dtype), own), 1)
+        with torch.enable_grad():  # an LSTM rounds elsewhere without gradients, and ratios are to be exactly 1
+            tokens = model.get_prompt(rows).to(own.dtype)
+        tokens = tokens if torch.is_grad_enabled() else tokens.detach()
+        embedded = torch.cat((tokens, own), 1)
         positions = torch.arange(embedded.shape[1], device=ids_BL.device).expand(rows, -1)
         inputs = {"inputs_embeds": embedded, "position_ids": positions}
     return {**inputs, "attention_mask": mask}
