@@ -138,9 +138,6 @@ def test_adapters_are_called_and_can_be_switched_off():
     torch.testing.assert_close(last_logits(), full_logits(model, PROMPTS[0])[-1], atol=1e-5, rtol=1e-5)
     with model.disable_adapter():
         torch.testing.assert_close(last_logits(), full_logits(plain, PROMPTS[0])[-1], atol=1e-5, rtol=1e-5)
-    prefix = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
-    with pytest.raises(UserError, match="prompt-learning"):
-        decode.base_model(peft.get_peft_model(plain, prefix))
 
 
 def test_lower_precision_is_close():

@@ -207,7 +207,7 @@ def test_more_processes_than_groups_in_a_minibatch_are_refused(
 
 
 def test_another_adapter_than_the_one_at_hand_is_refused(place: Place, sft: Row, pairs: Any) -> None:
-    with pytest.raises(UserError, match="an adapter is trained on as it is"):
+    with pytest.raises(UserError, match="the plan asks for another"):
         place.run("dpo", {"policy": sft.out["policy"], "comparisons": pairs}, adapter={"rank": 2})
 
 
