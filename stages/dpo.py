@@ -22,7 +22,7 @@ from pipeline.flow.artifacts import Comparisons, Judge, Policy, Prompts, Rated, 
 from pipeline.flow.config import Settings
 from pipeline.flow.errors import UserError
 from pipeline.flow.stage import Stage, Workspace
-from pipeline.llama.adapters import LoraSettings
+from pipeline.llama.adapter_settings import AnyAdapter, adapter_field
 from pipeline.train.losses import AnyLoss, default_loss
 from pipeline.train.settings import TrainSettings
 
@@ -48,7 +48,7 @@ class Dpo(Stage):
         kl_budget: float | None = Field(
             default=None, gt=0, description="Nats a response beyond which no weights are kept as the best on `dev`."
         )
-        adapter: LoraSettings | None = Field(default=None, description="Train a LoRA adapter instead of all weights.")
+        adapter: AnyAdapter | None = adapter_field()
         train: TrainSettings = Field(
             default=TrainSettings(learning_rate=1e-4, batch=64, epochs=1, betas=(0.9, 0.999)),
             description="Optimiser, schedule and batches; a record is a comparison, or a rated answer.",
@@ -108,6 +108,7 @@ class Dpo(Stage):
     def run(self, inputs: Inputs, workspace: Workspace) -> dict[str, Any]:
         from pipeline.data.reader import Reader
         from pipeline.evaluate.watch import open_watch
+        from pipeline.llama.adapters import told_share
         from pipeline.llama.open import open_trainable, save_policy
         from pipeline.rollout.engine import SamplingSettings
         from pipeline.train import strategy
@@ -120,6 +121,7 @@ class Dpo(Stage):
         training = training_of(loss)
         reader = Reader(workspace)
         policy = open_trainable(inputs.policy, config.adapter, workspace.seed)
+        share = told_share(policy.model, config.adapter, workspace)
         if loss.needs_reference and without_dropout(policy.module):
             workspace.say("dropout is off: the ratio to the reference would measure it")
 
@@ -175,5 +177,6 @@ class Dpo(Stage):
             "dropped_too_long": encoded.dropped,
             "steps": outcome.steps,
             "tokens": outcome.tokens,
+            **share,
             "read": reader.counts,
         }

@@ -23,7 +23,7 @@ from pydantic import Field
 from pipeline.flow.artifacts import Conversations, Documents, Judge, Policy, Prompts, RewardModel, Samples
 from pipeline.flow.errors import UserError
 from pipeline.flow.stage import OneOrMore, Stage, Workspace
-from pipeline.llama.adapters import LoraSettings
+from pipeline.llama.adapter_settings import AnyAdapter, adapter_field
 from pipeline.rollout.engine import EngineSettings, SamplingSettings
 from pipeline.rollout.reward_settings import RewardSettings
 from pipeline.train.ppo_settings import NEED_GROUPS, PpoSettings
@@ -51,7 +51,7 @@ class Ppo(Stage):
         max_tokens: int = Field(
             default=512, ge=8, description="Longest prompt with its answer; longer prompts are dropped."
         )
-        adapter: LoraSettings | None = Field(default=None, description="Train a LoRA adapter instead of all weights.")
+        adapter: AnyAdapter | None = adapter_field()
         train: TrainSettings = Field(
             default=TrainSettings(
                 learning_rate=1e-4, schedule="constant", warmup=0.0, betas=(0.9, 0.999), checkpoint_every=1
@@ -129,7 +129,7 @@ class Ppo(Stage):
         from pipeline.algo.kl import controller
         from pipeline.data.reader import Reader
         from pipeline.evaluate.watch import open_watch
-        from pipeline.llama.adapters import share_frozen
+        from pipeline.llama.adapters import share_frozen, told_share
         from pipeline.llama.open import save_policy
         from pipeline.rollout.collect import Sampler, encode_prompts
         from pipeline.rollout.noise import NoiseKey
@@ -150,6 +150,7 @@ class Ppo(Stage):
             raise UserError("ppo: weights sharded by ZeRO-3 cannot be followed: reference.kind start and no average")
         first = inputs.reward[0] if inputs.reward else None
         roles = open_roles(inputs.policy, first, config, config.adapter, workspace.seed)
+        share = told_share(roles.policy.model, config.adapter, workspace)
         rewards = Rewards.open(inputs.reward, config.reward, inputs.policy.lineage, config.train.token_budget)
         watch = open_watch(
             inputs, config, roles.policy, reader, workspace, ranks.device, proxy=rewards, sampling=config.sampling
@@ -258,6 +259,7 @@ class Ppo(Stage):
             "dropped_prompts": prompts.dropped,
             "updates": trainer.done,
             "tokens": progress.tokens,
+            **share,
             "read": reader.counts,
         }
 

@@ -13,7 +13,7 @@ from pydantic import Field
 from pipeline.flow.artifacts import Conversations, Policy
 from pipeline.flow.config import Settings
 from pipeline.flow.stage import Stage, Workspace
-from pipeline.llama.adapters import LoraSettings
+from pipeline.llama.adapter_settings import AnyAdapter, adapter_field
 from pipeline.train.settings import TrainSettings
 
 
@@ -29,7 +29,7 @@ class Sft(Stage):
         max_tokens: int = Field(
             default=512, ge=8, description="Longest dialogue; longer ones lose their oldest rounds."
         )
-        adapter: LoraSettings | None = Field(default=None, description="Train a LoRA adapter instead of all weights.")
+        adapter: AnyAdapter | None = adapter_field()
         train: TrainSettings = Field(
             default=TrainSettings(learning_rate=1e-3, batch=32, epochs=2),
             description="Optimiser, schedule and batches.",
@@ -50,6 +50,7 @@ class Sft(Stage):
     def run(self, inputs: Inputs, workspace: Workspace) -> dict[str, Any]:
         from pipeline.data.groups import conversation_groups
         from pipeline.data.reader import Reader
+        from pipeline.llama.adapters import told_share
         from pipeline.llama.open import open_trainable, save_policy
         from pipeline.train import strategy
         from pipeline.train.batches import Plan
@@ -59,6 +60,7 @@ class Sft(Stage):
         config: Sft.Config = self.config
         reader = Reader(workspace)
         policy = open_trainable(inputs.policy, config.adapter, workspace.seed)
+        share = told_share(policy.model, config.adapter, workspace)
         conversations = reader.read("conversations", inputs.conversations, "conversations")
         encode = lambda records, slot: conversation_groups(
             records, policy.chat, config.max_tokens, config.train_on
@@ -84,5 +86,6 @@ class Sft(Stage):
             "shortened": encoded.shortened,
             "steps": outcome.steps,
             "tokens": outcome.tokens,
+            **share,
             "read": reader.counts,
         }

@@ -29,6 +29,7 @@ from pipeline.estimate.memory import Drawing, Layout, Peak, Work
 from pipeline.estimate.shape import Model, Shape, kv_bytes
 from pipeline.flow.launch import launch_settings
 from pipeline.flow.plan import Plan, Ref, Row
+from pipeline.llama.adapter_settings import VirtualSettings
 
 MILLION = 1e6
 CACHE = 1 << 30  # bytes of the native engine's cache where a row has no engine settings
@@ -108,7 +109,9 @@ def _estimated(seen: Following, row: Row, work: Work, cost: Cost) -> Estimate:
     elif device.on_cpu:  # ranks on one machine share its memory
         room /= max(1, launch.processes // launch.nodes)
     precision = "bf16" if work.layout.half else "fp32"
-    below = sum(m.whole for m in work.trained if m.adapter)
+    below = sum(m.parameters - m.trained for m in work.trained)
+    if any(isinstance(m.adapter, VirtualSettings) for m in work.trained):
+        seen.notes.append("virtual tokens: computed on padded rows, whose filling is not counted")
     return Estimate(
         row=row.name,
         stage=row.stage,
@@ -207,7 +210,8 @@ def _sft(seen: Following, row: Row) -> tuple[Work, Cost]:
     config: Any = row.config
     start = seen.one(row, "policy")
     assert start is not None
-    model = seen.models[f"{row.name}.policy"] = adapted(row, start, config.adapter)
+    model = adapted(row, start, config.adapter)
+    seen.models[f"{row.name}.policy"] = model.saved()
     return _training(seen, row, model, seen.read(row, "conversations"))
 
 
@@ -215,7 +219,8 @@ def _reward(seen: Following, row: Row) -> tuple[Work, Cost]:
     config: Any = row.config
     start = seen.one(row, "policy")
     assert start is not None
-    model = seen.models[f"{row.name}.model"] = adapted(row, start, config.adapter, scalar=True)
+    model = adapted(row, start, config.adapter, scalar=True)
+    seen.models[f"{row.name}.model"] = model.saved()
     records = seen.read(row, "comparisons")
     if config.part and records.count:
         records = replace(records, count=records.count * (config.part[1] - config.part[0]))
@@ -238,7 +243,8 @@ def _dpo(seen: Following, row: Row) -> tuple[Work, Cost]:
     config: Any = row.config
     start = seen.one(row, "policy")
     assert start is not None
-    model = seen.models[f"{row.name}.policy"] = adapted(row, start, config.adapter)
+    model = adapted(row, start, config.adapter)
+    seen.models[f"{row.name}.policy"] = model.saved()
     records = seen.read(row, "comparisons" if row.inputs.get("comparisons") else "rated")
     watching = _watching(seen, row, start)
     looks = float(config.loss.made().needs_reference)
@@ -378,7 +384,7 @@ def _ppo(seen: Following, row: Row) -> tuple[Work, Cost]:
     start, rewards = seen.one(row, "policy"), seen.many(row, "reward")
     assert start is not None
     policy = adapted(row, start, config.adapter)
-    seen.models |= {f"{row.name}.policy": policy, f"{row.name}.average": policy}
+    seen.models |= {f"{row.name}.policy": policy.saved(), f"{row.name}.average": policy.saved()}
     critic = None
     if config.has_critic and config.critic.start != "shared":
         first = rewards[0] if config.critic.start == "reward" and rewards else start
@@ -386,6 +392,8 @@ def _ppo(seen: Following, row: Row) -> tuple[Work, Cost]:
         critic = critic if critic.adapter else replace(critic, base=f"{row.name}.critic")
     trained = (policy, critic) if critic else (policy,)
     reference = start if config.reference.kind == "start" else replace(policy, base=f"{row.name}.reference")
+    if config.adapter and config.reference.kind == "start" and not config.adapter.keeps_start:
+        reference = policy  # as it is before the first update
     average = (replace(policy, base=f"{row.name}.average"),) if config.average else ()
     watching = _watching(seen, row, start)
     prompts, samples, new = seen.read(row, "prompts"), config.sampling.samples, config.sampling.max_new_tokens
@@ -457,7 +465,8 @@ def _rejection(seen: Following, row: Row) -> tuple[Work, Cost]:
         longest=_columns(row, prompts, new),
     )
     if start and config.train:
-        policy = seen.models[f"{row.name}.policy"] = adapted(row, start, config.adapter)
+        policy = adapted(row, start, config.adapter)
+        seen.models[f"{row.name}.policy"] = policy.saved()
         work, cost = _training(
             seen,
             row,

@@ -127,7 +127,7 @@ def test_an_adapter_directory_stands_over_its_base(tmp_path: Path):
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     base.mkdir(), adapter.mkdir()
     (base / "config.json").write_text(json.dumps({"model_type": "llama", **PRESETS["stories-15m"]}))
-    config = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     sets = [f"sources.base.path={adapter}", "sources.base.base=below"]
     sets.append(f"sources.below={{kind: policy, path: {base}}}")
