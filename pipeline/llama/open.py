@@ -19,7 +19,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -499,14 +499,14 @@ def grow_vocabulary(model: Any, size: int, seed: int) -> None:
             table[old:] = table[:old].mean(0) + 0.1 * table[:old].std(0) * noise.to(table)
 
 
-def give_chat(model: Any, tokenizer: Any, seed: int) -> None:
-    """Our chat template and turn tokens for a model that has none, in place: rows for them, end of turn as a stop.
+def give_chat(model: Any, tokenizer: Any, seed: int, template: str = "own") -> None:
+    """A chat format and its tokens for a model that has none, in place: rows for them, the format's ends as stops.
 
     UserError where the tokenizer has a template of its own.
     """
     from pipeline.llama.tokenizer import add_chat_tokens, stop_tokens
 
-    add_chat_tokens(tokenizer)
+    add_chat_tokens(tokenizer, template)
     rows = model.get_input_embeddings().weight.shape[0]
     grow_vocabulary(model, max(rows, len(tokenizer)), seed)
     model.config.pad_token_id = tokenizer.pad_token_id
@@ -514,8 +514,34 @@ def give_chat(model: Any, tokenizer: Any, seed: int) -> None:
     model.generation_config.eos_token_id = list(stop_tokens(tokenizer))
 
 
-def import_with_chat(source: Path, directory: Path, seed: int) -> None:
-    """A copy of a model directory, in its stored precision, that has been given our chat template."""
+def extended(policy: Trainable, template: str | None, words: Sequence[str], seed: int) -> Trainable:
+    """A policy to train with another chat format, or none where None, and with `words` as one token each.
+
+    UserError where rows would be added under an adapter, which neither trains nor keeps them.
+    """
+    from pipeline.data.chat import ChatFormat
+    from pipeline.llama.tokenizer import add_chat_tokens, add_tokens, stop_tokens
+
+    if template is None and not words:
+        return policy
+    model, tokenizer = unwrapped(policy.model), policy.tokenizer
+    if template is not None:
+        add_chat_tokens(tokenizer, template, replace=True)
+    add_tokens(tokenizer, words)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if policy.base_digest is not None and len(tokenizer) > rows:
+        raise UserError(
+            f"sft.template, sft.add_tokens: {len(tokenizer) - rows} tokens are new to this model, and an adapter would "
+            "neither train nor keep their embeddings: set sft.adapter to null, or add them first: rlhf import chat"
+        )
+    grow_vocabulary(model, max(rows, len(tokenizer)), seed)
+    if template is not None:
+        model.generation_config.eos_token_id = list(stop_tokens(tokenizer))
+    return replace(policy, chat=ChatFormat(tokenizer))
+
+
+def import_with_chat(source: Path, directory: Path, seed: int, template: str = "own") -> None:
+    """A copy of a model directory, in its stored precision, that has been given a chat format by name."""
     for _ in members(source):  # no pipe, no device, no link that leaves
         pass
     config = read_json(source / "config.json")
@@ -523,7 +549,7 @@ def import_with_chat(source: Path, directory: Path, seed: int) -> None:
     stored = stored if isinstance(stored, torch.dtype) else torch.float32
     model, _ = _open_full(source, classifier=False, dtype=stored)
     tokenizer = open_tokenizer(source)
-    give_chat(model, tokenizer, seed)
+    give_chat(model, tokenizer, seed, template)
     save_model(model, tokenizer, directory)
 
 
