@@ -1,4 +1,4 @@
-"""Every architecture option as one shape over the preset "test"; tests of the core and of the whole chain run them all."""
+"""Every architecture option as one shape over the preset "test": what tests of the core and of the chain run."""
 
 from __future__ import annotations
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pipeline.data.records import Conversation, Message
@@ -103,20 +102,6 @@ class ForeignTemplate:
         if self.marks:
             self._check_marks(conversation, whole, spans, where)
         return Rendered(ids, mask, self._rounds(conversation, whole, offsets), conversation, train_on)
-
-    def truncate(self, rendered: Rendered, max_tokens: int) -> tuple[Rendered | None, int]:
-        """As ChatFormat.truncate, rendering again, since a template may put the system text into the first
-        turn."""
-        from pipeline.data.chat import split_rounds
-
-        assert rendered.conversation is not None
-        head, rounds = split_rounds(rendered.conversation.messages)
-        for first in range(len(rounds)):
-            messages = (*head, *(m for r in rounds[first:] for m in r))
-            shorter = self.render(replace(rendered.conversation, messages=messages), rendered.train_on)
-            if shorter.trained and len(shorter) <= max_tokens:
-                return shorter, first
-        return None, len(rounds)
 
     # The template
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 import shutil
 from pathlib import Path
 
@@ -35,6 +36,11 @@ class NonFinite(UserError):
 
 class Locked(UserError):
     exit_code = 5
+
+
+def anew(directory: Path) -> str:
+    """What mends damaged files of a row; those that are sealed are read-only, so that plain rm would ask."""
+    return f"rm -rf {shlex.quote(str(directory))} and run the same command again to compute it anew"
 
 
 def no_room(error: BaseException, directory: Path) -> str | None:

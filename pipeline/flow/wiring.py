@@ -1,6 +1,6 @@
 """Reading a plan: settings merged and checked, references resolved, kinds compared, before anything runs.
 
-    load(path, sets, stages) -> Plan       behind `plan.load_plan`
+    load(document, sets, stages) -> Plan       behind `plan.load_plan`
     code_of(stage class, its settings) -> {file: sha256}
 
 Every refusal names file and line, what was expected, what stands above, and what mends it.
@@ -20,13 +20,14 @@ from pydantic import field_validator
 from . import secrets
 from .artifacts import KINDS, Artifact, sha256_file
 from .config import (
+    Document,
     Keys,
     Places,
     Settings,
     absolute_path_value,
     absolute_paths,
     assign,
-    load_document,
+    closest,
     merge,
     nearest,
     parse_set,
@@ -59,9 +60,8 @@ SOURCE_KINDS = (
 SEEDS = 2**63  # signed 64-bit numbers, without the negative ones that numpy refuses
 
 
-def load(path: Path, sets: Sequence[str], stages: Mapping[str, str]) -> Plan:
-    document = load_document(path)
-    return _Loading(path, document.values, document.places, dict(stages)).plan(sets)
+def load(document: Document, sets: Sequence[str], stages: Mapping[str, str]) -> Plan:
+    return _Loading(document.path, dict(document.values), document.places, dict(stages)).plan(sets)
 
 
 class _SourceSettings(Settings):
@@ -365,8 +365,7 @@ class _Loading:
             below = above in names and not any(known.startswith(f"{above}.") for known in self.kinds)
             words = f"{above!r} does not stand above it" if below else f"nothing above is called {text!r}"
             words = f"{text} is left out by the settings of row {above}" if text in self.withheld else words
-            close = nearest(text, self.kinds) if not below and text not in self.withheld else ""
-            close = close if close.startswith("; did") else ""
+            close = closest(text, self.kinds) if not below and text not in self.withheld else ""
             raise self._fail(keys, f"{start}; {words}{close}; {self._candidates(slot)}")
         kinds = self.kinds[text]
         if not set(kinds) <= set(slot.kinds):

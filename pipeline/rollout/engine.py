@@ -264,15 +264,19 @@ def require_text(to_text: ToText | None, settings: SamplingSettings) -> None:
         raise UserError("sampling.stop_strings: this engine was made without to_text, which decodes answers")
 
 
-def check_prompts(prompts: Sequence[Sequence[int]], settings: SamplingSettings, config: Any) -> int:
-    """The columns that the longest prompt and its answer take; UserError where the model has not as many positions."""
+def check_prompts(
+    prompts: Sequence[Sequence[int]], settings: SamplingSettings, config: Any, virtual_tokens: int = 0
+) -> int:
+    """The columns that the longest prompt and its answer take behind virtual tokens; UserError where the model has not
+    as many positions."""
     if not all(prompts):
         raise UserError("sampling: a prompt without tokens; a prompt needs at least its begin token")
-    columns = max(map(len, prompts)) + settings.max_new_tokens
+    columns = virtual_tokens + max(map(len, prompts)) + settings.max_new_tokens
     limit = getattr(config, "max_position_embeddings", columns)
     if columns > limit:
         raise UserError(
-            f"sampling: the longest prompt and {settings.max_new_tokens} new tokens need {columns} positions, the "
+            f"sampling: the longest prompt and {settings.max_new_tokens} new tokens need {columns} positions"
+            f"{f' behind {virtual_tokens} virtual tokens' if virtual_tokens else ''}, the "
             f"model has {limit}: lower sampling.max_new_tokens or leave long prompts out"
         )
     return columns

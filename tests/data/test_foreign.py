@@ -52,7 +52,8 @@ TOKENS = ["<|im_start|>", "<|im_end|>", "<|head|>", "<|body|>", "<|eot|>"]
 
 
 def chat_with(template: str, **variables: Any) -> ChatFormat:
-    tokenizer = train_tokenizer(["Mira lives in Dovan. user assistant"] * 20, 400, chat_template=template)
+    tokenizer = train_tokenizer(["Mira lives in Dovan. user assistant"] * 20, 400)
+    tokenizer.chat_template = template
     tokenizer.add_special_tokens({"additional_special_tokens": TOKENS})
     return ChatFormat(tokenizer, variables)
 

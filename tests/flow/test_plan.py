@@ -364,7 +364,7 @@ def test_sets_reach_sources_seed_and_worlds(folder: Path, monkeypatch: pytest.Mo
         ("name=x", "--set name=x: a run is named by --name, or by `name:` in the plan file"),
         ("launch.threads=-1", "--set launch.threads=-1: launch.threads: Input should be greater than or equal to 1"),
         ("launch.x=1", "--set launch.x=1: launch: unknown key 'x'"),
-        ("launch.processes=2", "launch.processes is 2, but launch.strategy is single"),
+        ("launch.processes=2", "--set launch.processes=2: launch.processes: 2, but launch.strategy is single"),
         ("seed=-1", f"--set seed=-1: seed: expected a number from 0 to {2**63 - 1}, found -1"),
         (f"seed={2**63}", f"seed: expected a number from 0 to {2**63 - 1}"),
         (f"world.seed={2**63}", f"sources.world.seed: expected a number from 0 to {2**63 - 1}"),

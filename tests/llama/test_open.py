@@ -290,7 +290,7 @@ def test_an_adapter_is_saved_alone_and_opened_over_the_base_of_its_digest(stored
     assert on.base_digest == "base-digest"
     assert torch.equal(on.module(FOREST).logprobs_T, expected)
     assert any(p.requires_grad for p in on.model.parameters())
-    with pytest.raises(UserError, match="trained on as it is"):
+    with pytest.raises(UserError, match=r"\(kind lora, rank 4, alpha 8.0\).*\(kind lora, rank 2\).*adapter.beneath"):
         open_trainable(artifact, LoraSettings(rank=2), seed=0)
     with pytest.raises(UserError, match="digest of a model at hand"):
         open_policy(at(tmp_path / "a"))
