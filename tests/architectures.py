@@ -1,4 +1,4 @@
-"""Every architecture option as one shape over the preset "test"; tests of the core and of the whole chain run them all."""
+"""Every architecture option as a shape over the preset "test", which the core and the whole chain are tested with."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.data.records import Document
 from tests.architectures import CASES, FAST
-from tests.stages.rows import ANSWERS, QUESTIONS, Place, Row, train
+from tests.stages.rows import ANSWERS, QUESTIONS, Place, train
 
 SHORT: dict[str, Any] = {"samples": 2, "max_new_tokens": 6}
 MANY = {"samples": 16, "max_new_tokens": 24}  # of a policy that hardly knows how to stop
