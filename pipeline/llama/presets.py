@@ -15,9 +15,11 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from pipeline.flow.config import Settings, nearest
+from pipeline.flow.config import Settings, added, nearest
 from pipeline.llama.config import SIZES
+from pipeline.llama.rope_settings import RopeSettings
 
+ROPE_THETA, MAX_POSITIONS = 10000.0, 2048  # transformers' LlamaConfig where a shape says nothing
 _LLAMA31 = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -113,6 +115,7 @@ class ModelSettings(Settings):
     )
     rms_norm_eps: float | None = Field(default=None, gt=0, description="Added to the mean square before the root.")
     rope_theta: float | None = Field(default=None, gt=0, description="Base of the rotary wavelengths.")
+    rope_parameters: RopeSettings | None = added(None, "Rotary frequencies of another kind than the preset's.")
     tie_word_embeddings: bool | None = Field(default=None, description="The head is the embedding's own matrix.")
     attention_bias: bool = Field(default=False, description="Biases on the attention projections.")
     mlp_bias: bool = Field(default=False, description="Biases in the SwiGLU block.")
@@ -133,13 +136,15 @@ class ModelSettings(Settings):
             raise ValueError(f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
         if shape["hidden_size"] % heads:
             raise ValueError(f"hidden_size {shape['hidden_size']} is no multiple of num_attention_heads {heads}")
+        if self.rope_parameters and self.rope_parameters.rope_theta and self.rope_theta:
+            raise ValueError("rope_theta is given twice, here and in rope_parameters; keep one")
         if head_dim(shape) % 2:
             raise ValueError(f"head_dim {head_dim(shape)} is odd: rotary positions turn pairs")
         return self
 
     def llama(self, vocab_size: int) -> dict[str, Any]:
         """Arguments of LlamaConfig for a vocabulary of this size."""
-        own = {k: v for k, v in self.model_dump(exclude={"preset"}).items() if v is not None}
+        own = {k: v for k, v in self.model_dump(exclude={"preset", "rope_parameters"}).items() if v is not None}
         base = dict(PRESETS[self.preset])
         if "num_attention_heads" in own and "num_key_value_heads" not in own:
             base["num_key_value_heads"] = own["num_attention_heads"]
@@ -147,7 +152,12 @@ class ModelSettings(Settings):
             base.pop("head_dim", None)
         if "rope_theta" in own and "rope_parameters" in base:
             base["rope_parameters"] = {**base["rope_parameters"], "rope_theta": own["rope_theta"]}
-        return {**base, **own, "vocab_size": vocab_size}
+        found = {**base, **own, "vocab_size": vocab_size}
+        if self.rope_parameters:
+            theta = found.pop("rope_theta", base.get("rope_parameters", {}).get("rope_theta", ROPE_THETA))
+            length = found.setdefault("max_position_embeddings", MAX_POSITIONS)
+            found["rope_parameters"] = self.rope_parameters.parameters(theta, length, head_dim(found))
+        return found
 
 
 def head_dim(shape: Mapping[str, Any]) -> int:
