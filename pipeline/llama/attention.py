@@ -36,10 +36,11 @@ from transformers.masking_utils import sdpa_mask
 
 from pipeline.data.forest import Forest
 from pipeline.llama import kernel
+from pipeline.llama.options import MODEL_TYPE
 
 NAME = "forest"
 # Families whose attention has been compared with the padded computation. Others go through padding (heads.py).
-TRIED = ("llama", "qwen2", "qwen3", "mistral")
+TRIED = ("llama", MODEL_TYPE, "qwen2", "qwen3", "mistral")
 # From this many keys on, one fused call beats a batched product (fp32 and bf16 on a CPU with 2 threads).
 LONG = 384
 # A run of tokens is filled up to a multiple of this before it goes through a model.

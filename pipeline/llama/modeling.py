@@ -275,11 +275,14 @@ class LlamaModel(LlamaPreTrainedModel):
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
-        self.layers = nn.ModuleList(LlamaDecoderLayer(config, i) for i in range(config.num_hidden_layers))
-        self.norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self._build(config)
         self.rotary = new_rotary(config)
         self.gradient_checkpointing = False
         self.post_init()
+
+    def _build(self, config: LlamaConfig) -> None:
+        self.layers = nn.ModuleList(LlamaDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm: nn.Module = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
         self,
@@ -300,7 +303,7 @@ class LlamaModel(LlamaPreTrainedModel):
         if forest is not None:
             if self.config._attn_implementation != attention.NAME or position_ids is None:
                 raise ValueError("a forest needs use_forest(model), and forest_inputs(forest) as arguments")
-            layer_inputs = {"forest": forest, "forest_factors": self.rotary.factors(forest, position_ids[0])}
+            x, layer_inputs = self._on_forest(x, forest, position_ids[0])
             past_key_values = None
         else:
             use_cache = self.config.use_cache if use_cache is None else use_cache
@@ -309,18 +312,8 @@ class LlamaModel(LlamaPreTrainedModel):
             if position_ids is None:
                 seen = past_key_values.get_seq_length() if past_key_values is not None else 0
                 position_ids = torch.arange(x.shape[1], device=x.device)[None] + seen
-            layer_inputs = {
-                "attention_mask": create_causal_mask(
-                    config=self.config,
-                    inputs_embeds=x,
-                    attention_mask=attention_mask,
-                    past_key_values=past_key_values,
-                    position_ids=position_ids,
-                ),
-                "position_embeddings": self.rotary.cos_sin(position_ids, x.dtype),
-                "past_key_values": past_key_values,
-                **kwargs,
-            }
+            x, layer_inputs = self._on_rows(x, position_ids, attention_mask, past_key_values)
+            layer_inputs |= {"past_key_values": past_key_values, **kwargs}
         states = [x]
         for layer in self.layers:
             x = layer(x, **layer_inputs)
@@ -332,13 +325,27 @@ class LlamaModel(LlamaPreTrainedModel):
             hidden_states=(*states[:-1], x) if output_hidden_states else None,
         )
 
+    def _on_forest(self, x: Tensor, forest: Forest, positions: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """What goes into the first layer [1, T, D], and what every layer gets beside it."""
+        return x, {"forest": forest, "forest_factors": self.rotary.factors(forest, positions)}
+
+    def _on_rows(
+        self, x: Tensor, positions: Tensor, mask: Tensor | None, cache: Cache | None
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """The same for rows [B, L, D] and positions [B, L]."""
+        causal = create_causal_mask(
+            config=self.config, inputs_embeds=x, attention_mask=mask, past_key_values=cache, position_ids=positions
+        )
+        return x, {"attention_mask": causal, "position_embeddings": self.rotary.cos_sin(positions, x.dtype)}
+
 
 class LlamaForCausalLM(LlamaPreTrainedModel, GenerationMixin):
+    trunk: type[LlamaModel] = LlamaModel
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__(config)
-        self.model = LlamaModel(config)
+        self.model = self.trunk(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
@@ -378,10 +385,12 @@ class LlamaForCausalLM(LlamaPreTrainedModel, GenerationMixin):
 
 
 class LlamaForSequenceClassification(LlamaPreTrainedModel):
+    trunk: type[LlamaModel] = LlamaModel
+
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__(config)
         self.num_labels = config.num_labels
-        self.model = LlamaModel(config)
+        self.model = self.trunk(config)
         labels: Any = config.num_labels
         self.score = nn.Linear(config.hidden_size, labels, bias=False)
         self.post_init()

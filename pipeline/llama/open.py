@@ -7,9 +7,9 @@
     model = new_policy(settings, tokenizer, stop_ids, seed)      random weights
     save_policy(policy, workspace); save_model(model, tokenizer, directory, base_digest=None)
 
-Type llama with fields that our core knows is computed by `modeling.py`, anything else by transformers' own class,
-remote code off; `record` says which and why. A directory that holds an adapter names the digest of its base; the
-base's path comes from `artifact.bases`.
+Type llama with fields that our core knows is computed by `modeling.py`, mixtral and our own type by `core.py`, anything
+else by transformers' own class, remote code off; `record` says which and why. A directory that holds an adapter names
+the digest of its base; the base's path comes from `artifact.bases`.
 """
 
 from __future__ import annotations
@@ -23,12 +23,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.core_model_loading import revert_weight_conversion
 
 from pipeline.flow.artifacts import members
 from pipeline.flow.errors import Damaged, UserError
 from pipeline.llama import adapters
-from pipeline.llama.config import Verdict, check_config, read_json, refuse_code
+from pipeline.llama.config import check_config, read_json, refuse_code
+from pipeline.llama.core import CoreForCausalLM, CoreForSequenceClassification
+from pipeline.llama.core_config import CoreConfig, core_config, new_config
 from pipeline.llama.heads import PolicyModel, ScalarModel, unwrapped
 from pipeline.llama.modeling import LlamaForCausalLM, LlamaForSequenceClassification
 from pipeline.llama.presets import ModelSettings
@@ -38,6 +41,11 @@ if TYPE_CHECKING:
     from pipeline.data.chat import ChatFormat
     from pipeline.flow.stage import Workspace
 
+# Our own models: the classifier over each causal LM's trunk.
+CORE: dict[Any, Any] = {
+    LlamaForCausalLM: LlamaForSequenceClassification,
+    CoreForCausalLM: CoreForSequenceClassification,
+}
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MOST_RANK = 1 << 14  # of an adapter that somebody else trained: its matrices are made before its weights are read
 
@@ -146,11 +154,16 @@ def _open_full(path: Path, *, classifier: bool, dtype: torch.dtype, new_head: bo
     generation = path / "generation_config.json"
     if generation.is_file():
         refuse_code(read_json(generation), str(generation))
-    cls = _model_class(verdict, classifier)
-    labels: dict[str, Any] = {"num_labels": 1} if classifier else {}
+    facts: dict[str, Any] = {"num_labels": 1} if classifier else {}
     if classifier and len(config.get("id2label") or ()) != 1:
-        labels |= {"id2label": {0: "SCORE"}, "label2id": {"SCORE": 0}}
+        facts |= {"id2label": {0: "SCORE"}, "label2id": {"SCORE": 0}}
     with adapters.quiet(), _told(path):
+        cls: Any = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
+        if verdict.core:
+            lm = LlamaForCausalLM if config["model_type"] == "llama" else CoreForCausalLM
+            cls = CORE[lm] if classifier else lm
+            if lm is CoreForCausalLM:
+                facts = {"config": core_config(AutoConfig.from_pretrained(path, local_files_only=True, **facts))}
         model, info = cls.from_pretrained(
             path,
             dtype=dtype,
@@ -158,7 +171,7 @@ def _open_full(path: Path, *, classifier: bool, dtype: torch.dtype, new_head: bo
             local_files_only=True,
             output_loading_info=True,
             **({} if verdict.core else {"trust_remote_code": False}),
-            **labels,
+            **facts,
         )
     _require_loaded(path, info, head="score.weight" if new_head else None)
     _align(model)
@@ -190,12 +203,6 @@ def _align(model: nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.device.type == "cpu" and parameter.data_ptr() % 64:
             parameter.data = parameter.data.clone()
-
-
-def _model_class(verdict: Verdict, classifier: bool) -> Any:
-    if verdict.core:
-        return LlamaForSequenceClassification if classifier else LlamaForCausalLM
-    return AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
 
 
 def _require_loaded(path: Path, info: Mapping[str, Any], head: str | None) -> None:
@@ -321,8 +328,8 @@ def _trainable(module: nn.Module, model: Any, opened: Opened, below: str | None)
 
 def new_policy(settings: ModelSettings, tokenizer: Any, stop_ids: Sequence[int], seed: int) -> LlamaForCausalLM:
     """Random weights, the same for the same seed: normal with `initializer_range`, norms 1, biases 0."""
-    config = LlamaConfig(
-        **settings.llama(len(tokenizer)),
+    config = new_config(
+        settings.llama(len(tokenizer)),
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -330,7 +337,7 @@ def new_policy(settings: ModelSettings, tokenizer: Any, stop_ids: Sequence[int],
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(config)
+        model = (CoreForCausalLM if isinstance(config, CoreConfig) else LlamaForCausalLM)(config)
     model.generation_config.eos_token_id = list(stop_ids)
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model
@@ -345,11 +352,10 @@ def new_classifier(policy: Any, seed: int) -> Any:
     inner = unwrapped(policy)
     facts = {k: v for k, v in inner.config.to_dict().items() if k not in ("id2label", "label2id", "architectures")}
     config = type(inner.config).from_dict({**facts, "num_labels": 1})
-    if isinstance(inner, LlamaForCausalLM):
-        with torch.device("meta"):
-            classifier: Any = LlamaForSequenceClassification(config)
-    else:
-        with torch.device("meta"):
+    with torch.device("meta"):
+        if type(inner) in CORE:
+            classifier: Any = CORE[type(inner)](config)
+        else:
             classifier = AutoModelForSequenceClassification.from_config(config)
     setattr(classifier, classifier.base_model_prefix, inner.base_model)
     reference = next(inner.base_model.parameters())
@@ -481,7 +487,8 @@ def save_model(
     else:
         with adapters.quiet():
             model.save_pretrained(directory, state_dict=dict(state) if state is not None else None)
-        shapes = {k: tuple(v.shape) for k, v in (state or model.state_dict()).items()}
+        written = revert_weight_conversion(model, dict(state or model.state_dict()))  # experts lie one by one
+        shapes = {k: tuple(v.shape) for k, v in written.items()}
         _verify_saved(sorted(directory.glob("model*.safetensors")), shapes, tied=model.config.tie_word_embeddings)
     save_tokenizer(tokenizer, directory)
 

@@ -2,7 +2,7 @@
 
     ModelSettings(hidden_size=128, num_hidden_layers=4)     what a plan says under `model:`
     ModelSettings.model_validate("llama-3-8b")               a preset by name; single fields may be changed beside it
-    settings.llama(vocab_size) -> dict                       arguments of transformers' LlamaConfig
+    settings.llama(vocab_size) -> dict                       arguments of core_config.new_config
     parameter_count(kwargs) -> int                           weights, tied embeddings counted once
 
 No torch here: plans read this module.
@@ -11,11 +11,12 @@ No torch here: plans read this module.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from pipeline.flow.config import Settings, added, nearest
+from pipeline.llama import options
 from pipeline.llama.config import SIZES
 from pipeline.llama.rope_settings import RopeSettings
 
@@ -89,7 +90,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 class ModelSettings(Settings):
-    """Shape of a new LLaMA. `preset` fills every field that is not given here; without one, "million" does."""
+    """Shape of a new LLaMA. `preset` fills every field that is not given here; without one, "million" does.
+
+    Fields from `norm` on are options beyond plain LLaMA (pipeline/llama/options), which models keep in every stage.
+    """
 
     preset: str = Field(default="million", description="Name of a known shape.")
     hidden_size: int | None = Field(
@@ -120,6 +124,31 @@ class ModelSettings(Settings):
     attention_bias: bool = Field(default=False, description="Biases on the attention projections.")
     mlp_bias: bool = Field(default=False, description="Biases in the SwiGLU block.")
     initializer_range: float = Field(default=0.02, gt=0, lt=1, description="Standard deviation of new weights.")
+    norm: Literal["rms", "layer", "deep"] | None = added(
+        None, "Normalisation: RMSNorm, LayerNorm, or DeepNorm with its scaling by depth (Wang et al. 2022, figure 2)."
+    )
+    norm_placement: Literal["pre", "post", "sandwich"] | None = added(
+        None,
+        "Norms before each block, behind the residual, or on both sides of each block (Ding et al. 2021, section 2.4); "
+        "pre by default, post with norm deep.",
+    )
+    feed_forward: Literal["swiglu", "geglu", "glu", "relu", "gelu", "silu", "tanh"] | None = added(
+        None, "Gated (Shazeer 2020, equation 6: SwiGLU, GEGLU, GLU), or one inner layer with that activation."
+    )
+    num_local_experts: int | None = added(
+        None,
+        "Feed-forwards among which a router chooses for each token (Jiang et al. 2024, section 2.1); 0: one for all.",
+        ge=0,
+        le=options.MOST_EXPERTS,
+    )
+    num_experts_per_tok: int | None = added(None, "How many of them compute each token; 2 by default.", ge=1)
+    router_aux_loss_coef: float | None = added(
+        None,
+        "Weight of the load-balancing loss in every stage that trains (Fedus et al. 2021, equations 4 to 6); 0.001 by "
+        "default.",
+        ge=0,
+        le=1,
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -140,10 +169,11 @@ class ModelSettings(Settings):
             raise ValueError("rope_theta is given twice, here and in rope_parameters; keep one")
         if head_dim(shape) % 2:
             raise ValueError(f"head_dim {head_dim(shape)} is odd: rotary positions turn pairs")
+        options.refuse(shape)
         return self
 
     def llama(self, vocab_size: int) -> dict[str, Any]:
-        """Arguments of LlamaConfig for a vocabulary of this size."""
+        """Arguments of LlamaConfig for a vocabulary of this size, and the options that are set."""
         own = {k: v for k, v in self.model_dump(exclude={"preset", "rope_parameters"}).items() if v is not None}
         base = dict(PRESETS[self.preset])
         if "num_attention_heads" in own and "num_key_value_heads" not in own:
@@ -152,6 +182,8 @@ class ModelSettings(Settings):
             base.pop("head_dim", None)
         if "rope_theta" in own and "rope_parameters" in base:
             base["rope_parameters"] = {**base["rope_parameters"], "rope_theta": own["rope_theta"]}
+        if self.norm == "deep":
+            base["norm_placement"] = "post"
         found = {**base, **own, "vocab_size": vocab_size}
         if self.rope_parameters:
             theta = found.pop("rope_theta", base.get("rope_parameters", {}).get("rope_theta", ROPE_THETA))
@@ -165,12 +197,19 @@ def head_dim(shape: Mapping[str, Any]) -> int:
 
 
 def parameter_count(shape: Mapping[str, Any]) -> int:
-    """Weights of a causal LM of this shape; a tied head counts once."""
+    """Weights of a causal LM of this shape; a tied head counts once, and every expert."""
     hidden, inner, size = shape["hidden_size"], shape["intermediate_size"], head_dim(shape)
+    option = options.chosen(shape)
     queries, keys = shape["num_attention_heads"] * size, shape["num_key_value_heads"] * size
     attention = 2 * hidden * queries + 2 * hidden * keys
     if shape.get("attention_bias"):
         attention += queries + 2 * keys + hidden
-    mlp = 3 * hidden * inner + ((2 * inner + hidden) if shape.get("mlp_bias") else 0)
+    inputs = 2 if option["feed_forward"] in options.GATED else 1  # products that read the block's input
+    mlp = (inputs + 1) * hidden * inner + ((inputs * inner + hidden) if shape.get("mlp_bias") else 0)
+    if experts := option["num_local_experts"]:
+        mlp = experts * (mlp + hidden)  # a row of the router each
+    norm = hidden * (1 if option["norm"] == "rms" else 2)
+    norms = {"pre": 2, "post": 2, "sandwich": 4}[option["norm_placement"]]
+    last = 0 if option["norm_placement"] == "post" else norm
     embeddings = shape["vocab_size"] * hidden * (1 if shape.get("tie_word_embeddings") else 2)
-    return shape["num_hidden_layers"] * (attention + mlp + 2 * hidden) + hidden + embeddings
+    return shape["num_hidden_layers"] * (attention + mlp + norms * norm) + last + embeddings

@@ -50,7 +50,7 @@ def test_sizes_and_types_are_checked(change: dict, words: str) -> None:
 @pytest.mark.parametrize("change, why", [
     ({"model_type": "qwen2"}, "model_type qwen2"),
     ({"qk_norm": True}, "field qk_norm"),
-    ({"hidden_act": "gelu"}, "hidden_act gelu"),
+    ({"hidden_act": "gelu_new"}, "hidden_act gelu_new"),
     ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "rope_parameters of type 'longrope'"),
     ({"rope_scaling": {"type": "proportional"}}, "rope_scaling of type 'proportional'"),
     ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "mscale": 1.0}}, "rope_parameters.mscale"),
