@@ -276,13 +276,13 @@ class LlamaModel(LlamaPreTrainedModel):
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self._build(config)
-        self.rotary = new_rotary(config)
         self.gradient_checkpointing = False
         self.post_init()
 
     def _build(self, config: LlamaConfig) -> None:
         self.layers = nn.ModuleList(LlamaDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm: nn.Module = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary = new_rotary(config)
 
     def forward(
         self,

@@ -15,10 +15,10 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.flow.config import Settings, added, nearest
+from pipeline.flow.config import added, nearest
 from pipeline.llama import options
 from pipeline.llama.config import SIZES
-from pipeline.llama.rope_settings import RopeSettings
+from pipeline.llama.rope_settings import PositionSettings
 
 ROPE_THETA, MAX_POSITIONS = 10000.0, 2048  # transformers' LlamaConfig where a shape says nothing
 _LLAMA31 = {
@@ -89,7 +89,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-class ModelSettings(Settings):
+class ModelSettings(PositionSettings):
     """Shape of a new LLaMA. `preset` fills every field that is not given here; without one, "million" does.
 
     Fields from `norm` on are options beyond plain LLaMA (pipeline/llama/options), which models keep in every stage.
@@ -119,7 +119,6 @@ class ModelSettings(Settings):
     )
     rms_norm_eps: float | None = Field(default=None, gt=0, description="Added to the mean square before the root.")
     rope_theta: float | None = Field(default=None, gt=0, description="Base of the rotary wavelengths.")
-    rope_parameters: RopeSettings | None = added(None, "Rotary frequencies of another kind than the preset's.")
     tie_word_embeddings: bool | None = Field(default=None, description="The head is the embedding's own matrix.")
     attention_bias: bool = Field(default=False, description="Biases on the attention projections.")
     mlp_bias: bool = Field(default=False, description="Biases in the SwiGLU block.")

@@ -41,6 +41,13 @@ def frequencies(config: Any) -> tuple[Tensor, float]:
     return 1.0 / (rope["rope_theta"] ** (torch.arange(0, size, 2, dtype=torch.float32) / size)), 1.0
 
 
+def positions(config: Any) -> dict[str, Any]:
+    """What a config says about them, as lineage records it."""
+    extra = ("truncated_basis_low", "truncated_basis_high", "truncated_basis_value", "rerope_window", "rerope_factor")
+    found = {name: getattr(config, name, None) for name in ("max_position_embeddings", *extra, "rerope_trained")}
+    return {"rope_parameters": dict(config.rope_parameters), **{k: v for k, v in found.items() if v}}
+
+
 class Rotary:
     def __init__(self, config: Any) -> None:
         with torch.device("cpu"):  # whatever default device loading is under

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.flow.config import Settings
+from pipeline.flow.config import Settings, added
 
 MOST_POSITIONS = 1 << 26
 # By type the fields that it takes beside rope_theta, those that it cannot do without first.
@@ -101,6 +101,54 @@ class RopeSettings(Settings):
         if self.rope_type in KEEPS_ORIGINAL:
             own.setdefault("original_max_position_embeddings", trained)
         return own
+
+
+class PositionSettings(Settings):
+    """All that may be said about a model's rotary positions."""
+
+    rope_parameters: RopeSettings | None = added(None, "Rotary frequencies of another kind.")
+    truncated_basis_high: float | None = added(
+        None,
+        "Pairs that turn at least so many radians a token stay, others are truncated (Pal et al. 2023, truncated "
+        "basis); 2 pi / L keeps those that turn once within L tokens.",
+        gt=0,
+        le=1,
+    )
+    truncated_basis_low: float | None = added(
+        None, "Pairs that turn at most so many radians a token stand still; 0 by default.", ge=0, le=1
+    )
+    truncated_basis_value: float | None = added(
+        None, "What the pairs between both turn by, radians a token; 0 by default.", ge=0, le=1
+    )
+    rerope_window: int | None = added(
+        None, "Keys at this distance and beyond are seen at this distance (ReRoPE: Su 2023).", ge=1, le=MOST_POSITIONS
+    )
+    rerope_factor: float | None = added(
+        None, "Or, beyond it, at distances that grow so many times slower (leaky ReRoPE).", ge=1
+    )
+    rerope_trained: int | None = added(
+        None, "Queries at position m are scaled by max(1, log(m + 1) / log(this)), the trained length (Su 2023).", ge=2
+    )
+
+    def beyond_transformers(self) -> dict[str, Any]:
+        """Fields of `CoreConfig` that are set."""
+        return self.model_dump(exclude_none=True, include=set(PositionSettings.model_fields) - {"rope_parameters"})
+
+
+class ContextSettings(PositionSettings):
+    """How the positions of the model that a row starts from are changed; what is not given stays."""
+
+    max_position_embeddings: int | None = Field(
+        default=None, ge=1, le=MOST_POSITIONS, description="Longest context promised from now on."
+    )
+
+    @model_validator(mode="after")
+    def _says_something(self) -> ContextSettings:
+        if self.max_position_embeddings and self.rope_parameters and self.rope_parameters.rope_type == "dynamic":
+            raise ValueError(
+                "max_position_embeddings is what rope_type dynamic takes for the trained length: leave it as it was"
+            )
+        return self
 
 
 def ntk_theta(theta: float, factor: float, size: int) -> float:
