@@ -1,4 +1,4 @@
-"""Every architecture option as one shape over the preset "test": what tests of the core and of the chain run."""
+"""Every architecture option as a shape over the preset "test", which the core and the whole chain are tested with."""
 
 from __future__ import annotations
 

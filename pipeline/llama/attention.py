@@ -510,7 +510,8 @@ def use_forest(model: nn.Module) -> bool:
         if virtual.count(model):
             return False
     config = inner.config
-    if config.model_type not in TRIED or not getattr(inner, "_supports_attention_backend", False):
+    alone = getattr(config, "rerope_window", None)  # two products of queries and keys, which no backend computes
+    if config.model_type not in TRIED or alone or not getattr(inner, "_supports_attention_backend", False):
         return False
     if config._attn_implementation != NAME:
         inner.set_attn_implementation(NAME)

@@ -38,6 +38,7 @@ from pipeline.llama.core_config import CoreConfig, core_config, new_config
 from pipeline.llama.heads import PolicyModel, ScalarModel, unwrapped
 from pipeline.llama.modeling import LlamaForCausalLM, LlamaForSequenceClassification
 from pipeline.llama.presets import ModelSettings
+from pipeline.llama.rope_settings import ContextSettings
 from pipeline.llama.weights import Entry, require_weights
 
 if TYPE_CHECKING:
@@ -440,6 +441,33 @@ def new_policy(settings: ModelSettings, tokenizer: Any, stop_ids: Sequence[int],
         model = (CoreForCausalLM if isinstance(config, CoreConfig) else LlamaForCausalLM)(config)
     model.generation_config.eos_token_id = list(stop_ids)
     model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+def repositioned(start: Trainable, settings: ContextSettings) -> Any:
+    """A causal LM of the same weights under other rotary positions. UserError where `start` has none to change."""
+    old = start.model.config
+    if start.record["implementation"] != "core":
+        raise UserError(f"context: computed by transformers' {start.record['implementation']}, not by our core")
+    facts = core_config(old).to_dict()
+    if facts["positions"] != "rotary":
+        raise UserError(f"context: the model's positions are {facts['positions']}, not rotary")
+    rope = old.rope_parameters
+    if settings.rope_parameters:
+        trained = rope.get("original_max_position_embeddings", old.max_position_embeddings)
+        facts["rope_parameters"] = settings.rope_parameters.parameters(rope["rope_theta"], trained, old.head_dim)
+    if settings.max_position_embeddings:
+        facts["max_position_embeddings"] = settings.max_position_embeddings
+    try:
+        config = CoreConfig.from_dict({**facts, **settings.beyond_transformers()})
+    except ValueError as problem:
+        raise UserError(f"context: {problem}") from problem
+    plain = config.plain()
+    with torch.device("meta"):
+        model: Any = CoreForCausalLM(config) if plain.model_type != "llama" else LlamaForCausalLM(plain)
+    model.load_state_dict(start.model.state_dict(), assign=True)
+    model.tie_weights()
+    model.generation_config = start.model.generation_config
     return model
 
 

@@ -15,10 +15,12 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.flow.config import Settings, added, nearest
+from pipeline.flow.config import added, nearest
 from pipeline.llama import options
 from pipeline.llama.config import SIZES
+from pipeline.llama.rope_settings import PositionSettings
 
+ROPE_THETA, MAX_POSITIONS = 10000.0, 2048  # transformers' LlamaConfig where a shape says nothing
 _LLAMA31 = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -94,7 +96,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-class ModelSettings(Settings):
+class ModelSettings(PositionSettings):
     """Shape of a new LLaMA. `preset` fills every field that is not given here; without one, "million" does.
 
     Fields from `norm` on are options beyond plain LLaMA (pipeline/llama/options), which models keep in every stage.
@@ -169,6 +171,8 @@ class ModelSettings(Settings):
             raise ValueError(f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
         if shape["hidden_size"] % heads:
             raise ValueError(f"hidden_size {shape['hidden_size']} is no multiple of num_attention_heads {heads}")
+        if self.rope_parameters and self.rope_parameters.rope_theta and self.rope_theta:
+            raise ValueError("rope_theta is given twice, here and in rope_parameters; keep one")
         if head_dim(shape) % 2:
             raise ValueError(f"head_dim {head_dim(shape)} is odd: rotary positions turn pairs")
         options.refuse(shape)
@@ -176,7 +180,7 @@ class ModelSettings(Settings):
 
     def llama(self, vocab_size: int) -> dict[str, Any]:
         """Arguments of LlamaConfig for a vocabulary of this size, and the options that are set."""
-        own = {k: v for k, v in self.model_dump(exclude={"preset"}).items() if v is not None}
+        own = {k: v for k, v in self.model_dump(exclude={"preset", "rope_parameters"}).items() if v is not None}
         base = dict(PRESETS[self.preset])
         if "num_attention_heads" in own and "num_key_value_heads" not in own:
             base["num_key_value_heads"] = own["num_attention_heads"]
@@ -186,7 +190,12 @@ class ModelSettings(Settings):
             base["rope_parameters"] = {**base["rope_parameters"], "rope_theta": own["rope_theta"]}
         if self.norm == "deep":
             base["norm_placement"] = "post"
-        return {**base, **own, "vocab_size": vocab_size}
+        found = {**base, **own, "vocab_size": vocab_size}
+        if self.rope_parameters:
+            theta = found.pop("rope_theta", base.get("rope_parameters", {}).get("rope_theta", ROPE_THETA))
+            length = found.setdefault("max_position_embeddings", MAX_POSITIONS)
+            found["rope_parameters"] = self.rope_parameters.parameters(theta, length, head_dim(found))
+        return found
 
 
 def head_dim(shape: Mapping[str, Any]) -> int:

@@ -1,4 +1,4 @@
-"""Every option of the core, each held to the same: forest, cached decoding, files, classifiers, parameter counts."""
+"""Every option of the core is held to the same: forest, cache, files, classifiers, parameter counts."""
 
 from __future__ import annotations
 
