@@ -272,6 +272,12 @@ class ChatFormat:
 
     # Back to text
 
+    def answers(self, sequences: Sequence[Sequence[int]]) -> list[str]:
+        """The texts of sampled answers: decoded, without the white space that the format puts around them."""
+        trims = self.foreign.trims if self.foreign else self.template.trims  # type: ignore[union-attr]
+        texts = self.decode_all(sequences)
+        return [text.strip() for text in texts] if trims else texts
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids` without control tokens; runs between control tokens are decoded one by one."""
         return self.decode_all([ids])[0]

@@ -82,9 +82,10 @@ def train_tokenizer(
     """A tokenizer over `texts` with the tokens of a chat format at its first ids, and `more` of them after these.
 
     byte_bpe: merges of bytes. bpe, unigram: SentencePiece's, digits apart and bytes for what it does not know, as
-    LLaMA's, but without a space in front of a text. The same texts in the same order give the same tokenizer. The
-    result may hold fewer than `vocab_size` tokens where the texts have no more pairs to merge. Raises UserError where
-    `vocab_size` cannot hold bytes and controls.
+    LLaMA's, but without a space in front of a text; U+2581, their sign for a space, comes back as one.
+
+    The same texts in the same order give the same tokenizer. The result may hold fewer than `vocab_size` tokens where
+    the texts have no more pairs to merge. Raises UserError where `vocab_size` cannot hold bytes and controls.
     """
     control = (PAD, BOS, EOS, *TEMPLATES[template].control, *more)
     least = smallest_vocabulary(kind, template, more)
