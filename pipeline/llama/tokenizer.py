@@ -262,9 +262,8 @@ def _from_model(path: Path) -> tuple[Any, Any]:
         table["decoder"]["decoders"].append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
     table["normalizer"] = {"type": "Sequence", "normalizers": space}
     backend = Tokenizer.from_str(json.dumps(table))
-    if (
-        proto.trainer_spec.model_type == 1
-    ):  # without merges to leave out, such a piece is cut behind its first character
+    unigram = proto.trainer_spec.model_type == 1
+    if unigram:  # it has no merges to leave out: such a piece is cut behind its first character
         spelled = "|".join(f"{re.escape(p[0])}(?={re.escape(p[1:])})" for p in sorted(apart) if len(p) > 1)
         backend.pre_tokenizer = pre_tokenizers.Split(Regex(spelled), "isolated")
     named = [p for p in proto.pieces if p.type in (2, 3, 4)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import gzip
+import io
 import json
 from functools import cache
 from pathlib import Path
@@ -18,6 +19,7 @@ from pipeline.data.records import Conversation, Message
 from pipeline.data.template import CHAT_TEMPLATE, CONTROL_TOKENS, encode_with, without_prefix
 from pipeline.data.templates import TEMPLATES
 from pipeline.flow.errors import UserError
+from pipeline.llama.open import open_tokenizer
 from pipeline.llama.tokenizer import (
     LLAMA3_TOKENS,
     add_chat_tokens,
@@ -233,14 +235,12 @@ def test_a_model_that_rewrites_text_is_refused(shared_data: Path) -> None:
 
 
 @cache
-def made(**changes: Any) -> bytes:
-    import io
-
+def made(texts: tuple[str, ...] = tuple(TEXTS), **changes: Any) -> bytes:
     model = io.BytesIO()
     settings = {"vocab_size": 320, "model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity",
                 "remove_extra_whitespaces": False, "hard_vocab_limit": False, "minloglevel": 2}  # fmt: skip
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXTS), model_writer=model, **{**settings, **changes}
+        sentence_iterator=iter(texts), model_writer=model, **{**settings, **changes}
     )
     return model.getvalue()
 
@@ -259,6 +259,19 @@ def test_a_models_rule_for_the_space_in_front_is_carried_over(kind: str, prefix:
     ids = encode_with(plain, ODD)
     assert plain.decode_batch(ids, skip_special_tokens=False) == ODD
     assert ours.convert_ids_to_tokens(encode_with(plain, ["river"])[0])[0][0] != "▁"
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_no_merge_of_a_models_pieces_makes_a_control_token(kind: str, tmp_path: Path) -> None:
+    """Its vocabulary has "<s", "</s" and ">", which SentencePiece itself would never join to "<s>"."""
+    path = tmp_path / "m.model"
+    path.write_bytes(made(("a<s b<s c> d> e</s f</s " * 9,) * 20, model_type=kind, split_by_unicode_script=False))
+    ours, theirs = open_pieces(path), sentencepiece.SentencePieceProcessor(str(path))
+    if kind == "bpe":
+        assert {"<s", "</s", ">"} <= ours.get_vocab().keys()
+    for text in ("<s>", "a</s>", "x<s> y</s>"):
+        assert encode_texts(ours, [text])[0] == theirs.encode(text)
+        assert not set(encode_texts(ours, [text])[0]) & set(ours.all_special_ids)
 
 
 def test_what_is_no_tokenizer_or_loses_text_is_refused(tmp_path: Path) -> None:
@@ -353,6 +366,14 @@ def test_a_bare_tokenizer_json_is_told_its_roles(tokenizer, tmp_path: Path) -> N
     tokenizer.save_pretrained(tmp_path / "whole")  # a tokenizer_config.json beside it says so itself
     assert open_pieces(tmp_path / "whole" / "tokenizer.json").pad_token_id == 0
     assert json.loads(path.read_text())["model"]["type"] == "BPE"
+
+
+def test_a_directory_of_a_lone_tokenizer_model_is_opened(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(made())
+    texts = [*ODD, *TEXTS[:3]]
+    assert encode_texts(open_tokenizer(tmp_path), texts) == encode_texts(
+        open_pieces(tmp_path / "tokenizer.model"), texts
+    )
 
 
 # Added tokens
