@@ -146,27 +146,31 @@ class ChatFormat:
 
     def _pieces(self, conversation: Conversation, prompt: bool = False) -> list[Piece]:
         assert self.template is not None
-        return list(self.template.pieces(conversation, self._bos, self._eos, prompt))
+        return self.template.pieces(conversation, self._bos, self._eos, prompt)
 
     def _encoded(self, layouts: Sequence[Sequence[Piece]]) -> list[list[tuple[Piece, list[int]]]]:
         """Each piece with its ids; every text is encoded once."""
-        fresh: dict[str, list[int]] = {}
-        continuing: dict[str, list[int]] = {}
-        tables = []  # beside each piece, where its ids will stand
+        control: dict[str, list[int]] = {}
+        fresh: dict[str, list[int]] = {}  # texts behind a control token
+        continuing: dict[str, list[int]] = {}  # texts behind text
+        found = []
         for pieces in layouts:
-            follows = False  # text, not a control token
-            row = []
+            row: list[tuple[Piece, list[int]]] = []
+            texts = fresh
             for piece in pieces:
-                table = continuing if follows and not piece.control else fresh
-                if not piece.control:
-                    table[piece.text] = []
-                row.append((piece, table))
-                follows = not piece.control
-            tables.append(row)
-        fresh.update(zip(fresh, encode_texts(self.tokenizer, list(fresh)), strict=True))
-        continuing.update(zip(continuing, encode_with(self._continuing, list(continuing)), strict=True))
-        ids = self._vocabulary
-        return [[(p, [ids[p.text]] if p.control else table[p.text]) for p, table in row] for row in tables]
+                if piece.control:
+                    row.append((piece, control.setdefault(piece.text, [])))
+                    texts = fresh
+                else:
+                    row.append((piece, texts.setdefault(piece.text, [])))
+                    texts = continuing
+            found.append(row)
+        for token, ids in control.items():
+            ids.append(self._vocabulary[token])
+        for texts, backend in ((fresh, self.tokenizer.backend_tokenizer), (continuing, self._continuing)):
+            for ids, encoded in zip(texts.values(), encode_with(backend, list(texts)), strict=True):
+                ids.extend(encoded)
+        return found
 
     def _assemble(
         self, conversation: Conversation, train_on: str, laid_out: Iterable[tuple[Piece, list[int]]]
@@ -176,10 +180,11 @@ class ChatFormat:
         for message in conversation.messages:
             round_of.append(round_of[-1] + (message.role == "user"))
         rendered = Rendered([], [], [], conversation, train_on)
-        for piece, ids in laid_out:
-            rendered.ids.extend(ids)
-            rendered.mask.extend([int(piece.answer and carries[piece.turn])] * len(ids))
-            rendered.rounds.extend([round_of[piece.turn + 1]] * len(ids))
+        all_ids, mask, rounds = rendered.ids, rendered.mask, rendered.rounds
+        for (_, turn, _, answer), ids in laid_out:
+            all_ids += ids
+            mask += [int(answer and carries[turn])] * len(ids)
+            rounds += [round_of[turn + 1]] * len(ids)
         return rendered
 
     # Prompts, answers, documents
@@ -271,6 +276,12 @@ class ChatFormat:
         return None, len(rounds)
 
     # Back to text
+
+    def answers(self, sequences: Sequence[Sequence[int]]) -> list[str]:
+        """The texts of sampled answers: decoded, without the white space that the format puts around them."""
+        trims = self.foreign.trims if self.foreign else self.template.trims  # type: ignore[union-attr]
+        texts = self.decode_all(sequences)
+        return [text.strip() for text in texts] if trims else texts
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids` without control tokens; runs between control tokens are decoded one by one."""

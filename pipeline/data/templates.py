@@ -74,13 +74,12 @@ class Template:
     tools: bool = False
     apart: bool = True
 
-    def pieces(self, conversation: Conversation, bos: str, eos: str, prompt: bool = False) -> Iterator[Piece]:
+    def pieces(self, conversation: Conversation, bos: str, eos: str, prompt: bool = False) -> list[Piece]:
         """The turns, and with `prompt` the assistant's header behind them. UserError for what it has no words for."""
         if not self.tools:
             self._refuse_tools(conversation)
-        yield from (piece for piece in self.lay_out(conversation, bos, eos) if piece.text)
-        if prompt:
-            yield from self.header
+        turns = [piece for piece in self.lay_out(conversation, bos, eos) if piece.text]
+        return [*turns, *self.header] if prompt else turns
 
     def answer(self, text: str) -> str:
         """The text as it stands between the assistant's header and the end token."""
@@ -88,8 +87,7 @@ class Template:
 
     def answer_follows_text(self, eos: str) -> bool:
         """Whether the last piece of a prompt is text, which the answer then continues."""
-        *_, last = self.pieces(Conversation((Message("user", "?"),)), "", eos, prompt=True)
-        return not last.control
+        return not self.pieces(Conversation((Message("user", "?"),)), "", eos, prompt=True)[-1].control
 
     def _refuse_tools(self, conversation: Conversation) -> None:
         turn = next((i for i, m in enumerate(conversation.messages) if m.tool_calls or m.role == "tool"), None)

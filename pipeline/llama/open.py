@@ -101,9 +101,13 @@ def open_classifier(artifact: ModelArtifact, *, dtype: torch.dtype = torch.float
 
 
 def open_tokenizer(artifact: ModelArtifact | Path) -> Any:
-    """The tokenizer in an artifact's directory; nothing is looked up elsewhere."""
+    """The tokenizer in an artifact's directory, a lone tokenizer.model too; nothing is looked up elsewhere."""
     path = artifact if isinstance(artifact, Path) else artifact.path
-    settings = path / "tokenizer_config.json"
+    settings, pieces = path / "tokenizer_config.json", path / "tokenizer.model"
+    if pieces.is_file() and not settings.is_file() and not (path / "tokenizer.json").is_file():
+        from pipeline.llama.tokenizer import open_pieces
+
+        return open_pieces(pieces)
     if settings.is_file():
         refuse_code(read_json(settings), str(settings))
     special = path / "special_tokens_map.json"

@@ -82,9 +82,10 @@ def train_tokenizer(
     """A tokenizer over `texts` with the tokens of a chat format at its first ids, and `more` of them after these.
 
     byte_bpe: merges of bytes. bpe, unigram: SentencePiece's, digits apart and bytes for what it does not know, as
-    LLaMA's, but without a space in front of a text. The same texts in the same order give the same tokenizer. The
-    result may hold fewer than `vocab_size` tokens where the texts have no more pairs to merge. Raises UserError where
-    `vocab_size` cannot hold bytes and controls.
+    LLaMA's, but without a space in front of a text; U+2581, their sign for a space, comes back as one.
+
+    The same texts in the same order give the same tokenizer. The result may hold fewer than `vocab_size` tokens where
+    the texts have no more pairs to merge. Raises UserError where `vocab_size` cannot hold bytes and controls.
     """
     control = (PAD, BOS, EOS, *TEMPLATES[template].control, *more)
     least = smallest_vocabulary(kind, template, more)
@@ -261,9 +262,8 @@ def _from_model(path: Path) -> tuple[Any, Any]:
         table["decoder"]["decoders"].append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
     table["normalizer"] = {"type": "Sequence", "normalizers": space}
     backend = Tokenizer.from_str(json.dumps(table))
-    if (
-        proto.trainer_spec.model_type == 1
-    ):  # without merges to leave out, such a piece is cut behind its first character
+    unigram = proto.trainer_spec.model_type == 1
+    if unigram:  # it has no merges to leave out: such a piece is cut behind its first character
         spelled = "|".join(f"{re.escape(p[0])}(?={re.escape(p[1:])})" for p in sorted(apart) if len(p) > 1)
         backend.pre_tokenizer = pre_tokenizers.Split(Regex(spelled), "isolated")
     named = [p for p in proto.pieces if p.type in (2, 3, 4)]

@@ -267,7 +267,8 @@ def check_truncation(format: ChatFormat, rendered: Rendered, rng: random.Random)
         return
     users = [i for i, m in enumerate(rendered.conversation.messages) if m.role == "user"]
     messages = rendered.conversation.messages
-    tail = len(users) if messages[-1].role == "assistant" else len(users) - 1  # a round without an answer goes first
+    answered = any(m.role == "assistant" for m in messages[users[-1] :])
+    tail = len(users) if answered else len(users) - 1  # a round without an answer goes first
     first = dropped - (len(users) - tail)
     end = users[tail] if tail < len(users) else len(messages)
     kept = (*messages[: users[0]], *messages[users[first] : end])
