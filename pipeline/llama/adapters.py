@@ -137,7 +137,7 @@ def add_adapter(model: nn.Module, settings: AnyAdapter, seed: int) -> Any:
         torch.manual_seed(seed)
         made = get_peft_model(model, peft_config(settings, classifier=hasattr(model, "score")))
     if isinstance(settings, LoraSettings) and settings.initial == "pissa":
-        made.__dict__["taken_out"] = _state(made)  # of the frozen weights, which are saved nowhere without it
+        made.__dict__["taken_out"] = state_of(made)  # of the frozen weights, which are saved nowhere without it
     mark_rates(made, settings)
     return made
 
@@ -207,7 +207,7 @@ class Part:
     state: dict[str, Tensor]
 
 
-def _state(model: Any, name: str = OWN) -> dict[str, Tensor]:
+def state_of(model: Any, name: str = OWN) -> dict[str, Tensor]:
     from peft import get_peft_model_state_dict
 
     found = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
@@ -239,7 +239,7 @@ def taken_apart(model: Any) -> tuple[Any, list[Part]]:
         config = copy.deepcopy(model.peft_config[name])
         if str(getattr(config, "init_lora_weights", "")).startswith("pissa"):
             config.init_lora_weights = True  # the directions are out of the weights by now
-        parts.append(Part(config, _state(model, name)))
+        parts.append(Part(config, state_of(model, name)))
     plain = model.get_base_model() if is_virtual(model) else model.unload()
     for part in parts:
         heads = [key for key in part.state if key.endswith("score.weight")]

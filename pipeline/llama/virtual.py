@@ -36,7 +36,8 @@ def with_tokens(model: Any, ids_BL: Tensor, mask_BL: Tensor, positions_BL: Tenso
     rows = len(ids_BL)
     mask = torch.cat((mask_BL.new_ones(rows, before), mask_BL), 1)
     if is_prefix(model):
-        past = model.get_prompt(rows)
+        past = model.get_prompt(1)  # once for all rows, which a projection would round by their number
+        past.batch_repeat_interleave(rows)
         inputs = {"input_ids": ids_BL, "past_key_values": past, "position_ids": positions_BL + before}
     else:
         own = model.get_base_model().get_input_embeddings()(ids_BL)

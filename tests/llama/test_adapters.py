@@ -177,7 +177,7 @@ def test_pissa_is_saved_as_a_lora_over_the_untouched_base(stabilised: bool) -> N
     module = PolicyModel(add_adapter(policy(), settings, seed=0))
     train(module, nll, 3)
     expected = module(FOREST).logprobs_T.detach()
-    config, state = adapters.saved_form(module.lm, adapters._state(module.lm))
+    config, state = adapters.saved_form(module.lm, adapters.state_of(module.lm))
     scale = 2**0.5 if stabilised else 2
     assert (config.r, config.lora_alpha, config.init_lora_weights) == (8, 6 * scale, True)
     again = adapters.assembled(policy(), [adapters.Part(config, state)])
@@ -236,7 +236,7 @@ def test_stacked_adapters_add_up(below: AnyAdapter) -> None:
     assert (found - start).abs().max() > 1e-3
     named = dict(both.named_parameters())
     assert under and all(torch.equal(named[name], p) for name, p in under.items())
-    own = adapters.Part(both.lm.active_peft_config, adapters._state(both.lm))
+    own = adapters.Part(both.lm.active_peft_config, adapters.state_of(both.lm))
     over = adapters.assembled(adapters.merged(trained_adapter(below).lm), [own])
     assert (PolicyModel(over)(FOREST).logprobs_T - found).abs().max() <= 1e-5
     assert (PolicyModel(adapters.merged(both.lm))(FOREST).logprobs_T - found).abs().max() <= 1e-5
