@@ -23,6 +23,7 @@ from pipeline.flow.config import Settings
 from pipeline.flow.errors import UserError
 from pipeline.flow.stage import Stage, Workspace
 from pipeline.llama.adapter_settings import AnyAdapter, adapter_field
+from pipeline.rollout.engine import require_room
 from pipeline.train.losses import AnyLoss, default_loss
 from pipeline.train.settings import TrainSettings
 
@@ -93,6 +94,8 @@ class Dpo(Stage):
     def check(cls, config: Any, given: frozenset[str]) -> None:
         if "dev" not in given and (idle := sorted({"reward", "heldout_reward", "judge"} & given)):
             raise UserError(f"dpo: {' and '.join(idle)} score answers to `dev`, which is not given")
+        if "dev" in given:
+            require_room("dpo.max_new_tokens", config.max_new_tokens, config.max_tokens)
         if config.kl_budget and "dev" not in given:
             raise UserError("dpo.kl_budget: chooses weights by `dev`, which is not given")
         loss = config.loss.made()

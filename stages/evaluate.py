@@ -16,6 +16,7 @@ from pipeline.flow.artifacts import Comparisons, Documents, Evaluation, Judge, P
 from pipeline.flow.config import Settings, not_identity
 from pipeline.flow.errors import UserError
 from pipeline.flow.stage import Stage, Workspace
+from pipeline.rollout.engine import require_room
 
 
 class Evaluate(Stage):
@@ -53,6 +54,7 @@ class Evaluate(Stage):
 
     @classmethod
     def check(cls, config: Any, given: frozenset[str]) -> None:
+        require_room("evaluate.max_new_tokens", config.max_new_tokens, config.max_tokens)
         if config.best_of > 1 and "judge" not in given:
             raise UserError(f"evaluate.best_of is {config.best_of}, but the row has no `judge` to measure it by")
 

@@ -24,7 +24,7 @@ from pipeline.flow.artifacts import Conversations, Documents, Judge, Policy, Pro
 from pipeline.flow.errors import UserError
 from pipeline.flow.stage import OneOrMore, Stage, Workspace
 from pipeline.llama.adapter_settings import AnyAdapter, adapter_field
-from pipeline.rollout.engine import EngineSettings, SamplingSettings
+from pipeline.rollout.engine import EngineSettings, SamplingSettings, require_room
 from pipeline.rollout.reward_settings import RewardSettings
 from pipeline.train.ppo_settings import NEED_GROUPS, PpoSettings
 from pipeline.train.settings import TrainSettings
@@ -81,6 +81,7 @@ class Ppo(Stage):
     @classmethod
     def check(cls, config: Any, given: frozenset[str]) -> None:
         config.reward.require_source("ppo", "reward" in given)
+        require_room("ppo.sampling.max_new_tokens", config.sampling.max_new_tokens, config.max_tokens)
         if config.sampling.temperature == 0.0:
             raise UserError("ppo.sampling.temperature: 0 draws one answer only, so there is nothing to learn from")
         for name in ("skip_spikes", "batch_start"):

@@ -24,7 +24,7 @@ from pipeline.flow.config import Settings, not_identity
 from pipeline.flow.errors import UserError
 from pipeline.flow.stage import OneOrMore, Stage, Workspace
 from pipeline.llama.adapter_settings import AnyAdapter, adapter_field
-from pipeline.rollout.engine import EngineSettings, SamplingSettings
+from pipeline.rollout.engine import EngineSettings, SamplingSettings, require_room
 from pipeline.rollout.mining import ChooseSettings, PairSettings
 from pipeline.rollout.reward_settings import RewardSettings
 from pipeline.train.settings import TrainSettings
@@ -113,6 +113,7 @@ class Rejection(Stage):
             if "policy" not in given:
                 raise UserError("input policy: not given, but answers to prompts are drawn; wire it")
             config.reward.require_source("rejection", "reward" in given)
+            require_room("rejection.sampling.max_new_tokens", config.sampling.max_new_tokens, config.max_tokens)
         elif "reward" not in given and not config.reward.functions:
             config.reward.require_unset("rejection")
         if config.kl_budget and "dev" not in given:

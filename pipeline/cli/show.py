@@ -106,7 +106,8 @@ def _show_run(run_dir: Path, store: Store, json: bool) -> None:
 
 def _require_sealed(store: Store, run_dir: Path, row: str, fingerprint: str) -> None:
     if not store.is_sealed(fingerprint):
-        raise not_sealed(run_dir, row, fingerprint, store.left(fingerprint))
+        where = f"it is not in {store.root}; --store names another place"
+        raise not_sealed(run_dir, row, fingerprint, store.left(fingerprint) or where)
 
 
 def not_sealed(run_dir: Path, row: str, fingerprint: str, left: str | None = None) -> UserError:

@@ -59,3 +59,9 @@ def no_room(error: BaseException, directory: Path) -> str | None:
         f"{path.absolute()}: no space left on the disk, {free} MB are free: make room and run the same command again; "
         "what is sealed and the last checkpoint are as they were"
     )
+
+
+def no_memory(error: BaseException) -> bool:
+    """Whether an error means that there was not enough memory; PyTorch's on a CPU is a RuntimeError."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or "can't allocate memory" in str(error)

@@ -78,7 +78,7 @@ class LaunchSettings(Settings):
     def _nodes_fit(self) -> LaunchSettings:
         if self.nodes > 1 and self.processes % self.nodes:
             raise refused(
-                "processes", f"{self.processes}, over all nodes, which {self.nodes} nodes cannot share equally"
+                "nodes", f"{self.nodes} cannot share launch.processes equally: {self.processes}, over all nodes"
             )
         if self.processes > MOST_A_NODE * self.nodes:
             raise refused("processes", f"{self.processes}, but there are at most {MOST_A_NODE} on a node")

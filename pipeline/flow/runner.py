@@ -288,7 +288,7 @@ class Runner:
                 except UserError as error:
                     told.append(str(error))
         if told:
-            raise UserError("\n".join(told))
+            raise UserError("\n".join(dict.fromkeys(told)))
 
     def _left_behind(self, row: str, previous: str | None, fingerprint: str) -> None:
         """Say where unfinished work lies that this row would not replace, since its settings or inputs changed."""

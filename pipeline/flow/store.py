@@ -489,7 +489,7 @@ def _seal_of(manifest: Mapping[str, Any]) -> str:
 
 def _read_sealed(path: Path) -> dict[str, Any]:
     if not path.parent.is_dir():
-        raise UserError(f"{path.parent}: there is no such row")
+        raise UserError(f"{path.parent}: there is no such row; it may be in another store")
     try:
         text = read_text(path, Damaged)
         manifest = json.loads(text)

@@ -197,18 +197,20 @@ class _Loading:
 
     def _targets(self, text: str, keys: Keys, names: list[str]) -> list[Keys]:
         """Where in the document a `--set` goes. A stage-wide one also overrides the rows in the file."""
-        first, worlds = keys[0], self._worlds()
-        if first in (*names, *worlds) and len(keys) == 1:
+        first, sources = keys[0], [name for name in self._mapping("sources") if name not in SETTABLE]
+        if first in (*names, *sources) and len(keys) == 1:
             raise UserError(f"--set {text}: {first!r} holds settings; name one of them: --set {first}.KEY=VALUE")
         if first in names:
             return [("settings", *keys)]
-        if first in worlds:
+        if first in sources:
             return [("sources", *keys)]
         if first == "name":
             raise UserError(f"--set {text}: a run is named by --name, or by `name:` in the plan file")
         if first not in SETTABLE:
-            valid = [*SETTABLE, *names, *worlds]
-            raise UserError(f"--set {text}: {first!r} is no row and no part of a plan{nearest(first, valid)}")
+            valid = [*SETTABLE, *names, *sources]
+            raise UserError(
+                f"--set {text}: {first!r} is no row, no source and no part of a plan{nearest(first, valid)}"
+            )
         rows = [name for name in names if first == "stages" and len(keys) > 2 and name.partition("@")[0] == keys[1]]
         rows = [name for name in rows if _holds(self._mapping("settings").get(name), keys[2:])]
         return [keys, *(("settings", name, *keys[2:]) for name in rows)]

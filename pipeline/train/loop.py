@@ -352,8 +352,9 @@ def fit(
     """
     settings = trainer.settings
     if len(plan) < FEW_STEPS and trainer.strategy.main:
+        steps = "1 optimiser step" if len(plan) == 1 else f"{len(plan)} optimiser steps"
         workspace.say(
-            f"only {len(plan)} optimiser steps from {len(plan.groups)} records: hardly anything can be learnt; "
+            f"only {steps} from {len(plan.groups)} records: hardly anything can be learnt; "
             "give more data, more train.epochs, or a smaller train.batch"
         )
     due = evaluation_steps(len(plan), settings.evaluations) if evaluate or watch else set()

@@ -444,7 +444,7 @@ def test_which_node_this_is(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"processes": 3}, "launch.processes: 3, over all nodes, which 2 nodes cannot share equally"),
+        ({"processes": 3}, "launch.nodes: 2 cannot share launch.processes equally: 3, over all nodes"),
         ({"processes": 514}, "launch.processes: 514, but there are at most 256 on a node"),
         ({"main_address": None}, "launch.nodes: 2 nodes: set launch.main_address"),
         ({"node_rank": 2}, "launch.node_rank: 2, but launch.nodes is 2: nodes count from 0"),

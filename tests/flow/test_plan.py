@@ -352,12 +352,13 @@ def test_sets_reach_sources_seed_and_worlds(folder: Path, monkeypatch: pytest.Mo
     ]
     plan = _plan(folder, PLAN, *sets)
     assert plan.sources["pairs"].paths == (folder / "pairs.jsonl",)
+    assert _plan(folder, PLAN, "pairs.path=../pairs.jsonl").sources == plan.sources
     assert (plan.seed, plan.row("sft").seed, plan.row("world").seed) == (9, 9, 4)
     assert plan.row("world").config.facts == 5  # type: ignore[attr-defined]
     assert plan.launch == {"threads": 2} and plan.skip_bad
     assert plan.document["sources"]["world"]["facts"] == 5
     for bad, message in (
-        ("pp.word=1", "--set pp.word=1: 'pp' is no row and no part of a plan; did you mean 'ppo'?"),
+        ("pp.word=1", "--set pp.word=1: 'pp' is no row, no source and no part of a plan; did you mean 'ppo'?"),
         ("rows=[]", "'rows' is no row"),
         ("ppo=1", "--set ppo=1: 'ppo' holds settings; name one of them: --set ppo.KEY=VALUE"),
         ("world=1", "--set world=1: 'world' holds settings; name one of them: --set world.KEY=VALUE"),

@@ -84,6 +84,15 @@ def test_ppo_refuses_what_its_steps_do_not_have(name: str, train: dict[str, Any]
         load_stage(STAGES["ppo"]).check(config("ppo", train=train), frozenset({"reward"}))
 
 
+@pytest.mark.parametrize("stage", ["reward", "ppo", "rejection", "dpo", "evaluate"])
+def test_answers_leave_room_for_a_prompt(stage: str) -> None:
+    longest = {"sampling": {"max_new_tokens": 600}} if stage in ("ppo", "rejection") else {"max_new_tokens": 600}
+    given = frozenset({"policy", "reward", "prompts", "comparisons", "dev"})
+    with pytest.raises(UserError, match=rf"^{stage}\..*max_new_tokens: answers of up to 600 .* max_tokens 512: lower"):
+        load_stage(STAGES[stage]).check(config(stage, **longest), given)
+    load_stage(STAGES[stage]).check(config(stage, **longest, max_tokens=601), given)
+
+
 @pytest.mark.parametrize(
     ("loss", "given", "message"),
     [
