@@ -70,7 +70,7 @@ class Evaluate(Stage):
     def run(self, inputs: Inputs, workspace: Workspace) -> dict[str, Any]:
         from pipeline.data.reader import Reader
         from pipeline.evaluate.compare import compare_policies
-        from pipeline.evaluate.context import context_figures
+        from pipeline.evaluate.context import context_figures, untrained_figures
         from pipeline.evaluate.panel import Panel
         from pipeline.evaluate.policies import answer, exhibits, kl_to, text_perplexity
         from pipeline.llama.open import open_frozen
@@ -113,6 +113,9 @@ class Evaluate(Stage):
                         role, documents, config.context, workspace.seed, config.token_budget
                     )
             everyone.append(found)
+        untrained = {}
+        if config.context and documents:
+            untrained = untrained_figures(reference, documents, config.context, workspace.seed, config.token_budget)
         policies = {a.name: a.metrics() for a in everyone}
         if panel.decisive:
             compared = compare_policies(
@@ -134,6 +137,7 @@ class Evaluate(Stage):
             "temperature": config.temperature,
             "policies": policies,
             "reference": reference_name,
+            **({"untrained": untrained} if untrained else {}),
             "decided_by": panel.decisive,
             "prompts": len(prompts),
             "dropped_too_long": len(asked) - len(prompts),

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,7 +29,8 @@ from pipeline.data.records import Document
 from pipeline.data.template import encode_texts
 from pipeline.evaluate.context_settings import ContextMeasures
 from pipeline.flow.errors import UserError
-from pipeline.llama.open import Trainable
+from pipeline.llama.heads import PolicyModel
+from pipeline.llama.open import Trainable, repositioned
 
 
 def context_figures(
@@ -39,6 +41,17 @@ def context_figures(
         "positions": by_position(role, documents, measures, token_budget),
         "passkey": passkeys(role, documents, measures, seed, token_budget),
     }
+
+
+def untrained_figures(
+    role: Trainable, documents: Sequence[Document], measures: ContextMeasures, seed: int, token_budget: int
+) -> dict[str, Any]:
+    """The same of one policy under each of `measures.untrained`: what other positions do by themselves."""
+    found = {}
+    for name, settings in measures.untrained.items():
+        module = PolicyModel(repositioned(role, settings)).requires_grad_(False).eval()
+        found[name] = context_figures(replace(role, module=module), documents, measures, seed, token_budget)
+    return found
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import Field, model_validator
 
 from pipeline.flow.config import Settings
+from pipeline.llama.rope_settings import ContextSettings
 
 SHORTEST = 32  # tokens of a passkey text: the statement, the question and something between
 
@@ -21,6 +22,10 @@ class ContextMeasures(Settings):
     depths: int = Field(default=5, ge=1, description="Places of the key, evenly from the beginning to before the end.")
     trials: int = Field(default=20, ge=1, description="Keys at each length and place.")
     digits: int = Field(default=3, ge=1, le=32, description="Digits of a key; one of 10 to this power by chance.")
+
+    untrained: dict[str, ContextSettings] = Field(
+        default={}, description="By name other rotary positions, under which the reference is measured as it is."
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> ContextMeasures:
