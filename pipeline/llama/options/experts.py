@@ -3,15 +3,16 @@
 The router is a softmax over the logits of the k chosen experts. Router and experts are transformers' own modules, so
 names, numbers and the choice of products on a GPU are Mixtral's.
 
-    blocks = expert_blocks(model)
-    balance(logits_LTE, k)     the load-balancing loss of Switch Transformer (Fedus et al. 2021, equations 4 to 6), over
-                               the tokens of all layers together: k where every expert gets the same share
+    balance(logits, k)     the load-balancing loss of Switch Transformer (Fedus et al. 2021, equations 4 to 6), over the
+                           tokens of all layers together as transformers has it: k where all experts get the same share
 
-Shapes: L layers, T tokens, E experts.
+`pipeline/train/balance.py` adds it to every step of training.
+Shapes: T tokens, E experts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,13 +22,13 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts, Mixtral
 
 
 class Experts(nn.Module):
-    """What the router said of the last training forward stays in `routed` [tokens, E], until it is taken."""
+    """What the router said in the last training forward stays in `routed` [tokens, E]."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.gate = MixtralTopKRouter(config)
         self.experts = MixtralExperts(config)
-        self.coefficient = config.router_aux_loss_coef
+        self.coefficient, self.each = config.router_aux_loss_coef, config.num_experts_per_tok
         self.routed: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -52,12 +53,12 @@ class Balance(NamedTuple):
     entropy: Tensor  # nats, of the router's mean distribution, ln E at best
 
 
-def balance(logits_LTE: Tensor, each: int) -> Balance:
-    """E * sum over experts of (share of tokens that chose it) * (its mean probability)."""
-    probs = logits_LTE.float().softmax(-1).flatten(0, 1)
+def balance(logits: Sequence[Tensor], each: int) -> Balance:
+    """Router logits [T, E] by layer -> E * sum over experts of (tokens that chose it / T) * (mean probability)."""
+    probs = torch.cat(tuple(logits)).float().softmax(-1)
     experts = probs.shape[1]
     assigned = torch.bincount(probs.topk(each, dim=-1).indices.flatten(), minlength=experts).float()
-    mean = probs.mean(0)
-    share = assigned / assigned.sum()
-    entropy = -(mean.detach() * mean.detach().clamp(min=1e-30).log()).sum()
+    mean, share = probs.mean(0), assigned / assigned.sum()
+    spread = mean.detach()
+    entropy = -torch.xlogy(spread, spread).sum()
     return Balance(experts * (assigned / len(probs) * mean).sum(), share.max(), share.min(), entropy)
