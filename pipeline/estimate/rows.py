@@ -19,6 +19,7 @@ from pipeline.estimate.following import (
     WORLD,
     WORLD_ANSWER,
     WORLD_LONGEST,
+    WORLD_TOKENS_A_WORD,
     Following,
     Records,
     Wishes,
@@ -89,6 +90,11 @@ def estimate(plan: Plan, device: Device, wishes: Wishes) -> list[Estimate]:
                     getattr(row.config, _counted(slot)), each, WORLD["prompts"], WORLD_LONGEST
                 )
                 for slot, each in WORLD.items()
+            }
+            long = WORLD_TOKENS_A_WORD * row.config.long_words  # type: ignore[attr-defined]
+            seen.records |= {
+                f"{row.name}.{slot}": Records(getattr(row.config, slot), long, None, math.ceil(1.2 * long))
+                for slot in ("long_documents", "heldout_long_documents")
             }
         elif row.stage in STAGES:
             seen.notes = []
@@ -195,11 +201,11 @@ def _step_tokens(train: Any, records: Records) -> float:
 
 def _pretrain(seen: Following, row: Row) -> tuple[Work, Cost]:
     config: Any = row.config
-    tokenizer = row.inputs.get("tokenizer")
+    tokenizer, start = row.inputs.get("tokenizer"), seen.one(row, "policy")
     vocabulary = config.vocab_size
     if isinstance(tokenizer, Ref):
         vocabulary = vocabulary_of(seen, tokenizer)
-    model = Model(Shape.of(config.model.llama(vocabulary)), row.name)
+    model = replace(start, base=row.name) if start else Model(Shape.of(config.model.llama(vocabulary)), row.name)
     seen.models[f"{row.name}.policy"] = model
     seen.models[f"{row.name}.tokenizer"] = model
     work, cost = _training(seen, row, model, seen.read(row, "documents"))

@@ -451,8 +451,8 @@ def new_policy(settings: ModelSettings, tokenizer: Any, stop_ids: Sequence[int],
 def repositioned(start: Trainable, settings: ContextSettings) -> Any:
     """A causal LM of the same weights under other rotary positions. UserError where `start` has none to change."""
     old = start.model.config
-    if start.record["implementation"] != "core":
-        raise UserError(f"context: computed by transformers' {start.record['implementation']}, not by our core")
+    if not isinstance(start.model, LlamaForCausalLM):
+        raise UserError(f"context: a {type(start.model).__name__} is no whole model of our core; start from one")
     facts = core_config(old).to_dict()
     if facts["positions"] != "rotary":
         raise UserError(f"context: the model's positions are {facts['positions']}, not rotary")
