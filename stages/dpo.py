@@ -23,6 +23,7 @@ from pipeline.flow.config import Settings
 from pipeline.flow.errors import UserError
 from pipeline.flow.stage import Stage, Workspace
 from pipeline.llama.adapter_settings import AnyAdapter, adapter_field
+from pipeline.rollout.engine import require_room
 from pipeline.train.losses import AnyLoss, default_loss
 from pipeline.train.settings import TrainSettings
 
@@ -57,10 +58,11 @@ class Dpo(Stage):
         @model_validator(mode="before")
         @classmethod
         def _short(cls, values: Any) -> Any:
-            """`beta: 0.1` is `loss: {beta: 0.1}`; null leaves it to the loss."""
-            if not isinstance(values, Mapping) or not any(key in values for key in SHORT):
+            """`loss: ipo` is `loss: {name: ipo}`, `beta: 0.1` is `loss: {beta: 0.1}`; null leaves it to the loss."""
+            if not isinstance(values, Mapping) or not any(key in values for key in ("loss", *SHORT)):
                 return values
             loss = values.get("loss", {})
+            loss = {"name": loss} if isinstance(loss, str) else loss
             if not isinstance(loss, Mapping):
                 return values
             short = {key: values[key] for key in SHORT if values.get(key) is not None}
@@ -92,6 +94,8 @@ class Dpo(Stage):
     def check(cls, config: Any, given: frozenset[str]) -> None:
         if "dev" not in given and (idle := sorted({"reward", "heldout_reward", "judge"} & given)):
             raise UserError(f"dpo: {' and '.join(idle)} score answers to `dev`, which is not given")
+        if "dev" in given:
+            require_room("dpo.max_new_tokens", config.max_new_tokens, config.max_tokens)
         if config.kl_budget and "dev" not in given:
             raise UserError("dpo.kl_budget: chooses weights by `dev`, which is not given")
         loss = config.loss.made()
@@ -106,8 +110,10 @@ class Dpo(Stage):
 
     def run(self, inputs: Inputs, workspace: Workspace) -> dict[str, Any]:
         from pipeline.data.reader import Reader
+        from pipeline.evaluate.watch import open_watch
         from pipeline.llama.adapters import told_share
         from pipeline.llama.open import open_trainable, save_policy
+        from pipeline.rollout.engine import SamplingSettings
         from pipeline.train import strategy
         from pipeline.train.loop import fit
         from pipeline.train.preferences import imbalance, training_of
@@ -151,7 +157,10 @@ class Dpo(Stage):
             else:
                 held = trainer.share(held)
             evaluate = lambda: trainer.evaluate(held, training.weigh(held))
-        watch = self._watch(inputs, policy, reader, workspace, ranks)
+        sampling = SamplingSettings(max_new_tokens=config.max_new_tokens)
+        watch = open_watch(
+            inputs, config, policy, reader, workspace, ranks.device, proxy=inputs.reward, sampling=sampling
+        )
         outcome = fit(
             trainer,
             plan,
@@ -174,27 +183,3 @@ class Dpo(Stage):
             **share,
             "read": reader.counts,
         }
-
-    def _watch(self, inputs: Inputs, policy: Any, reader: Any, workspace: Workspace, ranks: Any) -> Any:
-        """What is looked at on `dev`; None without it."""
-        if inputs.dev is None:
-            return None
-        from pipeline.evaluate.watch import open_watch
-        from pipeline.rollout.engine import SamplingSettings
-
-        config: Dpo.Config = self.config
-        return open_watch(
-            reader.read("dev", inputs.dev, "prompts"),
-            policy=policy,
-            proxy=inputs.reward,
-            heldout=inputs.heldout_reward,
-            judge=inputs.judge,
-            start=inputs.policy,
-            seed=workspace.seed,
-            sampling=SamplingSettings(max_new_tokens=config.max_new_tokens),
-            device=ranks.device,
-            max_tokens=config.max_tokens,
-            token_budget=config.train.token_budget,
-            kl_budget=config.kl_budget,
-            say=workspace.say,
-        )

@@ -24,7 +24,7 @@ from pipeline.flow.config import Settings, not_identity
 from pipeline.flow.errors import UserError
 from pipeline.flow.stage import OneOrMore, Stage, Workspace
 from pipeline.llama.adapter_settings import AnyAdapter, adapter_field
-from pipeline.rollout.engine import EngineSettings, SamplingSettings
+from pipeline.rollout.engine import EngineSettings, SamplingSettings, require_room
 from pipeline.rollout.mining import ChooseSettings, PairSettings
 from pipeline.rollout.reward_settings import RewardSettings
 from pipeline.train.settings import TrainSettings
@@ -113,6 +113,7 @@ class Rejection(Stage):
             if "policy" not in given:
                 raise UserError("input policy: not given, but answers to prompts are drawn; wire it")
             config.reward.require_source("rejection", "reward" in given)
+            require_room("rejection.sampling.max_new_tokens", config.sampling.max_new_tokens, config.max_tokens)
         elif "reward" not in given and not config.reward.functions:
             config.reward.require_unset("rejection")
         if config.kl_budget and "dev" not in given:
@@ -254,8 +255,10 @@ class Rejection(Stage):
     ) -> dict[str, Any]:
         """Fine-tune the policy on the chosen answers as texts."""
         from pipeline.data.groups import conversation_groups
+        from pipeline.evaluate.watch import open_watch
         from pipeline.llama.adapters import told_share
         from pipeline.llama.open import save_policy
+        from pipeline.rollout.rewards import Rewards
         from pipeline.rollout.samples import note_rendering
         from pipeline.train.batches import Plan
         from pipeline.train.loop import Trainer, fit
@@ -275,7 +278,13 @@ class Rejection(Stage):
         encoded.required("the chosen answers", config.max_tokens)
         plan = Plan(encoded.groups, config.train, seed=workspace.seed, strategy=ranks)
         trainer = Trainer(policy.module, next_token, config.train, ranks, total=len(plan), seed=workspace.seed)
-        watch = self._watch(inputs, policy, reader, workspace, ranks)
+        scored = inputs.dev and (inputs.reward or config.reward.functions)
+        proxy = (
+            Rewards.open(inputs.reward, config.reward, inputs.policy.lineage, config.token_budget) if scored else None
+        )
+        watch = open_watch(
+            inputs, config, policy, reader, workspace, ranks.device, proxy=proxy, sampling=config.sampling
+        )
         outcome = fit(
             trainer,
             plan,
@@ -288,33 +297,6 @@ class Rejection(Stage):
         watched = watch.chosen(outcome.kept_step, chose=outcome.chose, looked=len(outcome.looks)) if watch else {}
         figures = {"loss": outcome.last.get("nll"), "steps": outcome.steps, "trained_tokens": outcome.tokens}
         return watched | figures | share
-
-    def _watch(self, inputs: Inputs, policy: Trainable, reader: Reader, workspace: Workspace, ranks: Strategy) -> Any:
-        """What is looked at on `dev` while the policy learns; None without it."""
-        if inputs.dev is None:
-            return None
-        from pipeline.evaluate.watch import open_watch
-        from pipeline.rollout.rewards import Rewards
-
-        config: Rejection.Config = self.config
-        assert config.train and inputs.policy
-        return open_watch(
-            reader.read("dev", inputs.dev, "prompts"),
-            policy=policy,
-            proxy=Rewards.open(inputs.reward, config.reward, inputs.policy.lineage, config.token_budget)
-            if inputs.reward or config.reward.functions
-            else None,
-            heldout=inputs.heldout_reward,
-            judge=inputs.judge,
-            start=inputs.policy,
-            seed=workspace.seed,
-            sampling=config.sampling,
-            device=ranks.device,
-            max_tokens=config.max_tokens,
-            token_budget=config.train.token_budget,
-            kl_budget=config.kl_budget,
-            say=workspace.say,
-        )
 
 
 def _name(inputs: Rejection.Inputs) -> str | None:

@@ -17,6 +17,7 @@ from pipeline.flow.config import Settings
 from pipeline.flow.errors import UserError
 from pipeline.flow.stage import Stage, Workspace
 from pipeline.llama.adapter_settings import AnyAdapter, adapter_field
+from pipeline.rollout.engine import require_room
 from pipeline.train.settings import TrainSettings
 
 
@@ -67,6 +68,8 @@ class Reward(Stage):
     def check(cls, config: Any, given: frozenset[str]) -> None:
         if config.part and not 0 <= config.part[0] < config.part[1] <= 1:
             raise UserError(f"reward.part: expected two shares between 0 and 1, not {list(config.part)}")
+        if "prompts" in given:
+            require_room("reward.max_new_tokens", config.max_new_tokens, config.max_tokens)
 
     headline = ("heldout_accuracy", "loss", "tokens")
 

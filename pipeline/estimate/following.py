@@ -25,6 +25,7 @@ WORLD = {
     "comparisons": 46.0, "heldout_pairs": 42.0, "prompts": 18.0, "dev": 18.0, "heldout": 18.0,
 }  # fmt: skip
 WORLD_ANSWER = 13.0  # tokens of an answer to a prompt of the world
+WORLD_TOKENS_A_WORD = 1.25  # of long documents, whose last text may be longer than asked for
 WORLD_LONGEST = 128  # no record of it is longer
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from pipeline.flow.config import Settings, added
+from pipeline.flow.errors import UserError
 
 TARGETS = {
     "attention": ["q_proj", "k_proj", "v_proj", "o_proj"],
@@ -203,6 +204,21 @@ else:
 def adapter_field() -> Any:
     """The setting of a stage."""
     return Field(default=None, description="Train an adapter, or some weights, instead of all weights.")
+
+
+def require_reach(experts: int, settings: AnyAdapter) -> None:
+    """UserError where an adapter would quietly leave out most of a model: experts lie in one tensor."""
+    if not experts:
+        return
+    if isinstance(settings, LoraSettings) and settings.targets == "linear":
+        key, mends = "adapter.targets: linear", "set it to attention"
+    elif isinstance(settings, Ia3Settings):
+        key, mends = "adapter.kind: ia3", "use lora with targets: attention"
+    else:
+        return
+    raise UserError(
+        f"{key} would leave out the {experts} experts of every layer, whose weights are no linear layers; {mends}"
+    )
 
 
 def settings_of(config: Mapping[str, Any]) -> AnyAdapter | None:

@@ -31,6 +31,7 @@ from pipeline.llama.adapter_settings import (
     PromptSettings,
     PTuningSettings,
     WeightsSettings,
+    require_reach,
     settings_of,
 )
 
@@ -131,6 +132,7 @@ def add_adapter(model: nn.Module, settings: AnyAdapter, seed: int) -> Any:
         raise UserError("this policy is an adapter already: say in adapter.beneath what becomes of it (merge, stack)")
     if isinstance(settings, WeightsSettings):
         return train_weights(model, settings.train)
+    require_reach(getattr(model.config, "num_local_experts", 0), settings)
     with quiet(), torch.random.fork_rng(devices=[]):
         from peft import get_peft_model
 

@@ -36,10 +36,11 @@ from transformers.masking_utils import sdpa_mask
 
 from pipeline.data.forest import Forest
 from pipeline.llama import kernel, virtual
+from pipeline.llama.options import MODEL_TYPE
 
 NAME = "forest"
 # Families whose attention has been compared with the padded computation. Others go through padding (heads.py).
-TRIED = ("llama", "qwen2", "qwen3", "mistral")
+TRIED = ("llama", MODEL_TYPE, "qwen2", "qwen3", "mistral")
 # From this many keys on, one fused call beats a batched product (fp32 and bf16 on a CPU with 2 threads).
 LONG = 384
 # A run of tokens is filled up to a multiple of this before it goes through a model.
@@ -509,7 +510,8 @@ def use_forest(model: nn.Module) -> bool:
         if virtual.count(model):
             return False
     config = inner.config
-    if config.model_type not in TRIED or not getattr(inner, "_supports_attention_backend", False):
+    alone = getattr(config, "rerope_window", None)  # two products of queries and keys, which no backend computes
+    if config.model_type not in TRIED or alone or not getattr(inner, "_supports_attention_backend", False):
         return False
     if config._attn_implementation != NAME:
         inner.set_attn_implementation(NAME)

@@ -4,7 +4,8 @@
 
 A config.json is data from somewhere else. Keys that execute code or name an attention implementation are refused
 (CVE-2026-4372 and CVE-2026-5241 went through them); sizes must be plain integers in bounds; a field of the
-architecture that our core does not know sends the model to transformers' own class, remote code off.
+architecture that our core does not know sends the model to transformers' own class, remote code off. Of our own type
+nobody else has a class: there an unknown field is refused.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.flow.artifacts import read_object
+from pipeline.flow.config import nearest, parse_settings
 from pipeline.flow.errors import UserError
+from pipeline.llama import options
+from pipeline.llama.rope_settings import MOST_POSITIONS, RopeSettings, rope_fields, rope_type
 
 MAX_BYTES = 4 << 20  # of a config file
 REFUSED = (
@@ -41,19 +45,20 @@ SIZES = {
     "num_attention_heads": 1 << 12,
     "num_key_value_heads": 1 << 12,
     "head_dim": 1 << 12,
-    "max_position_embeddings": 1 << 26,
+    "max_position_embeddings": MOST_POSITIONS,
 }
-ROPE_FIELDS = {
-    "default": {"rope_type", "type", "rope_theta"},
-    "llama3": {
-        "rope_type", "type", "rope_theta", "factor", "low_freq_factor", "high_freq_factor",
-        "original_max_position_embeddings",
-    },
-}  # fmt: skip
 KNOWN = {
     *SIZES, "model_type", "hidden_act", "rms_norm_eps", "tie_word_embeddings", "rope_parameters", "rope_theta",
     "rope_scaling", "attention_bias", "mlp_bias", "attention_dropout", "pretraining_tp", "initializer_range",
     "pad_token_id", "bos_token_id", "eos_token_id", "id2label", "label2id", "num_labels", "problem_type",
+}  # fmt: skip
+# Of the model types beside "llama" that the core may compute.
+MORE: dict[str, set[str]] = {
+    options.MODEL_TYPE: set(options.DEFAULTS),
+    "mixtral": {
+        "num_local_experts", "num_experts_per_tok", "router_aux_loss_coef", "sliding_window", "output_router_logits",
+        "router_jitter_noise",
+    },
 }  # fmt: skip
 # Say nothing about what is computed.
 HARMLESS = {
@@ -107,18 +112,53 @@ def check_config(config: Mapping[str, Any], where: str = "config.json") -> Verdi
         value = config.get(key)
         if value is not None and (type(value) is not int or not 1 <= value <= most):
             raise UserError(f"{where}: {key} is {value!r}, a whole number from 1 to {most} was expected")
-    if kind != "llama":
+    if kind != "llama" and kind not in MORE:
         return Verdict(False, (f"model_type {kind}",), ())
     _check_heads(config, where)
-    why = [f"field {key}" for key in sorted(config.keys() - KNOWN - HARMLESS) if config[key] is not None]
-    if config.get("hidden_act", "silu") != "silu":
+    known = KNOWN | HARMLESS | MORE.get(kind, set())
+    unknown = [key for key in sorted(config.keys() - known) if config[key] is not None]
+    if kind == options.MODEL_TYPE:
+        return _own(config, where, unknown)
+    why = [f"field {key}" for key in unknown]
+    if config.get("hidden_act", "silu") not in ("swish", *options.GATED.values()):
         why.append(f"hidden_act {config['hidden_act']}")
+    if config.get("router_jitter_noise"):
+        why.append(f"router_jitter_noise {config['router_jitter_noise']}")
+    if kind != "llama":
+        why += _beyond_options({"num_local_experts": 8, **config} if kind == "mixtral" else config)
     if config.get("pretraining_tp") not in (None, 1):
         why.append(f"pretraining_tp {config['pretraining_tp']}")
     if config.get("attention_dropout"):
         why.append(f"attention_dropout {config['attention_dropout']}")
-    why += _rope_beyond_core(config)
+    why += _rope_beyond_core(config, where)
     return Verdict(not why, tuple(why), tuple(sorted(config.keys() & HARMLESS)))
+
+
+def _own(config: Mapping[str, Any], where: str, unknown: list[str]) -> Verdict:
+    """Of our own model type: no other class could take it."""
+    if unknown:
+        raise UserError(f"{where}: unknown key {unknown[0]!r}{nearest(unknown[0], KNOWN | set(options.DEFAULTS))}")
+    why = _rope_beyond_core(config, where)
+    act = options.ACTIVATIONS.get(options.chosen(config)["feed_forward"])
+    if config.get("hidden_act", act) != act:
+        why.append(f"hidden_act {config['hidden_act']} beside feed_forward {options.chosen(config)['feed_forward']}")
+    idle = {"pretraining_tp": (None, 1), "attention_dropout": (None, 0)}
+    why += [f"{key} {config[key]}" for key, values in idle.items() if config.get(key) not in values]
+    try:
+        options.refuse(config)
+    except ValueError as problem:
+        raise UserError(f"{where}: {problem}") from problem
+    if why:
+        raise UserError(f"{where}: {why[0]} is not what a model of type {options.MODEL_TYPE} computes; correct it")
+    return Verdict(True, (), tuple(sorted(config.keys() & HARMLESS)))
+
+
+def _beyond_options(config: Mapping[str, Any]) -> list[str]:
+    try:
+        options.refuse(config)
+    except ValueError as problem:
+        return [str(problem)]
+    return []
 
 
 def _check_heads(config: Mapping[str, Any], where: str) -> None:
@@ -134,7 +174,8 @@ def _check_heads(config: Mapping[str, Any], where: str) -> None:
         raise UserError(f"{where}: rms_norm_eps is {eps!r}, a number between 0 and 1 was expected")
 
 
-def _rope_beyond_core(config: Mapping[str, Any]) -> list[str]:
+def _rope_beyond_core(config: Mapping[str, Any], where: str) -> list[str]:
+    """Fields and types that our core does not know. UserError for values that no type takes."""
     why = []
     for name in ("rope_parameters", "rope_scaling"):
         rope = config.get(name)
@@ -142,10 +183,11 @@ def _rope_beyond_core(config: Mapping[str, Any]) -> list[str]:
             continue
         if not isinstance(rope, Mapping):
             return [f"{name} of an unknown form"]
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        fields = ROPE_FIELDS.get(kind if isinstance(kind, str) else "")
-        if fields is None:
-            why.append(f"{name} of type {kind!r}")
-        else:
-            why += [f"{name}.{key}" for key in sorted(set(rope) - fields)]
+        kind = rope_type(rope)
+        fields = rope_fields(kind) if isinstance(kind, str) else None
+        beyond = [f"{name}.{key}" for key in sorted(set(rope) - fields)] if fields else [f"{name} of type {kind!r}"]
+        if not beyond:
+            own = {key: value for key, value in rope.items() if key != "type"}
+            parse_settings(RopeSettings, {**own, "rope_type": kind}, f"{where}: {name}")
+        why += beyond
     return why

@@ -41,7 +41,7 @@ from pipeline.llama.arithmetic import fast_products
 from pipeline.llama.attention import filled
 from pipeline.llama.choosing import NEVER
 
-STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # angles that depend on the position alone
+STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # transformers' angles that depend on the position alone
 IN_ONE_UP_TO = 1024  # hidden size up to which a CPU computes a step in one call: faster up to there on two cores
 MATMUL_UP_TO = 192  # tokens of a prompt up to which a CPU uses plain products instead of SDPA
 
@@ -364,10 +364,10 @@ class LayerRunner:
 
 
 def _rotary(inner: Any, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin [1, C, W], from the model itself: our core's method, transformers' module."""
+    """cos and sin [1, C, W], from the model itself: our core's object, transformers' module."""
     if hasattr(inner, "rotary_emb"):
         return inner.rotary_emb(torch.empty(0, dtype=dtype, device=positions.device), positions)
-    return inner._rotary(positions, dtype)
+    return inner.rotary.cos_sin(positions, dtype)
 
 
 class _Layer:
@@ -544,7 +544,7 @@ def runs_by_layer(model: nn.Module) -> bool:
     return (
         type(base).__name__ == "LlamaForCausalLM"
         and config.model_type == "llama"
-        and rope.get("rope_type", "default") in STATIC_ROPE
+        and (hasattr(base.model, "rotary") or rope.get("rope_type", "default") in STATIC_ROPE)
         and len({p.device for p in base.parameters()}) == 1
     )
 

@@ -7,10 +7,10 @@
     model = new_policy(settings, tokenizer, stop_ids, seed)      random weights
     save_policy(policy, workspace); save_model(model, tokenizer, directory, base_digest=None)
 
-Type llama with fields that our core knows is computed by `modeling.py`, anything else by transformers' own class,
-remote code off; `record` says which and why. A directory that holds an adapter names the digest of its base; the
-base's path comes from `artifact.bases`. A base that is an adapter itself is merged, or kept under the one above where
-that one's weights were saved with the remark `below: stack`.
+Type llama with fields that our core knows is computed by `modeling.py`, mixtral and our own type by `core.py`, anything
+else by transformers' own class, remote code off; `record` says which and why. A directory that holds an adapter names
+the digest of its base; the base's path comes from `artifact.bases`. A base that is an adapter itself is merged, or kept
+under the one above where that one's weights were saved with the remark `below: stack`.
 """
 
 from __future__ import annotations
@@ -19,28 +19,37 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.core_model_loading import revert_weight_conversion
 
 from pipeline.flow.artifacts import members
 from pipeline.flow.errors import Damaged, UserError
 from pipeline.llama import adapters
 from pipeline.llama.adapter_settings import AnyAdapter
-from pipeline.llama.config import Verdict, check_config, read_json, refuse_code
+from pipeline.llama.config import check_config, read_json, refuse_code
+from pipeline.llama.core import CoreForCausalLM, CoreForSequenceClassification
+from pipeline.llama.core_config import CoreConfig, core_config, new_config
 from pipeline.llama.heads import PolicyModel, ScalarModel, unwrapped
 from pipeline.llama.modeling import LlamaForCausalLM, LlamaForSequenceClassification
 from pipeline.llama.presets import ModelSettings
+from pipeline.llama.rope_settings import ContextSettings
 from pipeline.llama.weights import Entry, require_weights
 
 if TYPE_CHECKING:
     from pipeline.data.chat import ChatFormat
     from pipeline.flow.stage import Workspace
 
+# Our own models: the classifier over each causal LM's trunk.
+CORE: dict[Any, Any] = {
+    LlamaForCausalLM: LlamaForSequenceClassification,
+    CoreForCausalLM: CoreForSequenceClassification,
+}
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MOST_RANK = 1 << 14  # of an adapter that somebody else trained: its matrices are made before its weights are read
 KINDS = ("LORA", "IA3", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING")
@@ -92,9 +101,13 @@ def open_classifier(artifact: ModelArtifact, *, dtype: torch.dtype = torch.float
 
 
 def open_tokenizer(artifact: ModelArtifact | Path) -> Any:
-    """The tokenizer in an artifact's directory; nothing is looked up elsewhere."""
+    """The tokenizer in an artifact's directory, a lone tokenizer.model too; nothing is looked up elsewhere."""
     path = artifact if isinstance(artifact, Path) else artifact.path
-    settings = path / "tokenizer_config.json"
+    settings, pieces = path / "tokenizer_config.json", path / "tokenizer.model"
+    if pieces.is_file() and not settings.is_file() and not (path / "tokenizer.json").is_file():
+        from pipeline.llama.tokenizer import open_pieces
+
+        return open_pieces(pieces)
     if settings.is_file():
         refuse_code(read_json(settings), str(settings))
     special = path / "special_tokens_map.json"
@@ -185,11 +198,16 @@ def _open_full(path: Path, *, classifier: bool, dtype: torch.dtype, new_head: bo
     generation = path / "generation_config.json"
     if generation.is_file():
         refuse_code(read_json(generation), str(generation))
-    cls = _model_class(verdict, classifier)
-    labels: dict[str, Any] = {"num_labels": 1} if classifier else {}
+    facts: dict[str, Any] = {"num_labels": 1} if classifier else {}
     if classifier and len(config.get("id2label") or ()) != 1:
-        labels |= {"id2label": {0: "SCORE"}, "label2id": {"SCORE": 0}}
+        facts |= {"id2label": {0: "SCORE"}, "label2id": {"SCORE": 0}}
     with adapters.quiet(), _told(path):
+        cls: Any = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
+        if verdict.core:
+            lm = LlamaForCausalLM if config["model_type"] == "llama" else CoreForCausalLM
+            cls = CORE[lm] if classifier else lm
+            if lm is CoreForCausalLM:
+                facts = {"config": core_config(AutoConfig.from_pretrained(path, local_files_only=True, **facts))}
         model, info = cls.from_pretrained(
             path,
             dtype=dtype,
@@ -197,7 +215,7 @@ def _open_full(path: Path, *, classifier: bool, dtype: torch.dtype, new_head: bo
             local_files_only=True,
             output_loading_info=True,
             **({} if verdict.core else {"trust_remote_code": False}),
-            **labels,
+            **facts,
         )
     _require_loaded(path, info, head="score.weight" if new_head else None)
     _align(model)
@@ -229,12 +247,6 @@ def _align(model: nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.device.type == "cpu" and parameter.data_ptr() % 64:
             parameter.data = parameter.data.clone()
-
-
-def _model_class(verdict: Verdict, classifier: bool) -> Any:
-    if verdict.core:
-        return LlamaForSequenceClassification if classifier else LlamaForCausalLM
-    return AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
 
 
 def _require_loaded(path: Path, info: Mapping[str, Any], head: str | None) -> None:
@@ -423,8 +435,8 @@ def _trainable(module: nn.Module, model: Any, opened: Opened, below: str | None)
 
 def new_policy(settings: ModelSettings, tokenizer: Any, stop_ids: Sequence[int], seed: int) -> LlamaForCausalLM:
     """Random weights, the same for the same seed: normal with `initializer_range`, norms 1, biases 0."""
-    config = LlamaConfig(
-        **settings.llama(len(tokenizer)),
+    config = new_config(
+        settings.llama(len(tokenizer)),
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -432,9 +444,36 @@ def new_policy(settings: ModelSettings, tokenizer: Any, stop_ids: Sequence[int],
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(config)
+        model = (CoreForCausalLM if isinstance(config, CoreConfig) else LlamaForCausalLM)(config)
     model.generation_config.eos_token_id = list(stop_ids)
     model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+def repositioned(start: Trainable, settings: ContextSettings) -> Any:
+    """A causal LM of the same weights under other rotary positions. UserError where `start` has none to change."""
+    old = start.model.config
+    if not isinstance(start.model, LlamaForCausalLM):
+        raise UserError(f"context: a {type(start.model).__name__} is no whole model of our core; start from one")
+    facts = core_config(old).to_dict()
+    if facts["positions"] != "rotary":
+        raise UserError(f"context: the model's positions are {facts['positions']}, not rotary")
+    rope = old.rope_parameters
+    if settings.rope_parameters:
+        trained = rope.get("original_max_position_embeddings", old.max_position_embeddings)
+        facts["rope_parameters"] = settings.rope_parameters.parameters(rope["rope_theta"], trained, old.head_dim)
+    if settings.max_position_embeddings:
+        facts["max_position_embeddings"] = settings.max_position_embeddings
+    try:
+        config = CoreConfig.from_dict({**facts, **settings.beyond_transformers()})
+    except ValueError as problem:
+        raise UserError(f"context: {problem}") from problem
+    plain = config.plain()
+    with torch.device("meta"):
+        model: Any = CoreForCausalLM(config) if plain.model_type != "llama" else LlamaForCausalLM(plain)
+    model.load_state_dict(start.model.state_dict(), assign=True)
+    model.tie_weights()
+    model.generation_config = start.model.generation_config
     return model
 
 
@@ -447,11 +486,10 @@ def new_classifier(policy: Any, seed: int) -> Any:
     inner = unwrapped(policy)
     facts = {k: v for k, v in inner.config.to_dict().items() if k not in ("id2label", "label2id", "architectures")}
     config = type(inner.config).from_dict({**facts, "num_labels": 1})
-    if isinstance(inner, LlamaForCausalLM):
-        with torch.device("meta"):
-            classifier: Any = LlamaForSequenceClassification(config)
-    else:
-        with torch.device("meta"):
+    with torch.device("meta"):
+        if type(inner) in CORE:
+            classifier: Any = CORE[type(inner)](config)
+        else:
             classifier = AutoModelForSequenceClassification.from_config(config)
     setattr(classifier, classifier.base_model_prefix, inner.base_model)
     reference = next(inner.base_model.parameters())
@@ -501,14 +539,14 @@ def grow_vocabulary(model: Any, size: int, seed: int) -> None:
             table[old:] = table[:old].mean(0) + 0.1 * table[:old].std(0) * noise.to(table)
 
 
-def give_chat(model: Any, tokenizer: Any, seed: int) -> None:
-    """Our chat template and turn tokens for a model that has none, in place: rows for them, end of turn as a stop.
+def give_chat(model: Any, tokenizer: Any, seed: int, template: str = "own") -> None:
+    """A chat format and its tokens for a model that has none, in place: rows for them, the format's ends as stops.
 
     UserError where the tokenizer has a template of its own.
     """
     from pipeline.llama.tokenizer import add_chat_tokens, stop_tokens
 
-    add_chat_tokens(tokenizer)
+    add_chat_tokens(tokenizer, template)
     rows = model.get_input_embeddings().weight.shape[0]
     grow_vocabulary(model, max(rows, len(tokenizer)), seed)
     model.config.pad_token_id = tokenizer.pad_token_id
@@ -516,8 +554,34 @@ def give_chat(model: Any, tokenizer: Any, seed: int) -> None:
     model.generation_config.eos_token_id = list(stop_tokens(tokenizer))
 
 
-def import_with_chat(source: Path, directory: Path, seed: int) -> None:
-    """A copy of a model directory, in its stored precision, that has been given our chat template."""
+def extended(policy: Trainable, template: str | None, words: Sequence[str], seed: int) -> Trainable:
+    """A policy to train with another chat format, or none where None, and with `words` as one token each.
+
+    UserError where rows would be added under an adapter, which neither trains nor keeps them.
+    """
+    from pipeline.data.chat import ChatFormat
+    from pipeline.llama.tokenizer import add_chat_tokens, add_tokens, stop_tokens
+
+    if template is None and not words:
+        return policy
+    model, tokenizer = unwrapped(policy.model), policy.tokenizer
+    if template is not None:
+        add_chat_tokens(tokenizer, template, replace=True)
+    add_tokens(tokenizer, words)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if policy.base_digest is not None and len(tokenizer) > rows:
+        raise UserError(
+            f"sft.template, sft.add_tokens: {len(tokenizer) - rows} tokens are new to this model, and an adapter would "
+            "neither train nor keep their embeddings: set sft.adapter to null, or add them first: rlhf import chat"
+        )
+    grow_vocabulary(model, max(rows, len(tokenizer)), seed)
+    if template is not None:
+        model.generation_config.eos_token_id = list(stop_tokens(tokenizer))
+    return replace(policy, chat=ChatFormat(tokenizer))
+
+
+def import_with_chat(source: Path, directory: Path, seed: int, template: str = "own") -> None:
+    """A copy of a model directory, in its stored precision, that has been given a chat format by name."""
     for _ in members(source):  # no pipe, no device, no link that leaves
         pass
     config = read_json(source / "config.json")
@@ -525,7 +589,7 @@ def import_with_chat(source: Path, directory: Path, seed: int) -> None:
     stored = stored if isinstance(stored, torch.dtype) else torch.float32
     model, _ = _open_full(source, classifier=False, dtype=stored)
     tokenizer = open_tokenizer(source)
-    give_chat(model, tokenizer, seed)
+    give_chat(model, tokenizer, seed, template)
     save_model(model, tokenizer, directory)
 
 
@@ -564,7 +628,8 @@ def save_model(
     else:
         with adapters.quiet():
             model.save_pretrained(directory, state_dict=dict(state) if state is not None else None)
-        shapes = {k: tuple(v.shape) for k, v in (state or model.state_dict()).items()}
+        written = revert_weight_conversion(model, dict(state or model.state_dict()))  # experts lie one by one
+        shapes = {k: tuple(v.shape) for k, v in written.items()}
         _verify_saved(sorted(directory.glob("model*.safetensors")), shapes, tied=model.config.tie_word_embeddings)
     save_tokenizer(tokenizer, directory)
 

@@ -2,7 +2,7 @@
 
     ModelSettings(hidden_size=128, num_hidden_layers=4)     what a plan says under `model:`
     ModelSettings.model_validate("llama-3-8b")               a preset by name; single fields may be changed beside it
-    settings.llama(vocab_size) -> dict                       arguments of transformers' LlamaConfig
+    settings.llama(vocab_size) -> dict                       arguments of core_config.new_config
     parameter_count(kwargs) -> int                           weights, tied embeddings counted once
 
 No torch here: plans read this module.
@@ -11,13 +11,16 @@ No torch here: plans read this module.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.flow.config import Settings, nearest
+from pipeline.flow.config import added, nearest
+from pipeline.llama import options
 from pipeline.llama.config import SIZES
+from pipeline.llama.rope_settings import PositionSettings
 
+ROPE_THETA, MAX_POSITIONS = 10000.0, 2048  # transformers' LlamaConfig where a shape says nothing
 _LLAMA31 = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -41,18 +44,21 @@ def _shape(
     }
 
 
-def _stories(hidden: int, inner: int, layers: int, heads: int, kv_heads: int | None = None, vocab: int = 32000):  # type: ignore[no-untyped-def]
-    return _shape(vocab, hidden, inner, layers, heads, kv_heads, tie_word_embeddings=True, rms_norm_eps=1e-5)
+def _stories(
+    hidden: int, inner: int, layers: int, heads: int, length: int, kv_heads: int | None = None, vocab: int = 32000
+) -> dict[str, Any]:
+    more = {"tie_word_embeddings": True, "rms_norm_eps": 1e-5, "max_position_embeddings": length}
+    return _shape(vocab, hidden, inner, layers, heads, kv_heads, **more)
 
 
 # Llama 1 and 2: Touvron et al. 2023; Llama 3: the configs published with the weights; stories: karpathy/llama2.c.
 PRESETS: dict[str, dict[str, Any]] = {
     "test": _shape(97, 32, 48, 2, 4, 2),
     "million": _shape(1024, 128, 384, 4, 4, 2, tie_word_embeddings=True),
-    "stories-260k": _stories(64, 172, 5, 8, 4, 512),
-    "stories-15m": _stories(288, 768, 6, 6),
-    "stories-42m": _stories(512, 1376, 8, 8),
-    "stories-110m": _stories(768, 2048, 12, 12),
+    "stories-260k": _stories(64, 172, 5, 8, 512, 4, 512),
+    "stories-15m": _stories(288, 768, 6, 6, 256),
+    "stories-42m": _stories(512, 1376, 8, 8, 1024),
+    "stories-110m": _stories(768, 2048, 12, 12, 1024),
     "tinyllama-1.1b": _shape(32000, 2048, 5632, 22, 32, 4, rms_norm_eps=1e-5),
     "llama-7b": _shape(32000, 4096, 11008, 32, 32),
     "llama-13b": _shape(32000, 5120, 13824, 40, 40),
@@ -71,6 +77,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         128256, 4096, 14336, 32, 32, 8, rms_norm_eps=1e-5, max_position_embeddings=131072,
         rope_parameters={**_LLAMA31, "factor": 8.0},
     ),
+    "llama-3.1-70b": _shape(
+        128256, 8192, 28672, 80, 64, 8, rms_norm_eps=1e-5, max_position_embeddings=131072,
+        rope_parameters={**_LLAMA31, "factor": 8.0},
+    ),
     "llama-3.1-405b": _shape(
         128256, 16384, 53248, 126, 128, 8, rms_norm_eps=1e-5, max_position_embeddings=131072,
         rope_parameters={**_LLAMA31, "factor": 8.0},
@@ -86,8 +96,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-class ModelSettings(Settings):
-    """Shape of a new LLaMA. `preset` fills every field that is not given here; without one, "million" does."""
+class ModelSettings(PositionSettings):
+    """Shape of a new LLaMA. `preset` fills every field that is not given here; without one, "million" does.
+
+    Fields from `norm` on are options beyond plain LLaMA (pipeline/llama/options), which models keep in every stage.
+    """
 
     preset: str = Field(default="million", description="Name of a known shape.")
     hidden_size: int | None = Field(
@@ -117,6 +130,31 @@ class ModelSettings(Settings):
     attention_bias: bool = Field(default=False, description="Biases on the attention projections.")
     mlp_bias: bool = Field(default=False, description="Biases in the SwiGLU block.")
     initializer_range: float = Field(default=0.02, gt=0, lt=1, description="Standard deviation of new weights.")
+    norm: Literal["rms", "layer", "deep"] | None = added(
+        None, "Normalisation: RMSNorm, LayerNorm, or DeepNorm with its scaling by depth (Wang et al. 2022, figure 2)."
+    )
+    norm_placement: Literal["pre", "post", "sandwich"] | None = added(
+        None,
+        "Norms before each block, behind the residual, or on both sides of each block (Ding et al. 2021, section 2.4); "
+        "pre by default, post with norm deep.",
+    )
+    feed_forward: Literal["swiglu", "geglu", "glu", "relu", "gelu", "silu", "tanh"] | None = added(
+        None, "Gated (Shazeer 2020, equation 6: SwiGLU, GEGLU, GLU), or one inner layer with that activation."
+    )
+    num_local_experts: int | None = added(
+        None,
+        "Feed-forwards among which a router chooses for each token (Jiang et al. 2024, section 2.1); 0: one for all.",
+        ge=0,
+        le=options.MOST_EXPERTS,
+    )
+    num_experts_per_tok: int | None = added(None, "How many of them compute each token; 2 by default.", ge=1)
+    router_aux_loss_coef: float | None = added(
+        None,
+        "Weight of the load-balancing loss in every stage that trains (Fedus et al. 2021, equations 4 to 6); 0.001 by "
+        "default.",
+        ge=0,
+        le=1,
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -133,13 +171,16 @@ class ModelSettings(Settings):
             raise ValueError(f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
         if shape["hidden_size"] % heads:
             raise ValueError(f"hidden_size {shape['hidden_size']} is no multiple of num_attention_heads {heads}")
+        if self.rope_parameters and self.rope_parameters.rope_theta and self.rope_theta:
+            raise ValueError("rope_theta is given twice, here and in rope_parameters; keep one")
         if head_dim(shape) % 2:
             raise ValueError(f"head_dim {head_dim(shape)} is odd: rotary positions turn pairs")
+        options.refuse(shape)
         return self
 
     def llama(self, vocab_size: int) -> dict[str, Any]:
-        """Arguments of LlamaConfig for a vocabulary of this size."""
-        own = {k: v for k, v in self.model_dump(exclude={"preset"}).items() if v is not None}
+        """Arguments of LlamaConfig for a vocabulary of this size, and the options that are set."""
+        own = {k: v for k, v in self.model_dump(exclude={"preset", "rope_parameters"}).items() if v is not None}
         base = dict(PRESETS[self.preset])
         if "num_attention_heads" in own and "num_key_value_heads" not in own:
             base["num_key_value_heads"] = own["num_attention_heads"]
@@ -147,7 +188,14 @@ class ModelSettings(Settings):
             base.pop("head_dim", None)
         if "rope_theta" in own and "rope_parameters" in base:
             base["rope_parameters"] = {**base["rope_parameters"], "rope_theta": own["rope_theta"]}
-        return {**base, **own, "vocab_size": vocab_size}
+        if self.norm == "deep":
+            base["norm_placement"] = "post"
+        found = {**base, **own, "vocab_size": vocab_size}
+        if self.rope_parameters:
+            theta = found.pop("rope_theta", base.get("rope_parameters", {}).get("rope_theta", ROPE_THETA))
+            length = found.setdefault("max_position_embeddings", MAX_POSITIONS)
+            found["rope_parameters"] = self.rope_parameters.parameters(theta, length, head_dim(found))
+        return found
 
 
 def head_dim(shape: Mapping[str, Any]) -> int:
@@ -155,12 +203,19 @@ def head_dim(shape: Mapping[str, Any]) -> int:
 
 
 def parameter_count(shape: Mapping[str, Any]) -> int:
-    """Weights of a causal LM of this shape; a tied head counts once."""
+    """Weights of a causal LM of this shape; a tied head counts once, and every expert."""
     hidden, inner, size = shape["hidden_size"], shape["intermediate_size"], head_dim(shape)
+    option = options.chosen(shape)
     queries, keys = shape["num_attention_heads"] * size, shape["num_key_value_heads"] * size
     attention = 2 * hidden * queries + 2 * hidden * keys
     if shape.get("attention_bias"):
         attention += queries + 2 * keys + hidden
-    mlp = 3 * hidden * inner + ((2 * inner + hidden) if shape.get("mlp_bias") else 0)
+    inputs = 2 if option["feed_forward"] in options.GATED else 1  # products that read the block's input
+    mlp = (inputs + 1) * hidden * inner + ((inputs * inner + hidden) if shape.get("mlp_bias") else 0)
+    if experts := option["num_local_experts"]:
+        mlp = experts * (mlp + hidden)  # a row of the router each
+    norm = hidden * (1 if option["norm"] == "rms" else 2)
+    norms = {"pre": 2, "post": 2, "sandwich": 4}[option["norm_placement"]]
+    last = 0 if option["norm_placement"] == "post" else norm
     embeddings = shape["vocab_size"] * hidden * (1 if shape.get("tie_word_embeddings") else 2)
-    return shape["num_hidden_layers"] * (attention + mlp + 2 * hidden) + hidden + embeddings
+    return shape["num_hidden_layers"] * (attention + mlp + norms * norm) + last + embeddings

@@ -25,6 +25,15 @@ Progress = Callable[[int, int], None]  # sequences finished, sequences in all
 ToText = Callable[[Sequence[Sequence[int]]], list[str]]  # ids of answers -> their texts, ChatFormat.decode_all
 
 
+def require_room(key: str, longest: int, max_tokens: int) -> None:
+    """UserError where answers of that length leave no room for a prompt."""
+    if longest >= max_tokens:
+        raise UserError(
+            f"{key}: answers of up to {longest} tokens leave no room for a prompt within max_tokens {max_tokens}: "
+            "lower it, or raise max_tokens"
+        )
+
+
 class SamplingSettings(Settings):
     """How answers are drawn. Options act in transformers' order: repetition penalty, stop tokens barred before
     min_new_tokens, temperature, top_k, top_p, min_p."""

@@ -29,7 +29,7 @@ from pipeline.data.forest import Forest, Group, build, cut, size
 from pipeline.flow.errors import Damaged, NonFinite, UserError
 from pipeline.llama.arithmetic import fast_products
 from pipeline.llama.virtual import refuse_checkpointing
-from pipeline.train import optim
+from pipeline.train import balance, optim
 from pipeline.train.batches import Plan, check_sizes
 from pipeline.train.metrics import Number, Sums, exact_sum, merge
 from pipeline.train.randomness import seed_dropout
@@ -98,6 +98,7 @@ class Trainer:
         self.held: tuple[str, ...] = ()  # prefixes of `rates` that do not move for now
         self.done = 0  # steps made, skipped ones too
         self.spikes = Spikes(settings)
+        self.routers = balance.Routers(module)
         if settings.skip_spikes is not None and strategy.deepspeed is not None:
             raise UserError(
                 "train.skip_spikes: DeepSpeed clears gradients in its update alone, so no step can be skipped under "
@@ -122,6 +123,8 @@ class Trainer:
         """
         number = self.done + 1
         micros = self._micros(work)
+        if self.routers:
+            weights = {**weights, balance.TERM: sum(_tokens(micro) for micro in micros)}
         scales, passes = self._agree(weights, len(micros))
         sums = Sums()
         with fast_products(self.strategy.device, self.settings.precision):
@@ -241,7 +244,11 @@ class Trainer:
     ) -> None:
         forest = self._forest(work, filler)
         seed_dropout(self.seed, number, micro, self.strategy.rank)
+        self.routers.forget()
         out = self.loss_fn(self.engine, forest)
+        if self.routers:
+            terms, metrics = self.routers.taken(forest)
+            out = LossSums({**out.terms, **terms}, {**out.metrics, **metrics})
         if unknown := out.terms.keys() - scales.keys():
             raise ValueError(f"loss terms {sorted(unknown)} have no weight; weights are stated for {sorted(scales)}")
         real = work is not None
@@ -286,6 +293,10 @@ class Trainer:
             f"step {number}: {what} is {value} ({known}); the weights are those of step {number - 1}. "
             "Lower learning_rate, or look at the records of this step"
         )
+
+
+def _tokens(micro: Forest | Sequence[Group]) -> int:
+    return len(micro) if isinstance(micro, Forest) else sum(size(group) for group in micro)
 
 
 @dataclass(frozen=True)
@@ -341,8 +352,9 @@ def fit(
     """
     settings = trainer.settings
     if len(plan) < FEW_STEPS and trainer.strategy.main:
+        steps = "1 optimiser step" if len(plan) == 1 else f"{len(plan)} optimiser steps"
         workspace.say(
-            f"only {len(plan)} optimiser steps from {len(plan.groups)} records: hardly anything can be learnt; "
+            f"only {steps} from {len(plan.groups)} records: hardly anything can be learnt; "
             "give more data, more train.epochs, or a smaller train.batch"
         )
     due = evaluation_steps(len(plan), settings.evaluations) if evaluate or watch else set()

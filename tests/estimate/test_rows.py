@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from pipeline.estimate.devices import DEVICES, device
+from pipeline.estimate.following import WORLD
 from pipeline.estimate.memory import states as states_of
 from pipeline.estimate.memory import whole_weights
 from pipeline.estimate.rows import Estimate, Wishes, estimate
@@ -66,6 +67,24 @@ def test_the_world_says_how_many_tokens_there_are():
     assert half["pretrain"].cost.computed == pytest.approx(found["pretrain"].cost.computed / 2)
     steps = rows("quickstart.yaml", "pretrain.train.steps=10")
     assert steps["pretrain"].cost.tokens == 10 * 2048
+
+
+def test_ppo_counts_what_a_run_of_it_recorded(monkeypatch: pytest.MonkeyPatch):
+    """Seed 0 of the quickstart drew 54,658 tokens and learnt from 146,196: 2 epochs of 1,024 prompts with answers."""
+    assert rows("quickstart.yaml")["ppo"].cost.tokens == 16 * 64 * (4 * 13 + 2 * (18 + 4 * 13))
+    monkeypatch.setattr("pipeline.estimate.rows.WORLD_ANSWER", 54_658 / 4096)
+    monkeypatch.setitem(WORLD, "prompts", (146_196 / 2 - 54_658) / 1024)
+    assert rows("quickstart.yaml")["ppo"].cost.tokens == pytest.approx(200_854)
+
+
+def test_ppo_counts_the_records_that_are_learnt_beside():
+    """32 documents of 37 tokens in each of 16 x 2 x 4 updates; none while the critic warms up."""
+    found = rows("ppo-variants.yaml")
+    plain, beside = found["ppo"], found["ppo@ptx"]
+    assert beside.cost.tokens - plain.cost.tokens == 128 * 32 * 37
+    assert beside.cost.computed / plain.cost.computed > 1.5
+    warmed = rows("ppo-variants.yaml", "ppo@ptx.critic.warmup=2")["ppo@ptx"]
+    assert warmed.cost.tokens - plain.cost.tokens == 112 * 32 * 37
 
 
 def test_files_of_a_user_are_not_counted():

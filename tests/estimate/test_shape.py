@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from pipeline.estimate.following import adapted
+from pipeline.estimate.operations import forward
 from pipeline.estimate.shape import Model, Shape, adapter_parameters, kv_bytes, matching_parameters
 from pipeline.flow.errors import UserError
 from pipeline.llama.adapter_settings import (
@@ -20,6 +21,7 @@ from pipeline.llama.adapter_settings import (
 )
 from pipeline.llama.presets import PRESETS
 from tests import small
+from tests.architectures import CASES
 
 SEVEN, EIGHT = Shape.of(PRESETS["llama-7b"]), Shape.of(PRESETS["llama-3-8b"])
 
@@ -33,6 +35,34 @@ SEVEN, EIGHT = Shape.of(PRESETS["llama-7b"]), Shape.of(PRESETS["llama-3-8b"])
 )  # fmt: skip
 def test_published_counts(preset: str, count: int):
     assert Shape.of(PRESETS[preset]).parameters == count
+
+
+MIXTRAL = {
+    "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "num_local_experts": 8,
+}  # fmt: skip
+
+
+def test_of_experts_all_are_held_and_two_compute():
+    """Mixtral 8x7B: 46.7 billion parameters, of which 12.9 billion compute a token (Jiang et al. 2024, abstract)."""
+    shape = Shape.of(MIXTRAL)
+    assert shape.parameters == 46_702_792_704
+    assert shape.computed == 32 * (41_943_040 + 2 * 176_160_768 + 8 * 4096)
+    assert shape.computed + 2 * shape.table == 12_879_659_008
+    assert forward(Model(shape, "a"), 10, 0) == 2 * 10 * shape.computed
+    assert adapter_parameters(shape, LoraSettings(rank=8, targets="attention")) == 32 * 8 * (2 * 8192 + 2 * 5120)
+    for adapter in (LoraSettings(rank=8), Ia3Settings(kind="ia3")):
+        with pytest.raises(UserError, match="would leave out the 8 experts .* targets?: attention|set it to attention"):
+            adapter_parameters(shape, adapter)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_models_with_options_have_as_many_parameters(case: str):
+    made = small.policy(**CASES[case]).model
+    shape = Shape.of(made.config.to_dict())
+    assert shape.parameters == sum(p.numel() for p in made.parameters())
+    held = sum(p.numel() for name, p in made.model.layers.named_parameters() if p.ndim > 1)
+    assert shape.trunk == held
 
 
 def test_what_lora_trains():
@@ -84,6 +114,17 @@ def test_adapters_that_are_made_train_as_many(scalar: bool, adapter: AnyAdapter)
     found = add_adapter(made.model, adapter, seed=0)
     assert model.trained == sum(p.numel() for p in found.parameters() if p.requires_grad)
     assert model.parameters == sum(p.numel() for p in found.parameters())
+
+
+@pytest.mark.parametrize("options", [{"feed_forward": "relu"}, {"num_local_experts": 4}], ids=str)
+def test_adapters_of_models_with_options_train_as_many(options: dict):
+    from pipeline.llama.adapters import add_adapter
+
+    adapter = LoraSettings(rank=3, targets="attention" if "num_local_experts" in options else "linear")
+    made = small.policy(**options)
+    model = Model(Shape.of(made.model.config.to_dict()), "a", adapter)
+    found = add_adapter(made.model, adapter, seed=0)
+    assert model.trained == sum(p.numel() for p in found.parameters() if p.requires_grad)
 
 
 def test_a_model_whose_names_are_not_known_is_refused():

@@ -120,9 +120,9 @@ def test_opening_is_silent(stored: Path, tmp_path: Path, tokenizer, capfd) -> No
 
 
 def test_fields_beyond_the_core_are_computed_by_transformers(stored: Path, tmp_path: Path, tokenizer) -> None:
-    yarn = {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0,
-                                "original_max_position_embeddings": 64}}  # fmt: skip
-    opened = open_policy(at(edited(stored, tmp_path / "yarn", yarn)))
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 64}
+    longrope = {"rope_parameters": {**rope, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}}
+    opened = open_policy(at(edited(stored, tmp_path / "longrope", longrope)))
     assert opened.record["implementation"] == "LlamaForCausalLM" and opened.record["why"]
     assert type(opened.model) is transformers.LlamaForCausalLM
     torch.manual_seed(0)
@@ -159,7 +159,7 @@ def test_configs_that_run_code_are_refused(key: str, stored: Path, tmp_path: Pat
     [
         ("config.json", {"transformers_weights": "../stored/model.safetensors"}, "transformers_weights names a weight"),
         ("config.json", {"transformers_weights": "other.safetensors"}, "transformers_weights names a weight file"),
-        ("config.json", {"rope_parameters": {"rope_type": "yarn", "factor": "x"}}, "holds no model that can be opened"),
+        ("config.json", {"rope_parameters": {"rope_type": "yarn", "factor": "x"}}, "rope_parameters.factor: Input"),
         ("config.json", {"model_type": "../../x"}, "holds no model that can be opened"),
         ("special_tokens_map.json", {"tokenizer_file": "/etc/passwd"}, "tokenizer_file names a file to read"),
         ("special_tokens_map.json", {"vocab_file": "/dev/zero"}, "vocab_file names a file to read"),
