@@ -258,7 +258,7 @@ def assembled(plain: Any, parts: Sequence[Part]) -> Any:
     """
     import copy
 
-    from peft import PeftModel, TaskType, get_peft_model, set_peft_model_state_dict
+    from peft import PeftModel, TaskType, get_peft_model
 
     *below, own = parts
     if below and {part.config.peft_type.value for part in parts} != {"LORA"}:
@@ -276,11 +276,11 @@ def assembled(plain: Any, parts: Sequence[Part]) -> Any:
             name, lower = f"{BELOW}{number}", copy.deepcopy(part.config)
             lower.modules_to_save, lower.inference_mode = None, True
             PeftModel.add_adapter(model, name, lower)  # a classifier's own way would give each a head
-            set_peft_model_state_dict(model, part.state, adapter_name=name)
+            _fill(model, part.state, name)
     if own.state:
         prefix = "base_model." if config.is_prompt_learning else "base_model.model."
         head = {f"{prefix}score.weight": plain.score.original_module.weight.detach()} if classifier else {}
-        set_peft_model_state_dict(model, {**head, **own.state})
+        _fill(model, {**head, **own.state}, OWN)
     if below:
         model.base_model.set_adapter([f"{BELOW}{number}" for number in range(len(below))] + [OWN])
         for key, parameter in model.named_parameters():
@@ -289,6 +289,18 @@ def assembled(plain: Any, parts: Sequence[Part]) -> Any:
     if config.inference_mode:
         train_tokens(model)
     return model
+
+
+def _fill(model: Any, state: dict[str, Tensor], name: str) -> None:
+    """UserError where an adapter brings more than its layers and a head, which would be saved nowhere."""
+    from peft import set_peft_model_state_dict
+
+    if left_out := state.keys() - state_of(model, name).keys():
+        raise UserError(
+            f"an adapter holds {min(left_out)}, trained whole beside it, which can neither lie under another one nor "
+            "go over to a model with a scalar head: use adapter.beneath: merge"
+        )
+    set_peft_model_state_dict(model, state, adapter_name=name)
 
 
 def train_tokens(model: Any) -> None:
