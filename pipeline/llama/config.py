@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.flow.artifacts import read_object
-from pipeline.flow.config import nearest
+from pipeline.flow.config import nearest, parse_settings
 from pipeline.flow.errors import UserError
 from pipeline.llama import options
+from pipeline.llama.rope_settings import MOST_POSITIONS, RopeSettings, rope_fields, rope_type
 
 MAX_BYTES = 4 << 20  # of a config file
 REFUSED = (
@@ -44,15 +45,8 @@ SIZES = {
     "num_attention_heads": 1 << 12,
     "num_key_value_heads": 1 << 12,
     "head_dim": 1 << 12,
-    "max_position_embeddings": 1 << 26,
+    "max_position_embeddings": MOST_POSITIONS,
 }
-ROPE_FIELDS = {
-    "default": {"rope_type", "type", "rope_theta"},
-    "llama3": {
-        "rope_type", "type", "rope_theta", "factor", "low_freq_factor", "high_freq_factor",
-        "original_max_position_embeddings",
-    },
-}  # fmt: skip
 KNOWN = {
     *SIZES, "model_type", "hidden_act", "rms_norm_eps", "tie_word_embeddings", "rope_parameters", "rope_theta",
     "rope_scaling", "attention_bias", "mlp_bias", "attention_dropout", "pretraining_tp", "initializer_range",
@@ -136,7 +130,7 @@ def check_config(config: Mapping[str, Any], where: str = "config.json") -> Verdi
         why.append(f"pretraining_tp {config['pretraining_tp']}")
     if config.get("attention_dropout"):
         why.append(f"attention_dropout {config['attention_dropout']}")
-    why += _rope_beyond_core(config)
+    why += _rope_beyond_core(config, where)
     return Verdict(not why, tuple(why), tuple(sorted(config.keys() & HARMLESS)))
 
 
@@ -144,7 +138,7 @@ def _own(config: Mapping[str, Any], where: str, unknown: list[str]) -> Verdict:
     """Of our own model type: no other class could take it."""
     if unknown:
         raise UserError(f"{where}: unknown key {unknown[0]!r}{nearest(unknown[0], KNOWN | set(options.DEFAULTS))}")
-    why = _rope_beyond_core(config)
+    why = _rope_beyond_core(config, where)
     act = options.ACTIVATIONS.get(options.chosen(config)["feed_forward"])
     if config.get("hidden_act", act) != act:
         why.append(f"hidden_act {config['hidden_act']} beside feed_forward {options.chosen(config)['feed_forward']}")
@@ -180,7 +174,8 @@ def _check_heads(config: Mapping[str, Any], where: str) -> None:
         raise UserError(f"{where}: rms_norm_eps is {eps!r}, a number between 0 and 1 was expected")
 
 
-def _rope_beyond_core(config: Mapping[str, Any]) -> list[str]:
+def _rope_beyond_core(config: Mapping[str, Any], where: str) -> list[str]:
+    """Fields and types that our core does not know. UserError for values that no type takes."""
     why = []
     for name in ("rope_parameters", "rope_scaling"):
         rope = config.get(name)
@@ -188,10 +183,11 @@ def _rope_beyond_core(config: Mapping[str, Any]) -> list[str]:
             continue
         if not isinstance(rope, Mapping):
             return [f"{name} of an unknown form"]
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        fields = ROPE_FIELDS.get(kind if isinstance(kind, str) else "")
-        if fields is None:
-            why.append(f"{name} of type {kind!r}")
-        else:
-            why += [f"{name}.{key}" for key in sorted(set(rope) - fields)]
+        kind = rope_type(rope)
+        fields = rope_fields(kind) if isinstance(kind, str) else None
+        beyond = [f"{name}.{key}" for key in sorted(set(rope) - fields)] if fields else [f"{name} of type {kind!r}"]
+        if not beyond:
+            own = {key: value for key, value in rope.items() if key != "type"}
+            parse_settings(RopeSettings, {**own, "rope_type": kind}, f"{where}: {name}")
+        why += beyond
     return why

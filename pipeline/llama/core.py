@@ -29,6 +29,7 @@ from pipeline.llama.modeling import (
 from pipeline.llama.options import MODEL_TYPE, experts
 from pipeline.llama.options.feed_forward import new_feed_forward
 from pipeline.llama.options.norms import PLACEMENTS, deep_initialise, last_norm
+from pipeline.llama.options.rope import RectifiedAttention, new_rotary
 
 
 class CorePreTrainedModel(LlamaPreTrainedModel):
@@ -45,14 +46,17 @@ class CorePreTrainedModel(LlamaPreTrainedModel):
 
 class CoreModel(CorePreTrainedModel, LlamaModel):
     def _build(self, config: Any) -> None:
-        layer = PLACEMENTS[config.norm_placement]
+        layer, attention = PLACEMENTS[config.norm_placement], LlamaAttention
+        if config.rerope_window:
+            attention = RectifiedAttention
         self.layers = nn.ModuleList(
-            layer(config, LlamaAttention(config, i), new_feed_forward(config)) for i in range(config.num_hidden_layers)
+            layer(config, attention(config, i), new_feed_forward(config)) for i in range(config.num_hidden_layers)
         )
+        self.rotary = new_rotary(config)
         self.norm = last_norm(config)
 
     def _on_forest(self, x: Tensor, forest: Forest, positions: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        return x, {"forest": forest, "factors": self._factors(forest, positions)}
+        return x, {"forest": forest, "factors": self.rotary.factors(forest, positions)}
 
 
 class CoreForCausalLM(CorePreTrainedModel, LlamaForCausalLM):

@@ -45,6 +45,12 @@ class CoreConfig(LlamaConfig):
     sliding_window: int | None = None
     first_tokens: int = 0
     prefix_attention: bool = False
+    truncated_basis_low: float = 0.0
+    truncated_basis_high: float = 0.0
+    truncated_basis_value: float = 0.0
+    rerope_window: int | None = None
+    rerope_factor: float | None = None
+    rerope_trained: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         refuse(vars(self))

@@ -9,12 +9,11 @@ conversion; transformers' Auto registrations stay as they are. Three ways in:
 
 Shapes: B rows, L tokens of a row, T tokens of a forest, D hidden, H query heads, K key heads, h half a head size.
 Sources: Touvron et al. 2023 (architecture); Su et al. 2021 (rotary); Zhang and Sennrich 2019 (RMSNorm);
-Shazeer 2020 (SwiGLU); Ainslie et al. 2023 (grouped queries); rotary scaling of Llama 3.1 as published with its weights.
+Shazeer 2020 (SwiGLU); Ainslie et al. 2023 (grouped queries).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -34,26 +33,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pipeline.data.forest import Forest
 from pipeline.llama import attention, kernel
-
-ROPE_TYPES = ("default", "llama3")
-
-
-def inverse_frequencies(config: LlamaConfig) -> Tensor:
-    """[h] float32, theta^(-2i/d); under rope_type "llama3" long wavelengths are stretched by `factor`."""
-    rope: Any = config.rope_parameters
-    size: Any = config.head_dim
-    inverse = 1.0 / (rope["rope_theta"] ** (torch.arange(0, size, 2, dtype=torch.float32) / size))
-    if rope["rope_type"] == "default":
-        return inverse
-    if rope["rope_type"] != "llama3":
-        raise ValueError(f"rope_type {rope['rope_type']!r}: this core knows {', '.join(ROPE_TYPES)}")
-    old, low, high = (
-        rope["original_max_position_embeddings"], rope["low_freq_factor"], rope["high_freq_factor"],
-    )  # fmt: skip
-    wavelength = 2 * math.pi / inverse
-    stretched = inverse / rope["factor"]
-    smooth = ((old / wavelength - low) / (high - low)).clamp(0.0, 1.0)
-    return (1 - smooth) * stretched + smooth * inverse
+from pipeline.llama.rope import new_rotary
 
 
 class _Norm(torch.autograd.Function):
@@ -302,6 +282,7 @@ class LlamaModel(LlamaPreTrainedModel):
     def _build(self, config: LlamaConfig) -> None:
         self.layers = nn.ModuleList(LlamaDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm: nn.Module = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary = new_rotary(config)
 
     def forward(
         self,
@@ -346,7 +327,7 @@ class LlamaModel(LlamaPreTrainedModel):
 
     def _on_forest(self, x: Tensor, forest: Forest, positions: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """What goes into the first layer [1, T, D], and what every layer gets beside it."""
-        return x, {"forest": forest, "forest_factors": self._factors(forest, positions)}
+        return x, {"forest": forest, "forest_factors": self.rotary.factors(forest, positions)}
 
     def _on_rows(
         self, x: Tensor, positions: Tensor, mask: Tensor | None, cache: Cache | None
@@ -355,32 +336,7 @@ class LlamaModel(LlamaPreTrainedModel):
         causal = create_causal_mask(
             config=self.config, inputs_embeds=x, attention_mask=mask, past_key_values=cache, position_ids=positions
         )
-        return x, {"attention_mask": causal, "position_embeddings": self._rotary(positions, x.dtype)}
-
-    def _angles(self, positions: Tensor) -> Tensor:
-        """positions [...] -> float32 [..., h]. Frequencies are no buffer: they follow from the config."""
-        inverse = self.__dict__.get("_inverse")
-        if inverse is None or inverse.device != positions.device:
-            with torch.device("cpu"):  # whatever default device loading is under
-                config: Any = self.config
-                inverse = inverse_frequencies(config)
-            inverse = self.__dict__["_inverse"] = inverse.to(positions.device)
-        return positions[..., None].float() * inverse
-
-    def _rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin [B, L, 2h]."""
-        with torch.autocast(positions.device.type, enabled=False):
-            angles = self._angles(positions).repeat(1, 1, 2)
-            return angles.cos().to(dtype), angles.sin().to(dtype)
-
-    def _factors(self, forest: Forest, positions: Tensor) -> Tensor:
-        """e^{i m theta_j} as complex64 [T, 1, h], once for all models of this rotary setting."""
-        rope = self.config.rope_parameters
-        key = ("rotary", len(positions), self.config.head_dim, *sorted((k, str(v)) for k, v in rope.items()))
-        if key not in forest.cache:
-            angles = self._angles(positions)[:, None]
-            forest.cache[key] = torch.polar(torch.ones_like(angles), angles)
-        return forest.cache[key]
+        return x, {"attention_mask": causal, "position_embeddings": self.rotary.cos_sin(positions, x.dtype)}
 
 
 class LlamaForCausalLM(LlamaPreTrainedModel, GenerationMixin):

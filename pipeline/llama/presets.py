@@ -15,10 +15,12 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.flow.config import Settings, added, nearest
+from pipeline.flow.config import added, nearest
 from pipeline.llama import options
 from pipeline.llama.config import SIZES
+from pipeline.llama.rope_settings import PositionSettings
 
+ROPE_THETA, MAX_POSITIONS = 10000.0, 2048  # transformers' LlamaConfig where a shape says nothing
 _LLAMA31 = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -42,18 +44,21 @@ def _shape(
     }
 
 
-def _stories(hidden: int, inner: int, layers: int, heads: int, kv_heads: int | None = None, vocab: int = 32000):  # type: ignore[no-untyped-def]
-    return _shape(vocab, hidden, inner, layers, heads, kv_heads, tie_word_embeddings=True, rms_norm_eps=1e-5)
+def _stories(
+    hidden: int, inner: int, layers: int, heads: int, length: int, kv_heads: int | None = None, vocab: int = 32000
+) -> dict[str, Any]:
+    more = {"tie_word_embeddings": True, "rms_norm_eps": 1e-5, "max_position_embeddings": length}
+    return _shape(vocab, hidden, inner, layers, heads, kv_heads, **more)
 
 
 # Llama 1 and 2: Touvron et al. 2023; Llama 3: the configs published with the weights; stories: karpathy/llama2.c.
 PRESETS: dict[str, dict[str, Any]] = {
     "test": _shape(97, 32, 48, 2, 4, 2),
     "million": _shape(1024, 128, 384, 4, 4, 2, tie_word_embeddings=True),
-    "stories-260k": _stories(64, 172, 5, 8, 4, 512),
-    "stories-15m": _stories(288, 768, 6, 6),
-    "stories-42m": _stories(512, 1376, 8, 8),
-    "stories-110m": _stories(768, 2048, 12, 12),
+    "stories-260k": _stories(64, 172, 5, 8, 512, 4, 512),
+    "stories-15m": _stories(288, 768, 6, 6, 256),
+    "stories-42m": _stories(512, 1376, 8, 8, 1024),
+    "stories-110m": _stories(768, 2048, 12, 12, 1024),
     "tinyllama-1.1b": _shape(32000, 2048, 5632, 22, 32, 4, rms_norm_eps=1e-5),
     "llama-7b": _shape(32000, 4096, 11008, 32, 32),
     "llama-13b": _shape(32000, 5120, 13824, 40, 40),
@@ -72,6 +77,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         128256, 4096, 14336, 32, 32, 8, rms_norm_eps=1e-5, max_position_embeddings=131072,
         rope_parameters={**_LLAMA31, "factor": 8.0},
     ),
+    "llama-3.1-70b": _shape(
+        128256, 8192, 28672, 80, 64, 8, rms_norm_eps=1e-5, max_position_embeddings=131072,
+        rope_parameters={**_LLAMA31, "factor": 8.0},
+    ),
     "llama-3.1-405b": _shape(
         128256, 16384, 53248, 126, 128, 8, rms_norm_eps=1e-5, max_position_embeddings=131072,
         rope_parameters={**_LLAMA31, "factor": 8.0},
@@ -87,7 +96,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-class ModelSettings(Settings):
+class ModelSettings(PositionSettings):
     """Shape of a new LLaMA. `preset` fills every field that is not given here; without one, "million" does.
 
     Fields from `norm` on are options beyond plain LLaMA (pipeline/llama/options), which models keep in every stage.
@@ -162,6 +171,8 @@ class ModelSettings(Settings):
             raise ValueError(f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
         if shape["hidden_size"] % heads:
             raise ValueError(f"hidden_size {shape['hidden_size']} is no multiple of num_attention_heads {heads}")
+        if self.rope_parameters and self.rope_parameters.rope_theta and self.rope_theta:
+            raise ValueError("rope_theta is given twice, here and in rope_parameters; keep one")
         if head_dim(shape) % 2:
             raise ValueError(f"head_dim {head_dim(shape)} is odd: rotary positions turn pairs")
         options.refuse(shape)
@@ -169,7 +180,7 @@ class ModelSettings(Settings):
 
     def llama(self, vocab_size: int) -> dict[str, Any]:
         """Arguments of LlamaConfig for a vocabulary of this size, and the options that are set."""
-        own = {k: v for k, v in self.model_dump(exclude={"preset"}).items() if v is not None}
+        own = {k: v for k, v in self.model_dump(exclude={"preset", "rope_parameters"}).items() if v is not None}
         base = dict(PRESETS[self.preset])
         if "num_attention_heads" in own and "num_key_value_heads" not in own:
             base["num_key_value_heads"] = own["num_attention_heads"]
@@ -179,7 +190,12 @@ class ModelSettings(Settings):
             base["rope_parameters"] = {**base["rope_parameters"], "rope_theta": own["rope_theta"]}
         if self.norm == "deep":
             base["norm_placement"] = "post"
-        return {**base, **own, "vocab_size": vocab_size}
+        found = {**base, **own, "vocab_size": vocab_size}
+        if self.rope_parameters:
+            theta = found.pop("rope_theta", base.get("rope_parameters", {}).get("rope_theta", ROPE_THETA))
+            length = found.setdefault("max_position_embeddings", MAX_POSITIONS)
+            found["rope_parameters"] = self.rope_parameters.parameters(theta, length, head_dim(found))
+        return found
 
 
 def head_dim(shape: Mapping[str, Any]) -> int:

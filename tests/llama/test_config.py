@@ -51,8 +51,9 @@ def test_sizes_and_types_are_checked(change: dict, words: str) -> None:
     ({"model_type": "qwen2"}, "model_type qwen2"),
     ({"qk_norm": True}, "field qk_norm"),
     ({"hidden_act": "gelu_new"}, "hidden_act gelu_new"),
-    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "rope_parameters of type 'yarn'"),
-    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling of type 'linear'"),
+    ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "rope_parameters of type 'longrope'"),
+    ({"rope_scaling": {"type": "proportional"}}, "rope_scaling of type 'proportional'"),
+    ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "mscale": 1.0}}, "rope_parameters.mscale"),
     ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
      "rope_parameters.partial_rotary_factor"),
     ({"pretraining_tp": 2}, "pretraining_tp 2"),
@@ -61,6 +62,28 @@ def test_sizes_and_types_are_checked(change: dict, words: str) -> None:
 def test_what_the_core_does_not_know_goes_to_transformers(change: dict, why: str) -> None:
     verdict = check_config({**PLAIN, **change})
     assert not verdict.core and verdict.why == (why,)
+
+
+@pytest.mark.parametrize("rope", [
+    {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
+    {"type": "linear", "factor": 2},
+    {"rope_type": "dynamic", "factor": 4.0},
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "attention_factor": None},
+])  # fmt: skip
+def test_stretched_positions_are_for_the_core(rope: dict) -> None:
+    assert check_config({**PLAIN, "rope_parameters": rope}).core
+
+
+@pytest.mark.parametrize("rope, words", [
+    ({"rope_type": "linear"}, "config.json: rope_parameters: rope_type linear needs factor"),
+    ({"rope_type": "dynamic", "factor": 0.5}, "rope_parameters.factor.*greater than or equal to 1"),
+    ({"rope_type": "yarn", "factor": 2.0, "beta_fast": 1.0, "beta_slow": 2.0}, "beta_fast 1 must be above beta_slow 2"),
+    ({"rope_type": "default", "rope_theta": "x"}, "rope_parameters.rope_theta"),
+    ({"rope_type": "default", "rope_theta": -1.0}, "rope_parameters.rope_theta"),
+])  # fmt: skip
+def test_rotary_values_that_mean_nothing_are_refused(rope: dict, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        check_config({**PLAIN, "rope_parameters": rope})
 
 
 def test_llama3_scaling_and_old_rope_fields_are_known() -> None:

@@ -184,18 +184,6 @@ def test_heads_of_a_group_stand_together() -> None:
     assert after[..., 2 * size :].abs().max() == 0 and before[..., 2 * size :].abs().min() > 0
 
 
-def test_rotary_frequencies_by_hand() -> None:
-    by_hand = modeling.inverse_frequencies(tiny(head_dim=8))
-    assert torch.allclose(by_hand, torch.tensor([1.0, 0.1, 0.01, 0.001]), rtol=1e-6)
-    wide = modeling.inverse_frequencies(tiny(head_dim=128, rope_parameters={"rope_type": "default", "rope_theta": 5e5}))
-    assert wide[0] == 1 and abs(float(wide[1]) - 0.8146172339) < 1e-7
-    assert abs(float(wide[63]) / 2.4551407912e-6 - 1) < 1e-5
-    config = tiny()
-    config.rope_parameters = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}
-    with pytest.raises(ValueError, match="default, llama3"):
-        modeling.inverse_frequencies(config)
-
-
 def test_norm_in_bfloat16_is_within_one_unit_of_the_exact_one() -> None:
     torch.manual_seed(0)
     norm = LlamaRMSNorm(64, 1e-6).to(torch.bfloat16)

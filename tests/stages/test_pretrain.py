@@ -7,13 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from pipeline.data.objectives import FillIn
 from pipeline.data.records import Document, Prompt
 from pipeline.data.sources import write_jsonl
+from pipeline.flow.config import parse_settings
 from pipeline.flow.errors import UserError
-from pipeline.llama.open import open_tokenizer
+from pipeline.llama.open import open_policy, open_tokenizer
+from pipeline.llama.rope import positions
+from pipeline.llama.rope_settings import RopeSettings
 from pipeline.train.loop import Trainer
+from stages.pretrain import Pretrain
 from tests.small import ask
 from tests.stages.conftest import Chain
 from tests.stages.rows import Place, train
@@ -21,6 +26,16 @@ from tests.stages.rows import Place, train
 TEXTS = [f"{name} lives in {town} and likes {what}." for name in ("Mira", "Tom", "Ada")
          for town in ("Dovan", "Orl") for what in ("tea", "chess", "rain")]  # fmt: skip
 SMALL: dict[str, Any] = {"model": {"preset": "test"}, "vocab_size": 450, "max_tokens": 64}
+
+
+STILL = train(steps=1, batch_tokens=256, learning_rate=1e-12)  # weights stay
+POSITIONS = [
+    {"rope_parameters": {"rope_type": "yarn", "factor": 2}, "max_position_embeddings": 128},
+    {"rope_parameters": {"rope_type": "dynamic", "factor": 2}},
+    {"rope_parameters": {"ntk_factor": 2}},
+    {"truncated_basis_high": 0.1},
+    {"rerope_window": 8, "rerope_factor": 4, "rope_parameters": {"rope_theta": 500.0}},
+]
 
 
 @pytest.fixture
@@ -159,3 +174,63 @@ def test_two_processes_hide_mix_and_grow_as_one_does(tmp_path: Path) -> None:
     same = ("documents", "windows", "windows_by_objective", "mixture", "duplicates", "contaminated", "steps", "tokens")
     assert [two[name] for name in same] == [one[name] for name in same]
     assert one["mixture"]["lists"]["share"] == pytest.approx(0.25, abs=0.01)
+
+
+@pytest.mark.parametrize("context", POSITIONS, ids=lambda c: "-".join(c))
+def test_a_row_goes_on_from_another_at_other_positions(place: Place, context: dict[str, Any]) -> None:
+    text = documents(place)
+    start = place.run("pretrain", {"documents": text}, train=train(epochs=1, batch_tokens=256), **SMALL)
+    given = {"documents": text, "policy": start.out["policy"]}
+    row = place.run("pretrain", given, context=context, max_tokens=128, train=STILL)
+    after, weights = (open_policy(r.out["policy"]).model for r in (row, start))
+    config, before, facts = after.config, weights.config, row.out["policy"].lineage
+    rope = dict(before.rope_parameters)
+    assert facts["positions_before"] == {"max_position_embeddings": 2048, "rope_parameters": rope}
+    assert facts["positions"] == positions(config) != positions(before)
+    assert config.rope_parameters == (
+        RopeSettings(**context["rope_parameters"]).parameters(1e4, 2048, 8)
+        if "rope_parameters" in context else before.rope_parameters
+    )  # fmt: skip
+    assert row.out["tokenizer"].lineage == start.out["tokenizer"].lineage
+    assert all(torch.allclose(p, q, atol=1e-6) for p, q in zip(after.parameters(), weights.parameters(), strict=True))
+
+
+def test_a_row_goes_on_as_it_was(place: Place) -> None:
+    text = documents(place)
+    start = place.run("pretrain", {"documents": text}, train=train(epochs=1, batch_tokens=256), **SMALL)
+    given = {"documents": text, "policy": start.out["policy"]}
+    row = place.run("pretrain", given, max_tokens=64, train=STILL)
+    before, after = (open_policy(r.out["policy"]).model for r in (start, row))
+    same = ({**m.config.to_dict(), "_name_or_path": ""} for m in (before, after))
+    assert next(same) == next(same)
+    assert all(torch.allclose(p, q, atol=1e-6) for p, q in zip(before.parameters(), after.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("config", "given", "words"),
+    [
+        (
+            {"context": {"max_position_embeddings": 64}},
+            set(),
+            "pretrain.context changes the model",
+        ),
+        ({}, {"policy", "tokenizer"}, "pretrain.tokenizer: the policy"),
+    ],
+)
+def test_what_does_not_go_with_a_start_is_refused(config: dict[str, Any], given: set[str], words: str) -> None:
+    settings = parse_settings(Pretrain.Config, config, "pretrain")
+    with pytest.raises(UserError, match=words):
+        Pretrain.check(settings, frozenset({"documents", *given}))
+
+
+def test_positions_that_cannot_be_changed_are_refused(place: Place) -> None:
+    words = "max_position_embeddings is what rope_type dynamic takes for the trained length"
+    dynamic = {"max_position_embeddings": 64, "rope_parameters": {"rope_type": "dynamic", "factor": 2}}
+    with pytest.raises(UserError, match=words):
+        parse_settings(Pretrain.Config, {"context": dynamic}, "pretrain")
+    text = documents(place)
+    start = place.run("pretrain", {"documents": text}, train=train(steps=1, batch_tokens=256), **SMALL)
+    given = {"documents": text, "policy": start.out["policy"]}
+    context = {"rerope_window": 8, "rope_parameters": {"rope_type": "dynamic", "factor": 2}}
+    with pytest.raises(UserError, match="context: rerope_window needs frequencies that do not change"):
+        place.run("pretrain", given, context=context, train=train(steps=1, batch_tokens=256))

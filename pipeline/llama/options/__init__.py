@@ -35,6 +35,12 @@ NUMBERS: dict[str, Any] = {
     "sliding_window": None,
     "first_tokens": 0,
     "prefix_attention": False,
+    "truncated_basis_low": 0.0,
+    "truncated_basis_high": 0.0,
+    "truncated_basis_value": 0.0,
+    "rerope_window": None,
+    "rerope_factor": None,
+    "rerope_trained": None,
 }
 DEFAULTS: dict[str, Any] = {**{name: values[0] for name, values in CHOICES.items()}, **NUMBERS}
 NOT_BUILT = (
@@ -93,6 +99,41 @@ def refuse(shape: Mapping[str, Any]) -> None:
             "norm_placement to post, or norm to layer"
         )
     _refuse_experts(shape, options)
+    _refuse_rotary(shape, options)
+
+
+def _refuse_rotary(shape: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    low, high, value = (options[f"truncated_basis_{name}"] for name in ("low", "high", "value"))
+    for name, number in (("low", low), ("high", high), ("value", value)):
+        if type(number) not in (int, float) or not 0 <= number <= 1:
+            raise ValueError(f"truncated_basis_{name} is {number!r}, radians a token from 0 to 1 were expected")
+    if not high and (low or value):
+        raise ValueError("truncated_basis_low and truncated_basis_value do nothing without truncated_basis_high")
+    if max(low, value) > high:
+        raise ValueError(f"truncated_basis_high is {high}, below truncated_basis_low or _value: raise it")
+    window = options["rerope_window"]
+    if window is not None and (type(window) is not int or window < 1):
+        raise ValueError(f"rerope_window is {window!r}, a whole number of tokens from 1 was expected")
+    for name, least in (("rerope_factor", 1), ("rerope_trained", 2)):
+        number = options[name]
+        if number is None:
+            continue
+        if window is None:
+            raise ValueError(f"{name} does nothing without rerope_window")
+        if type(number) not in (int, float) or number < least:
+            raise ValueError(f"{name} is {number!r}, a number from {least} was expected")
+    used = next((name for name in ("truncated_basis_high", "rerope_window") if options[name]), None)
+    if used and options["positions"] != "rotary":
+        raise ValueError(f"{used} changes rotary positions, but positions is {options['positions']}: leave one out")
+    if used and options["attention"] != "full":
+        raise ValueError(f"{used} needs full attention, but attention is {options['attention']}: leave one out")
+    if window and options["sliding_window"]:
+        raise ValueError("rerope_window and sliding_window are two windows over the same keys: leave one out")
+    if window and options["prefix_attention"]:
+        raise ValueError("rerope_window looks back, prefix_attention ahead too: leave one out")
+    rope = shape.get("rope_parameters") or {}
+    if used and rope.get("rope_type") == "dynamic":
+        raise ValueError(f"{used} needs frequencies that do not change, but rope_type is dynamic: choose another")
 
 
 def _refuse_experts(shape: Mapping[str, Any], options: Mapping[str, Any]) -> None:
