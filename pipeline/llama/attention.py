@@ -505,8 +505,7 @@ def use_forest(model: nn.Module) -> bool:
     """Switch a transformers model (also inside a peft wrapper) to forest attention. False where it cannot be."""
     inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     config = inner.config
-    alone = getattr(config, "rerope_window", None)  # two products of queries and keys, which no backend computes
-    if config.model_type not in TRIED or alone or not getattr(inner, "_supports_attention_backend", False):
+    if config.model_type not in TRIED or not getattr(inner, "_supports_attention_backend", False):
         return False
     if config._attn_implementation != NAME:
         inner.set_attn_implementation(NAME)
