@@ -17,6 +17,7 @@ from pipeline.flow.artifacts import Comparisons, Documents, Evaluation, Judge, P
 from pipeline.flow.config import Settings, added, not_identity
 from pipeline.flow.errors import UserError
 from pipeline.flow.stage import Stage, Workspace
+from pipeline.rollout.engine import require_room
 
 
 class Evaluate(Stage):
@@ -57,6 +58,7 @@ class Evaluate(Stage):
 
     @classmethod
     def check(cls, config: Any, given: frozenset[str]) -> None:
+        require_room("evaluate.max_new_tokens", config.max_new_tokens, config.max_tokens)
         if config.best_of > 1 and "judge" not in given:
             raise UserError(f"evaluate.best_of is {config.best_of}, but the row has no `judge` to measure it by")
         if config.context and "documents" not in given:
