@@ -23,7 +23,8 @@ from tests.llama.test_attention import alone, example, gradients, grouped, on_fo
 from tests.llama.test_decode import PROMPTS, full_logits, padded
 from tests.small import policy, save, scorer
 
-KINDS = {"geglu": "llama", "experts": "mixtral"}  # what others can say; all else has our own model type
+# What others can say; all else has our own model type.
+KINDS = {"geglu": "llama", "experts": "mixtral"} | dict.fromkeys(("interpolation", "dynamic NTK", "YaRN"), "llama")
 
 
 def model(case: str, seed: int = 0):
