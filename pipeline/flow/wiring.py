@@ -165,7 +165,9 @@ class _Loading:
     def _check_top(self) -> None:
         for key in self.values:
             if key not in TOP:
-                raise self._fail((key,), f"unknown key {key!r}{nearest(key, TOP)}")
+                where = "; settings of all its rows stand under `stages`, of one row under `settings`"
+                known = where if key.partition("@")[0] in self.stages else nearest(key, TOP)
+                raise self._fail((key,), f"unknown key {key!r}{known}")
 
     def _row_names(self) -> list[str]:
         rows = self.values.get("rows")

@@ -17,7 +17,7 @@ from pipeline.flow import wiring
 from pipeline.flow.artifacts import Comparisons, Documents, Policy, RewardModel
 from pipeline.flow.config import Settings, module_names, not_identity
 from pipeline.flow.errors import Damaged, UserError
-from pipeline.flow.plan import Plan, check_sources, load_plan, request, state_of, survey
+from pipeline.flow.plan import Plan, Source, check_sources, load_plan, request, state_of, survey
 from pipeline.flow.stage import OneOrMore, Stage, run_stage
 from pipeline.flow.store import Store
 
@@ -295,6 +295,9 @@ def test_what_cannot_be_shared_is_refused(folder: Path, same: str, message: str)
         ("kind: world, seed: 4", "kind: world, sed: 4", "plan.yaml:3: sources.world: unknown key 'sed'; did"),
         ("\nsources:", "\nsource:\n  a: 1\nsources:",
          "plan.yaml:2: unknown key 'source'; did you mean 'sources'?"),
+        ("\nsources:", "\nppo: {word: x}\nsources:",
+         "unknown key 'ppo'; settings of all its rows stand under `stages`, of one row under `settings`"),
+        ("\nsources:", "\nstages: {ppo: {beta: 1}}\nsources:", "ppo: unknown key 'beta'; did you mean 'loss.beta'?"),
         ("\nsources:", "\nseed: x\nsources:", "plan.yaml:2: seed: expected int, found 'x'"),
         ("\nsources:", "\nsettings: {dppo: {}}\nsources:",
          "settings.dppo: there is no such row; did you mean 'ppo'?"),
@@ -391,6 +394,8 @@ def test_a_source_without_a_file_plans_and_does_not_run(folder: Path) -> None:
             act()
     with pytest.raises(UserError, match="there is no file"):
         check_sources(_plan(folder, PLAN, "sources.pairs.path=gone.jsonl"))
+    model = Source("base", Policy, (folder / "pairs.jsonl",))
+    assert model.missing() == f"sources.base.path: {folder}/pairs.jsonl is no directory, as a model is"
 
 
 # ---------------------------------------------------------------------------------- fingerprints and survey
