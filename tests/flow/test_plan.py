@@ -364,6 +364,7 @@ def test_sets_reach_sources_seed_and_worlds(folder: Path, monkeypatch: pytest.Mo
         ("pp.word=1", "--set pp.word=1: 'pp' is no row, no source and no part of a plan; did you mean 'ppo'?"),
         ("rows=[]", "'rows' is no row"),
         ("ppo=1", "--set ppo=1: 'ppo' holds settings; name one of them: --set ppo.KEY=VALUE"),
+        ("pairs=x.jsonl", "'pairs' holds settings; name one of them: --set pairs.path=FILE"),
         ("world=1", "--set world=1: 'world' holds settings; name one of them: --set world.KEY=VALUE"),
         ("name=x", "--set name=x: a run is named by --name, or by `name:` in the plan file"),
         ("launch.threads=-1", "--set launch.threads=-1: launch.threads: Input should be greater than or equal to 1"),
