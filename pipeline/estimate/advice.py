@@ -65,7 +65,10 @@ def _changes(found: Estimate) -> list[Change]:
             Change("checkpointing", "{row}.train.checkpointing=true", lambda w: replace(w, checkpointing=True))
         )
     if work.trained and found.stage != "pretrain" and not any(m.adapter for m in work.trained):
-        changes.append(Change("adapter", "{row}.adapter.rank=16", _with_lora))
+        sets = "{row}.adapter.rank=16"
+        if any(m.shape.experts for m in work.trained):
+            sets += " --set {row}.adapter.targets=attention"
+        changes.append(Change("adapter", sets, _with_lora))
     if work.frozen and layout.frozen == "whole":
         if layout.ranks > 1:
             changes.append(_laid("frozen", "launch.frozen=sharded", frozen="sharded"))
@@ -97,7 +100,7 @@ def _laid(kind: str, sets: str, **fields: object) -> Change:
 
 def _with_lora(work: Work) -> Work:
     """Adapters over what the row starts from, which its reference and others may hold as well."""
-    lora = LoraSettings()
+    lora = LoraSettings(targets="attention") if any(m.shape.experts for m in work.trained) else LoraSettings()
     policy = next((m.base for m in work.frozen if not m.scalar), None)
     made = tuple(replace(m, adapter=lora, base=policy or m.base) for m in work.trained)
     return replace(work, trained=made)

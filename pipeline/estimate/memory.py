@@ -197,7 +197,7 @@ def kept(model: Model, layout: Layout, longest: int) -> float:
     kernel queries, keys and values once, without it their gathered copies and the weights of short segments.
     """
     shape, b, r = model.shape, layout.number, layout.residual
-    hidden, inner, queries, keys = shape.hidden, shape.inner, shape.queries, shape.keys
+    hidden, inner, queries, keys = shape.hidden, shape.active * shape.inner, shape.queries, shape.keys
     of_norms = 2 * (r * hidden + 4)
     targets = set(TARGETS[model.adapter.targets]) if model.adapter else set(shape.projections)
     into = [{"q_proj", "k_proj", "v_proj"} & targets, {"gate_proj", "up_proj"} & targets]
@@ -234,7 +234,7 @@ def between(model: Model, layout: Layout, tokens: float) -> float:
     """Bytes of the gradients of one layer's activations and of its largest product, while they are computed."""
     shape, b = model.shape, layout.number
     gates = 6 if model.adapter else 3  # an adapter's product, its scaled sum and the stacked gates each pass once more
-    passing = tokens * (gates * b * shape.inner + (4 + layout.residual) * shape.hidden)
+    passing = tokens * (gates * b * shape.active * shape.inner + (4 + layout.residual) * shape.hidden)
     product = 0.0 if model.adapter else (b if layout.half else 0) + 4
     return passing + product * 2 * shape.inner * shape.hidden
 
@@ -252,7 +252,7 @@ def answering(model: Model, layout: Layout, tokens: float) -> float:
     """Bytes of a pass without gradients: the states between layers, and one layer at work."""
     shape, b = model.shape, layout.number
     states_between = tokens * layout.residual * shape.hidden * (shape.layers + 1)
-    at_work = tokens * (4 * shape.hidden + 3 * b * shape.inner + FOREST)
+    at_work = tokens * (4 * shape.hidden + 3 * b * shape.active * shape.inner + FOREST)
     return states_between + at_work + copied_weights(model, layout)
 
 

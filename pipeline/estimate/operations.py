@@ -3,7 +3,8 @@ product; what is no product (norms, look-ups, softmax) counts as nothing.
 
 Training is 6 P D operations for P parameters and D tokens, 2 forward and 4 backward (Kaplan et al. 2020, section 2.1),
 8 P D where activations are computed again (Korthikanti et al. 2022, section 5). P are the parameters that stand in
-products: an embedding is looked up, its matrix counts where it is the head. Attention adds 12 operations a layer, a
+products: an embedding is looked up, its matrix counts where it is the head; of experts those that compute a token
+count. Attention adds 12 operations a layer, a
 number of the queries and a pair of tokens that see each other (Chowdhery et al. 2022, appendix B).
 """
 
@@ -44,7 +45,7 @@ def forward(model: Model, tokens: float, pairs_seen: float, scored: float = 0) -
     shape = model.shape
     head = 0 if model.scalar else shape.table
     adapter = FORWARD * model.own * tokens
-    return FORWARD * (shape.trunk * tokens + head * scored) + adapter + attention(shape, pairs_seen)
+    return FORWARD * (shape.computed * tokens + head * scored) + adapter + attention(shape, pairs_seen)
 
 
 def update(model: Model, tokens: float, pairs_seen: float, scored: float = 0, *, recomputed: bool = False) -> float:

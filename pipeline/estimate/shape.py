@@ -12,13 +12,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.llama.adapters import TARGETS, LoraSettings
+from pipeline.llama.adapters import TARGETS, LoraSettings, require_linear
+from pipeline.llama.options import GATED, chosen
 from pipeline.llama.presets import head_dim, parameter_count
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Widths and counts. `queries` and `keys` are widths of all heads together."""
+    """Widths and counts. `queries` and `keys` are widths of all heads together; `inner` is that of one feed-forward.
+
+    experts   feed-forwards of a layer that a router chooses among, 0 where there is one; `active` compute each token
+    gated     two products read a feed-forward's input, otherwise one
+    """
 
     vocabulary: int
     hidden: int
@@ -29,10 +34,14 @@ class Shape:
     keys: int
     tied: bool
     parameters: int  # of the causal LM, a tied head once
+    experts: int = 0
+    active: int = 1
+    gated: bool = True
 
     @classmethod
     def of(cls, shape: Mapping[str, Any]) -> Shape:
-        """From the arguments of transformers' LlamaConfig, or a config.json."""
+        """From the arguments of a config (`ModelSettings.llama`), or a config.json."""
+        option = chosen(shape)
         heads = shape["num_attention_heads"]
         full = {**shape, "num_key_value_heads": shape.get("num_key_value_heads") or heads}
         size = head_dim(full)
@@ -46,6 +55,9 @@ class Shape:
             keys=full["num_key_value_heads"] * size,
             tied=bool(full.get("tie_word_embeddings")),
             parameters=parameter_count(full),
+            experts=option["num_local_experts"],
+            active=option["num_experts_per_tok"] if option["num_local_experts"] else 1,
+            gated=option["feed_forward"] in GATED,
         )
 
     @property
@@ -60,31 +72,44 @@ class Shape:
 
     @property
     def projections(self) -> dict[str, tuple[int, int]]:
-        """(inputs, outputs) of the linear layers of a decoder layer, by name."""
-        return {
+        """(inputs, outputs) of the linear layers of a decoder layer, by name; experts are none."""
+        attention = {
             "q_proj": (self.hidden, self.queries),
             "k_proj": (self.hidden, self.keys),
             "v_proj": (self.hidden, self.keys),
             "o_proj": (self.queries, self.hidden),
-            "gate_proj": (self.hidden, self.inner),
-            "up_proj": (self.hidden, self.inner),
-            "down_proj": (self.inner, self.hidden),
         }
+        gate = {"gate_proj": (self.hidden, self.inner)} if self.gated else {}
+        feed_forward = gate | {"up_proj": (self.hidden, self.inner), "down_proj": (self.inner, self.hidden)}
+        return attention | ({} if self.experts else feed_forward)
+
+    def _matrices(self, experts: int) -> int:
+        """Parameters of a decoder layer that stand in products, with so many of its experts and its router."""
+        linear = sum(a * b for a, b in self.projections.values())
+        one = (3 if self.gated else 2) * self.hidden * self.inner
+        return linear + (experts * one + self.experts * self.hidden if self.experts else 0)
 
     @property
     def layer_matrices(self) -> int:
         """Parameters of a decoder layer that stand in products: all but norms and biases."""
-        return sum(a * b for a, b in self.projections.values())
+        return self._matrices(self.experts)
 
     @property
     def trunk(self) -> int:
         """Those of all layers."""
         return self.layers * self.layer_matrices
 
+    @property
+    def computed(self) -> int:
+        """Those of all layers that compute a token: of its experts only."""
+        return self.layers * self._matrices(self.active)
+
 
 def lora_parameters(shape: Shape, rank: int, targets: str) -> int:
     """Trained by LoRA: A [rank, inputs] and B [outputs, rank] of every target (Hu et al. 2021, section 4.1)."""
-    return shape.layers * sum(rank * sum(shape.projections[name]) for name in TARGETS[targets])
+    require_linear(shape.experts, targets)
+    found = [shape.projections[name] for name in TARGETS[targets] if name in shape.projections]
+    return shape.layers * sum(rank * sum(projection) for projection in found)
 
 
 def kv_bytes(shape: Shape, width: float = 2) -> float:

@@ -85,6 +85,15 @@ def lora_config(settings: LoraSettings, *, classifier: bool) -> Any:
     )
 
 
+def require_linear(experts: int, targets: str) -> None:
+    """UserError where "all linear layers" would quietly leave out most of a model: experts lie in one tensor."""
+    if experts and targets == "linear":
+        raise UserError(
+            f"adapter.targets: linear would leave out the {experts} experts of every layer, whose weights are no "
+            "linear layers; set it to attention"
+        )
+
+
 def add_lora(model: nn.Module, settings: LoraSettings, seed: int) -> PeftModel:
     """Freeze `model` and put a trainable adapter over it; a classifier's head is trained whole.
 
@@ -94,6 +103,7 @@ def add_lora(model: nn.Module, settings: LoraSettings, seed: int) -> PeftModel:
 
     if is_adapted(model):
         raise UserError("this policy is an adapter already and is trained on as it is: leave `adapter` unset")
+    require_linear(getattr(model.config, "num_local_experts", 0), settings.targets)
     with quiet(), torch.random.fork_rng(devices=[]):
         from peft import get_peft_model
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from pipeline.estimate.operations import forward
 from pipeline.estimate.shape import Model, Shape, kv_bytes, lora_parameters
+from pipeline.flow.errors import UserError
 from pipeline.llama.adapters import LoraSettings
 from pipeline.llama.presets import PRESETS
 from tests import small
+from tests.architectures import CASES
 
 SEVEN, EIGHT = Shape.of(PRESETS["llama-7b"]), Shape.of(PRESETS["llama-3-8b"])
 
@@ -21,6 +24,33 @@ SEVEN, EIGHT = Shape.of(PRESETS["llama-7b"]), Shape.of(PRESETS["llama-3-8b"])
 )  # fmt: skip
 def test_published_counts(preset: str, count: int):
     assert Shape.of(PRESETS[preset]).parameters == count
+
+
+MIXTRAL = {
+    "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "num_local_experts": 8,
+}  # fmt: skip
+
+
+def test_of_experts_all_are_held_and_two_compute():
+    """Mixtral 8x7B: 46.7 billion parameters, of which 12.9 billion compute a token (Jiang et al. 2024, abstract)."""
+    shape = Shape.of(MIXTRAL)
+    assert shape.parameters == 46_702_792_704
+    assert shape.computed == 32 * (41_943_040 + 2 * 176_160_768 + 8 * 4096)
+    assert shape.computed + 2 * shape.table == 12_879_659_008
+    assert forward(Model(shape, "a"), 10, 0) == 2 * 10 * shape.computed
+    assert lora_parameters(shape, 8, "attention") == 32 * 8 * (2 * 8192 + 2 * 5120)
+    with pytest.raises(UserError, match="set it to attention"):
+        lora_parameters(shape, 8, "linear")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_models_with_options_have_as_many_parameters(case: str):
+    made = small.policy(**CASES[case]).model
+    shape = Shape.of(made.config.to_dict())
+    assert shape.parameters == sum(p.numel() for p in made.parameters())
+    held = sum(p.numel() for name, p in made.model.layers.named_parameters() if p.ndim > 1)
+    assert shape.trunk == held
 
 
 def test_what_lora_trains():
@@ -45,12 +75,13 @@ def test_models_that_are_made_have_as_many_parameters(tied: bool):
     assert Model(shape, "a", scalar=True).parameters == sum(p.numel() for p in scalar.module.parameters())
 
 
+@pytest.mark.parametrize("shape", [{}, {"feed_forward": "relu"}, {"num_local_experts": 4}], ids=str)
 @pytest.mark.parametrize("scalar", [False, True])
-def test_adapters_that_are_made_train_as_many(scalar: bool):
+def test_adapters_that_are_made_train_as_many(scalar: bool, shape: dict):
     from pipeline.llama.adapters import add_lora
 
-    lora = LoraSettings(rank=3, targets="attention")
-    made = small.scorer() if scalar else small.policy()
+    lora = LoraSettings(rank=3, targets="attention" if shape.get("num_local_experts") else "linear")
+    made = (small.scorer if scalar else small.policy)(**shape)
     model = Model(Shape.of(made.model.config.to_dict()), "a", lora, scalar)
     adapted = add_lora(made.model, lora, seed=0)
     assert model.trained == sum(p.numel() for p in adapted.parameters() if p.requires_grad)

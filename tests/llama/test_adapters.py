@@ -146,3 +146,11 @@ def test_other_bits_are_not_shared() -> None:
     assert share_frozen(one, two) == sum(p.numel() * 4 for p in one.model.parameters())
     assert one.lm_head.weight.data_ptr() != two.lm_head.weight.data_ptr()
     assert share_frozen(policy(), policy()) == 0  # both are trained
+
+
+def test_experts_are_not_left_out_quietly() -> None:
+    from pipeline.flow.errors import UserError
+    from tests import small
+
+    with pytest.raises(UserError, match="set it to attention"):
+        add_lora(small.policy(num_local_experts=4).model, LoraSettings(), seed=0)
