@@ -94,6 +94,15 @@ def require_linear(experts: int, targets: str) -> None:
         )
 
 
+def require_projections(attention: str) -> None:
+    """UserError where most of what is asked for has no place: latent attention's projections are others."""
+    if attention == "latent":
+        raise UserError(
+            "adapter: its targets are projections of queries, keys and values, which attention latent does not have; "
+            "leave adapter unset and train all weights"
+        )
+
+
 def add_lora(model: nn.Module, settings: LoraSettings, seed: int) -> PeftModel:
     """Freeze `model` and put a trainable adapter over it; a classifier's head is trained whole.
 
@@ -104,6 +113,7 @@ def add_lora(model: nn.Module, settings: LoraSettings, seed: int) -> PeftModel:
     if is_adapted(model):
         raise UserError("this policy is an adapter already and is trained on as it is: leave `adapter` unset")
     require_linear(getattr(model.config, "num_local_experts", 0), settings.targets)
+    require_projections(getattr(model.config, "attention", "full"))
     with quiet(), torch.random.fork_rng(devices=[]):
         from peft import get_peft_model
 
