@@ -23,7 +23,7 @@ CASES: dict[str, dict[str, Any]] = {
     "experts, geglu": {"num_local_experts": 3, "num_experts_per_tok": 1, "feed_forward": "geglu", "norm": "deep"},
     "interpolation": {"rope_parameters": {"rope_type": "linear", "factor": 2.0}},
     "dynamic NTK": {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}, "max_position_embeddings": 8},
-    "YaRN": {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}, "max_position_embeddings": 6},
+    "YaRN": {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 6}},
     "truncated basis": {"truncated_basis_high": 0.05, "truncated_basis_low": 0.005, "truncated_basis_value": 0.01},
     "ReRoPE": {"rerope_window": 4, "rerope_trained": 6},
     "leaky ReRoPE": {"rerope_window": 3, "rerope_factor": 2.0, "norm": "layer"},

@@ -75,7 +75,7 @@ def test_a_passkey_text_has_its_length_and_ends_with_the_key() -> None:
 
 
 def test_retrieval_by_length_and_place() -> None:
-    """A reader of 130 tokens finds what stands in the middle of 200 characters, not what stands at their beginning."""
+    """A reader of 130 tokens finds what stands in the middle of 200 characters, not at the beginning."""
     found = passkeys(role(Fake(reach=130)), DOCUMENTS, measures(), 0, 256)
     assert [(r["length"], r["depth"], r["accuracy"]) for r in found] == [
         (112, 0.0, 1.0), (112, 0.5, 1.0), (200, 0.0, 0.0), (200, 0.5, 1.0),
