@@ -206,8 +206,14 @@ def adapter_field() -> Any:
     return Field(default=None, description="Train an adapter, or some weights, instead of all weights.")
 
 
-def require_reach(experts: int, settings: AnyAdapter) -> None:
-    """UserError where an adapter would quietly leave out most of a model: experts lie in one tensor."""
+def require_reach(experts: int, settings: AnyAdapter, latent: bool = False) -> None:
+    """UserError where an adapter would quietly leave out most of a model: experts lie in one tensor, and latent
+    attention's projections are others."""
+    if latent and isinstance(settings, (LoraSettings, Ia3Settings, PrefixSettings)):
+        raise UserError(
+            f"adapter.kind: {settings.kind} is of queries, keys and values as plain attention projects them, and this "
+            "model's attention is latent; use prompt, p_tuning or weights, or set adapter to null"
+        )
     if not experts:
         return
     if isinstance(settings, LoraSettings) and settings.targets == "linear":
