@@ -207,19 +207,22 @@ def adapter_field() -> Any:
     return Field(default=None, description="Train an adapter, or some weights, instead of all weights.")
 
 
-def require_reach(settings: AnyAdapter, experts: int, attention: str) -> None:
+def require_reach(experts: int, settings: AnyAdapter, latent: bool = False) -> None:
     """UserError where an adapter would quietly leave out most of a model: experts lie in one tensor, and latent
     attention's projections are others."""
-    layers = isinstance(settings, LoraSettings | Ia3Settings)
-    if attention == "latent" and (layers or settings.virtual):
+    if latent and isinstance(settings, (LoraSettings, Ia3Settings, PrefixSettings)):
         raise UserError(
-            f"adapter: {settings.kind} is for queries, keys and values by themselves, which attention latent does not "
-            "have; leave adapter unset, or train chosen weights (kind: weights)"
+            f"adapter.kind: {settings.kind} is of queries, keys and values as plain attention projects them, and this "
+            "model's attention is latent; use prompt, p_tuning or weights, or set adapter to null"
         )
-    if not experts or not layers or (isinstance(settings, LoraSettings) and settings.targets != "linear"):
+    if not experts:
         return
-    lora = isinstance(settings, LoraSettings)
-    key, mends = ("targets: linear", "set it to attention") if lora else ("kind: ia3", "use lora, targets: attention")
+    if isinstance(settings, LoraSettings) and settings.targets == "linear":
+        key, mends = "targets: linear", "set it to attention"
+    elif isinstance(settings, Ia3Settings):
+        key, mends = "kind: ia3", "use lora with targets: attention"
+    else:
+        return
     raise UserError(
         f"adapter.{key} would leave out the {experts} experts of every layer, whose weights are no linear layers; "
         f"{mends}"
@@ -233,7 +236,7 @@ def require_plain_attention(config: Any) -> None:
     if config.positions != "rotary":
         other = f"positions: {config.positions}"
     else:
-        keys = ("prefix_attention", "sliding_window", "rerope_window")
+        keys = ("prefix_attention", "rerope_window")
         other = next((key for key in keys if getattr(config, key, None)), "")
     if other:
         raise UserError(

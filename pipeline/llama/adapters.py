@@ -30,6 +30,7 @@ from pipeline.llama.adapter_settings import (
     PrefixSettings,
     PromptSettings,
     PTuningSettings,
+    VirtualSettings,
     WeightsSettings,
     require_plain_attention,
     require_reach,
@@ -121,6 +122,16 @@ def peft_config(settings: AnyAdapter, *, classifier: bool) -> Any:
     raise ValueError(f"kind {settings.kind} is no adapter")
 
 
+def _require_sight(config: Any, settings: AnyAdapter) -> None:
+    """UserError where virtual tokens would fall out of sight: our own models' windows go by."""
+    kept = getattr(config, "first_tokens", None)
+    if kept is not None and config.sliding_window and isinstance(settings, VirtualSettings) and kept < settings.tokens:
+        raise UserError(
+            f"adapter.kind: {settings.kind}, but texts lose sight of its {settings.tokens} tokens behind a "
+            f"sliding_window of {config.sliding_window}; use lora, or a model whose first_tokens are at least as many"
+        )
+
+
 def add_adapter(model: nn.Module, settings: AnyAdapter, seed: int) -> Any:
     """Freeze `model` and put a trainable adapter over it; a classifier's head is trained whole. For `weights` the model
     itself, those parameters trainable that are meant.
@@ -133,10 +144,12 @@ def add_adapter(model: nn.Module, settings: AnyAdapter, seed: int) -> Any:
         raise UserError("this policy is an adapter already: say in adapter.beneath what becomes of it (merge, stack)")
     if isinstance(settings, WeightsSettings):
         return train_weights(model, settings.train)
-    facts: Any = model.config
-    require_reach(settings, getattr(facts, "num_local_experts", 0), getattr(facts, "attention", "full"))
+    config: Any = model.config
+    experts, latent = getattr(config, "num_local_experts", 0), getattr(config, "attention", "full") == "latent"
+    require_reach(experts, settings, latent=latent)
+    _require_sight(config, settings)
     if settings.virtual:
-        require_plain_attention(facts)
+        require_plain_attention(config)
     with quiet(), torch.random.fork_rng(devices=[]):
         from peft import get_peft_model
 

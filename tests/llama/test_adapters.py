@@ -318,9 +318,9 @@ def test_other_bits_are_not_shared() -> None:
     ("shape", "adapter", "said"),
     [
         ({"num_local_experts": 4}, LoraSettings(), "set it to attention"),
-        ({"num_local_experts": 4}, Ia3Settings(kind="ia3"), "use lora, targets: attention"),
-        (LATENT, LoraSettings(), "lora is for queries, keys and values by themselves"),
-        (LATENT, PrefixSettings(kind="prefix"), "prefix is for queries, keys and values by themselves"),
+        ({"num_local_experts": 4}, Ia3Settings(kind="ia3"), "use lora with targets: attention"),
+        (LATENT, LoraSettings(), "adapter.kind: lora is of queries, keys and values"),
+        (LATENT, PrefixSettings(kind="prefix"), "adapter.kind: prefix is of queries, keys and values"),
         ({"prefix_attention": True}, PromptSettings(kind="prompt"), "not tried with prefix_attention"),
         ({"positions": "alibi"}, PrefixSettings(kind="prefix"), "not tried with positions: alibi"),
     ],
