@@ -31,6 +31,7 @@ from pipeline.llama.adapter_settings import (
     PromptSettings,
     PTuningSettings,
     WeightsSettings,
+    require_plain_attention,
     require_reach,
     settings_of,
 )
@@ -132,7 +133,10 @@ def add_adapter(model: nn.Module, settings: AnyAdapter, seed: int) -> Any:
         raise UserError("this policy is an adapter already: say in adapter.beneath what becomes of it (merge, stack)")
     if isinstance(settings, WeightsSettings):
         return train_weights(model, settings.train)
-    require_reach(getattr(model.config, "num_local_experts", 0), settings)
+    facts: Any = model.config
+    require_reach(settings, getattr(facts, "num_local_experts", 0), getattr(facts, "attention", "full"))
+    if settings.virtual:
+        require_plain_attention(facts)
     with quiet(), torch.random.fork_rng(devices=[]):
         from peft import get_peft_model
 

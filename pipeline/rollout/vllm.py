@@ -27,6 +27,7 @@ from torch import nn
 from pipeline.flow.errors import NonFinite, UserError
 from pipeline.llama import decode, virtual
 from pipeline.llama.heads import PolicyModel
+from pipeline.llama.options import MODEL_TYPE
 from pipeline.rollout.engine import (
     EngineSettings,
     Generated,
@@ -49,6 +50,11 @@ def require_vllm() -> None:
         )
 
 
+def _require_known(model: nn.Module) -> None:
+    if decode.base_model(model).config.model_type == MODEL_TYPE:
+        raise UserError("engine vllm: it knows no model with options beyond plain LLaMA; set engine: native")
+
+
 class VllmEngine:
     """Samples from `model` by vLLM, which starts at the first call, while the model's weights are gathered.
 
@@ -66,6 +72,7 @@ class VllmEngine:
         accelerator: Any = None,
     ) -> None:
         require_vllm()
+        _require_known(model)
         if virtual.count(model):
             raise UserError("engine vllm: a policy with virtual tokens is sampled by engine: native alone")
         self.model, self.tokenizer, self.settings = model, tokenizer, settings

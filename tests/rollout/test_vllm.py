@@ -21,6 +21,7 @@ from pipeline.rollout.engine import EngineSettings, SamplingSettings
 from pipeline.rollout.noise import NoiseKey
 from tests.rollout.test_contract import new_tokenizer, text_of
 from tests.rollout.test_native import full_logits, new_model
+from tests.small import policy
 
 peft = pytest.importorskip("peft")
 trl = pytest.importorskip("trl.generation.vllm_generation")
@@ -114,6 +115,8 @@ def test_what_vllm_does_not_have_is_refused(monkeypatch):
         engine.generate([[5]], SamplingSettings(temperature=0, num_beams=2), KEY)
     with pytest.raises(NonFinite, match="prompt 0, sample 0"):
         engine.generate([[5]], SamplingSettings(), KEY)
+    with pytest.raises(UserError, match="beyond plain LLaMA; set engine: native"):
+        new_engine(monkeypatch, policy(num_local_experts=4).model, Recorder())
 
 
 def adapted(model, **changes):
