@@ -16,6 +16,7 @@ from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
+from transformers.core_model_loading import WeightRenaming
 
 from pipeline.data.forest import Forest
 from pipeline.llama.core_config import CoreConfig
@@ -71,5 +72,8 @@ AutoConfig.register(MODEL_TYPE, CoreConfig)
 AutoModel.register(CoreConfig, CoreModel)
 AutoModelForCausalLM.register(CoreConfig, CoreForCausalLM)
 AutoModelForSequenceClassification.register(CoreConfig, CoreForSequenceClassification)
-# Experts lie one by one in files, as Mixtral's do, and in one tensor in memory.
-register_checkpoint_conversion_mapping(MODEL_TYPE, get_checkpoint_conversion_mapping("mixtral"))
+# Experts lie one by one in files, as Mixtral's do, and in one tensor in memory. Of its renaming of a whole block
+# the router's and the experts' is taken: a feed-forward without experts keeps LLaMA's names.
+_, *_merging = get_checkpoint_conversion_mapping("mixtral")
+_renaming = [WeightRenaming(f".block_sparse_moe.{part}", f".mlp.{part}") for part in ("gate.weight", "experts")]
+register_checkpoint_conversion_mapping(MODEL_TYPE, [*_renaming, *_merging])
