@@ -32,7 +32,6 @@ from pipeline.llama.adapter_settings import (
     PTuningSettings,
     VirtualSettings,
     WeightsSettings,
-    require_plain_attention,
     require_reach,
     settings_of,
 )
@@ -148,8 +147,6 @@ def add_adapter(model: nn.Module, settings: AnyAdapter, seed: int) -> Any:
     experts, latent = getattr(config, "num_local_experts", 0), getattr(config, "attention", "full") == "latent"
     require_reach(experts, settings, latent=latent)
     _require_sight(config, settings)
-    if settings.virtual:
-        require_plain_attention(config)
     with quiet(), torch.random.fork_rng(devices=[]):
         from peft import get_peft_model
 
