@@ -22,7 +22,8 @@ from pipeline.flow.artifacts import Comparisons, Judge, Policy, Prompts, Rated, 
 from pipeline.flow.config import Settings
 from pipeline.flow.errors import UserError
 from pipeline.flow.stage import Stage, Workspace
-from pipeline.llama.adapters import LoraSettings
+from pipeline.llama.adapter_settings import AnyAdapter, adapter_field
+from pipeline.rollout.engine import require_room
 from pipeline.train.losses import AnyLoss, default_loss
 from pipeline.train.settings import TrainSettings
 
@@ -48,7 +49,7 @@ class Dpo(Stage):
         kl_budget: float | None = Field(
             default=None, gt=0, description="Nats a response beyond which no weights are kept as the best on `dev`."
         )
-        adapter: LoraSettings | None = Field(default=None, description="Train a LoRA adapter instead of all weights.")
+        adapter: AnyAdapter | None = adapter_field()
         train: TrainSettings = Field(
             default=TrainSettings(learning_rate=1e-4, batch=64, epochs=1, betas=(0.9, 0.999)),
             description="Optimiser, schedule and batches; a record is a comparison, or a rated answer.",
@@ -57,10 +58,11 @@ class Dpo(Stage):
         @model_validator(mode="before")
         @classmethod
         def _short(cls, values: Any) -> Any:
-            """`beta: 0.1` is `loss: {beta: 0.1}`; null leaves it to the loss."""
-            if not isinstance(values, Mapping) or not any(key in values for key in SHORT):
+            """`loss: ipo` is `loss: {name: ipo}`, `beta: 0.1` is `loss: {beta: 0.1}`; null leaves it to the loss."""
+            if not isinstance(values, Mapping) or not any(key in values for key in ("loss", *SHORT)):
                 return values
             loss = values.get("loss", {})
+            loss = {"name": loss} if isinstance(loss, str) else loss
             if not isinstance(loss, Mapping):
                 return values
             short = {key: values[key] for key in SHORT if values.get(key) is not None}
@@ -92,6 +94,8 @@ class Dpo(Stage):
     def check(cls, config: Any, given: frozenset[str]) -> None:
         if "dev" not in given and (idle := sorted({"reward", "heldout_reward", "judge"} & given)):
             raise UserError(f"dpo: {' and '.join(idle)} score answers to `dev`, which is not given")
+        if "dev" in given:
+            require_room("dpo.max_new_tokens", config.max_new_tokens, config.max_tokens)
         if config.kl_budget and "dev" not in given:
             raise UserError("dpo.kl_budget: chooses weights by `dev`, which is not given")
         loss = config.loss.made()
@@ -106,7 +110,10 @@ class Dpo(Stage):
 
     def run(self, inputs: Inputs, workspace: Workspace) -> dict[str, Any]:
         from pipeline.data.reader import Reader
+        from pipeline.evaluate.watch import open_watch
+        from pipeline.llama.adapters import told_share
         from pipeline.llama.open import open_trainable, save_policy
+        from pipeline.rollout.engine import SamplingSettings
         from pipeline.train import strategy
         from pipeline.train.loop import fit
         from pipeline.train.preferences import imbalance, training_of
@@ -117,6 +124,7 @@ class Dpo(Stage):
         training = training_of(loss)
         reader = Reader(workspace)
         policy = open_trainable(inputs.policy, config.adapter, workspace.seed)
+        share = told_share(policy.model, config.adapter, workspace)
         if loss.needs_reference and without_dropout(policy.module):
             workspace.say("dropout is off: the ratio to the reference would measure it")
 
@@ -149,7 +157,10 @@ class Dpo(Stage):
             else:
                 held = trainer.share(held)
             evaluate = lambda: trainer.evaluate(held, training.weigh(held))
-        watch = self._watch(inputs, policy, reader, workspace, ranks)
+        sampling = SamplingSettings(max_new_tokens=config.max_new_tokens)
+        watch = open_watch(
+            inputs, config, policy, reader, workspace, ranks.device, proxy=inputs.reward, sampling=sampling
+        )
         outcome = fit(
             trainer,
             plan,
@@ -169,29 +180,6 @@ class Dpo(Stage):
             "dropped_too_long": encoded.dropped,
             "steps": outcome.steps,
             "tokens": outcome.tokens,
+            **share,
             "read": reader.counts,
         }
-
-    def _watch(self, inputs: Inputs, policy: Any, reader: Any, workspace: Workspace, ranks: Any) -> Any:
-        """What is looked at on `dev`; None without it."""
-        if inputs.dev is None:
-            return None
-        from pipeline.evaluate.watch import open_watch
-        from pipeline.rollout.engine import SamplingSettings
-
-        config: Dpo.Config = self.config
-        return open_watch(
-            reader.read("dev", inputs.dev, "prompts"),
-            policy=policy,
-            proxy=inputs.reward,
-            heldout=inputs.heldout_reward,
-            judge=inputs.judge,
-            start=inputs.policy,
-            seed=workspace.seed,
-            sampling=SamplingSettings(max_new_tokens=config.max_new_tokens),
-            device=ranks.device,
-            max_tokens=config.max_tokens,
-            token_budget=config.train.token_budget,
-            kl_budget=config.kl_budget,
-            say=workspace.say,
-        )

@@ -12,10 +12,12 @@ from typing import Any
 
 from pydantic import Field
 
+from pipeline.evaluate.context_settings import ContextMeasures
 from pipeline.flow.artifacts import Comparisons, Documents, Evaluation, Judge, Policy, Prompts, RewardModel
-from pipeline.flow.config import Settings, not_identity
+from pipeline.flow.config import Settings, added, not_identity
 from pipeline.flow.errors import UserError
 from pipeline.flow.stage import Stage, Workspace
+from pipeline.rollout.engine import require_room
 
 
 class Evaluate(Stage):
@@ -32,6 +34,9 @@ class Evaluate(Stage):
         max_new_tokens: int = Field(default=64, ge=1, description="Longest answer.")
         max_tokens: int = Field(default=512, ge=8, description="Longest prompt with its answer.")
         shown: int = Field(default=40, ge=0, description="Prompts in the side-by-side file.")
+        context: ContextMeasures | None = added(
+            None, "Perplexity by position on `documents`, and retrieval of a pass key by place and length."
+        )
         token_budget: int = not_identity(16384, "Tokens a forward pass at most.", ge=1)
 
     @dataclass
@@ -53,12 +58,21 @@ class Evaluate(Stage):
 
     @classmethod
     def check(cls, config: Any, given: frozenset[str]) -> None:
+        require_room("evaluate.max_new_tokens", config.max_new_tokens, config.max_tokens)
         if config.best_of > 1 and "judge" not in given:
             raise UserError(f"evaluate.best_of is {config.best_of}, but the row has no `judge` to measure it by")
+        if config.context and "documents" not in given:
+            raise UserError("evaluate.context measures on `documents`, which the row does not have: wire them")
+        longest = max(config.context.max_tokens, *config.context.passkey, 0) if config.context else 0
+        if longest > config.token_budget:
+            raise UserError(
+                f"evaluate.token_budget: {config.token_budget}, but context has texts of {longest}; raise it"
+            )
 
     def run(self, inputs: Inputs, workspace: Workspace) -> dict[str, Any]:
         from pipeline.data.reader import Reader
         from pipeline.evaluate.compare import compare_policies
+        from pipeline.evaluate.context import context_figures, untrained_figures
         from pipeline.evaluate.panel import Panel
         from pipeline.evaluate.policies import answer, exhibits, kl_to, text_perplexity
         from pipeline.llama.open import open_frozen
@@ -96,7 +110,14 @@ class Evaluate(Stage):
                 found.kl = kl_to(reference, role, found.samples, config.token_budget)
             if documents:
                 found.text_perplexity = text_perplexity(role, documents, config.max_tokens, config.token_budget)
+                if config.context:
+                    found.context = context_figures(
+                        role, documents, config.context, workspace.seed, config.token_budget
+                    )
             everyone.append(found)
+        untrained = {}
+        if config.context and documents:
+            untrained = untrained_figures(reference, documents, config.context, workspace.seed, config.token_budget)
         policies = {a.name: a.metrics() for a in everyone}
         if panel.decisive:
             compared = compare_policies(
@@ -118,6 +139,7 @@ class Evaluate(Stage):
             "temperature": config.temperature,
             "policies": policies,
             "reference": reference_name,
+            **({"untrained": untrained} if untrained else {}),
             "decided_by": panel.decisive,
             "prompts": len(prompts),
             "dropped_too_long": len(asked) - len(prompts),

@@ -23,8 +23,8 @@ from pydantic import Field
 from pipeline.flow.artifacts import Conversations, Documents, Judge, Policy, Prompts, RewardModel, Samples
 from pipeline.flow.errors import UserError
 from pipeline.flow.stage import OneOrMore, Stage, Workspace
-from pipeline.llama.adapters import LoraSettings
-from pipeline.rollout.engine import EngineSettings, SamplingSettings
+from pipeline.llama.adapter_settings import AnyAdapter, adapter_field
+from pipeline.rollout.engine import EngineSettings, SamplingSettings, require_room
 from pipeline.rollout.reward_settings import RewardSettings
 from pipeline.train.ppo_settings import NEED_GROUPS, PpoSettings
 from pipeline.train.settings import TrainSettings
@@ -51,7 +51,7 @@ class Ppo(Stage):
         max_tokens: int = Field(
             default=512, ge=8, description="Longest prompt with its answer; longer prompts are dropped."
         )
-        adapter: LoraSettings | None = Field(default=None, description="Train a LoRA adapter instead of all weights.")
+        adapter: AnyAdapter | None = adapter_field()
         train: TrainSettings = Field(
             default=TrainSettings(
                 learning_rate=1e-4, schedule="constant", warmup=0.0, betas=(0.9, 0.999), checkpoint_every=1
@@ -81,6 +81,7 @@ class Ppo(Stage):
     @classmethod
     def check(cls, config: Any, given: frozenset[str]) -> None:
         config.reward.require_source("ppo", "reward" in given)
+        require_room("ppo.sampling.max_new_tokens", config.sampling.max_new_tokens, config.max_tokens)
         if config.sampling.temperature == 0.0:
             raise UserError("ppo.sampling.temperature: 0 draws one answer only, so there is nothing to learn from")
         for name in ("skip_spikes", "batch_start"):
@@ -128,7 +129,8 @@ class Ppo(Stage):
     def run(self, inputs: Inputs, workspace: Workspace) -> dict[str, Any]:
         from pipeline.algo.kl import controller
         from pipeline.data.reader import Reader
-        from pipeline.llama.adapters import share_frozen
+        from pipeline.evaluate.watch import open_watch
+        from pipeline.llama.adapters import share_frozen, told_share
         from pipeline.llama.open import save_policy
         from pipeline.rollout.collect import Sampler, encode_prompts
         from pipeline.rollout.noise import NoiseKey
@@ -149,8 +151,11 @@ class Ppo(Stage):
             raise UserError("ppo: weights sharded by ZeRO-3 cannot be followed: reference.kind start and no average")
         first = inputs.reward[0] if inputs.reward else None
         roles = open_roles(inputs.policy, first, config, config.adapter, workspace.seed)
+        share = told_share(roles.policy.model, config.adapter, workspace)
         rewards = Rewards.open(inputs.reward, config.reward, inputs.policy.lineage, config.train.token_budget)
-        watch = _watch(config, inputs, roles.policy, rewards, reader, workspace, ranks.device)
+        watch = open_watch(
+            inputs, config, roles.policy, reader, workspace, ranks.device, proxy=rewards, sampling=config.sampling
+        )
         frozen = [*roles.frozen, *rewards.networks, *(watch.networks if watch else [])]
         alike = [*roles.actor.children(), *roles.still, *rewards.networks, *(watch.networks if watch else [])]
         shared, there = 0, []  # one by one, so that a device holds a shared base once, and once more for a moment
@@ -255,6 +260,7 @@ class Ppo(Stage):
             "dropped_prompts": prompts.dropped,
             "updates": trainer.done,
             "tokens": progress.tokens,
+            **share,
             "read": reader.counts,
         }
 
@@ -283,28 +289,3 @@ def _mix(config: Ppo.Config, inputs: Any, reader: Any, chat: Any, seed: int) -> 
         groups = encoded.required("conversations", config.max_tokens).groups
         streams.append(RecordStream(groups, "sft", config.mix.batch, seed))
     return streams
-
-
-def _watch(
-    config: Ppo.Config, inputs: Any, policy: Any, rewards: Any, reader: Any, workspace: Workspace, device: Any
-) -> Any:
-    """What is looked at on `dev`; None without it."""
-    if inputs.dev is None:
-        return None
-    from pipeline.evaluate.watch import open_watch
-
-    return open_watch(
-        reader.read("dev", inputs.dev, "prompts"),
-        policy=policy,
-        proxy=rewards,
-        heldout=inputs.heldout_reward,
-        judge=inputs.judge,
-        start=inputs.policy,
-        seed=workspace.seed,
-        sampling=config.sampling,
-        device=device,
-        max_tokens=config.max_tokens,
-        token_budget=config.train.token_budget,
-        kl_budget=config.kl_budget,
-        say=workspace.say,
-    )

@@ -5,6 +5,7 @@
     pretrain: {objective: {name: fim, rate: 0.9}}      causal, prefix, fim, spans, ul2 (pipeline/data/objectives.py)
     pretrain: {mixture: {weights: {web: 3, books: 1}}}         documents: web, more: books; in shares of tokens
     pretrain: {clean: {duplicates: near}}                      evaluations: what no document may share a run with
+    pretrain: {tokenizer: unigram, template: chatml}           byte_bpe, bpe, unigram; formats of data/templates.py
     pretrain: {context: {rope_parameters: {rope_type: yarn, factor: 2}}}       policy: the model that it goes on from
 
 Documents stand side by side in a batch without padding and without seeing each other. A tokenizer trained here has the
@@ -22,6 +23,7 @@ from pydantic import Field, field_validator
 
 from pipeline.data.corpus_settings import CleaningSettings, MixtureSettings
 from pipeline.data.objectives import Causal, Objective, named
+from pipeline.data.templates import TemplateName
 from pipeline.flow.artifacts import Comparisons, Conversations, Documents, Policy, Prompts, Tokenizer
 from pipeline.flow.config import Settings, added
 from pipeline.flow.errors import UserError
@@ -29,7 +31,7 @@ from pipeline.flow.stage import OneOrMore, Stage, Workspace
 from pipeline.llama.config import SIZES
 from pipeline.llama.presets import ModelSettings
 from pipeline.llama.rope_settings import ContextSettings
-from pipeline.llama.tokenizer import BYTES_AND_CONTROL
+from pipeline.llama.tokenizer import BYTES_AND_CONTROL, TokenizerKind, smallest_vocabulary
 from pipeline.train.settings import TrainSettings
 
 
@@ -47,6 +49,14 @@ class Pretrain(Stage):
             ge=BYTES_AND_CONTROL,
             le=SIZES["vocab_size"],
             description="Tokens of the tokenizer trained here.",
+        )
+        tokenizer: TokenizerKind = added(
+            "byte_bpe",
+            "How the tokenizer trained here cuts text: merges of bytes (GPT-2, Llama 3), SentencePiece's bpe (LLaMA, "
+            "Llama 2) or its unigram (Kudo 2018).",
+        )
+        template: TemplateName | None = added(
+            None, "Chat format stored with the tokenizer, by name; own, or what a given tokenizer has, by default."
         )
         max_tokens: int = Field(default=512, ge=2, description="Longest window; longer documents are cut into several.")
         objective: Objective = added(
@@ -97,11 +107,15 @@ class Pretrain(Stage):
         if room < 2:
             raise UserError(f"pretrain.max_tokens: {config.max_tokens} leaves no text beside the control tokens")
         config.clean.require_used("pretrain", "evaluations" in given)
-        if "policy" in given and "tokenizer" in given:
+        if {"tokenizer", "policy"} <= given:
             raise UserError("pretrain.tokenizer: the policy that the row starts from has its own; wire one of the two")
+        if {"tokenizer", "policy"} & given and config.tokenizer != "byte_bpe":
+            raise UserError("pretrain.tokenizer: none is trained where one is given; leave out one of the two")
         if config.context and "policy" not in given:
             raise UserError("pretrain.context changes the model that a row starts from: wire `policy`, or set `model`")
-        needed = BYTES_AND_CONTROL + len(config.objective.control_tokens())
+        if config.template and "policy" in given:
+            raise UserError("pretrain.template: the policy that the row starts from has its own; set sft.template")
+        needed = smallest_vocabulary(config.tokenizer, config.template or "own", config.objective.control_tokens())
         if not {"tokenizer", "policy"} & given and config.vocab_size < needed:
             what = f"bytes and the control tokens of {config.objective.name}"
             raise UserError(f"pretrain.vocab_size: {config.vocab_size}, but {what} are {needed}; raise it")
@@ -126,7 +140,7 @@ class Pretrain(Stage):
             save_tokenizer,
         )
         from pipeline.llama.rope import positions
-        from pipeline.llama.tokenizer import train_tokenizer
+        from pipeline.llama.tokenizer import add_chat_tokens, train_tokenizer
         from pipeline.train import strategy
         from pipeline.train.batches import Plan
         from pipeline.train.loop import Trainer, fit
@@ -144,13 +158,19 @@ class Pretrain(Stage):
         if given:
             tokenizer = given
             require_tokens(tokenizer, config.objective)
+            if config.template:
+                add_chat_tokens(tokenizer, config.template, replace=True)
         else:
             once = corpus.documents  # whatever their shares
             workspace.say(f"training a tokenizer of {config.vocab_size} tokens on {len(once)} documents")
             texts = (m.content if isinstance(m.content, str) else "" for d in once for m in d.messages)
             plain = (d.text for d in once if d.text)
             tokenizer = train_tokenizer(
-                [*plain, *filter(None, texts)], config.vocab_size, more=config.objective.control_tokens()
+                [*plain, *filter(None, texts)],
+                config.vocab_size,
+                kind=config.tokenizer,
+                template=config.template or "own",
+                more=config.objective.control_tokens(),
             )
         chat = ChatFormat(tokenizer)
         lengths = lambda records: [len(ids) for ids in chat.documents_ids(records)]

@@ -23,8 +23,8 @@ from pipeline.flow.artifacts import Comparisons, Conversations, Judge, Policy, P
 from pipeline.flow.config import Settings, not_identity
 from pipeline.flow.errors import UserError
 from pipeline.flow.stage import OneOrMore, Stage, Workspace
-from pipeline.llama.adapters import LoraSettings
-from pipeline.rollout.engine import EngineSettings, SamplingSettings
+from pipeline.llama.adapter_settings import AnyAdapter, adapter_field
+from pipeline.rollout.engine import EngineSettings, SamplingSettings, require_room
 from pipeline.rollout.mining import ChooseSettings, PairSettings
 from pipeline.rollout.reward_settings import RewardSettings
 from pipeline.train.settings import TrainSettings
@@ -70,7 +70,7 @@ class Rejection(Stage):
         kl_budget: float | None = Field(
             default=None, gt=0, description="Nats a response beyond which no weights are kept as the best on `dev`."
         )
-        adapter: LoraSettings | None = Field(default=None, description="Train a LoRA adapter instead of all weights.")
+        adapter: AnyAdapter | None = adapter_field()
         train: TrainSettings | None = Field(
             default=TrainSettings(learning_rate=2e-4, batch=64, epochs=1),
             description="Optimiser, schedule and batches; null trains nothing, and the row has no policy to give on.",
@@ -113,6 +113,7 @@ class Rejection(Stage):
             if "policy" not in given:
                 raise UserError("input policy: not given, but answers to prompts are drawn; wire it")
             config.reward.require_source("rejection", "reward" in given)
+            require_room("rejection.sampling.max_new_tokens", config.sampling.max_new_tokens, config.max_tokens)
         elif "reward" not in given and not config.reward.functions:
             config.reward.require_unset("rejection")
         if config.kl_budget and "dev" not in given:
@@ -254,7 +255,10 @@ class Rejection(Stage):
     ) -> dict[str, Any]:
         """Fine-tune the policy on the chosen answers as texts."""
         from pipeline.data.groups import conversation_groups
+        from pipeline.evaluate.watch import open_watch
+        from pipeline.llama.adapters import told_share
         from pipeline.llama.open import save_policy
+        from pipeline.rollout.rewards import Rewards
         from pipeline.rollout.samples import note_rendering
         from pipeline.train.batches import Plan
         from pipeline.train.loop import Trainer, fit
@@ -268,12 +272,19 @@ class Rejection(Stage):
                 f"stop within {config.sampling.max_new_tokens} tokens; raise sampling.max_new_tokens, lower "
                 "choose.threshold where it is set, or train the policy for longer before this row"
             )
+        share = told_share(policy.model, config.adapter, workspace)
         note_rendering(workspace, "conversations", answers, inputs.policy.lineage, "the policy")
         encoded = conversation_groups(chosen.records, policy.chat, config.max_tokens, "marked")
         encoded.required("the chosen answers", config.max_tokens)
         plan = Plan(encoded.groups, config.train, seed=workspace.seed, strategy=ranks)
         trainer = Trainer(policy.module, next_token, config.train, ranks, total=len(plan), seed=workspace.seed)
-        watch = self._watch(inputs, policy, reader, workspace, ranks)
+        scored = inputs.dev and (inputs.reward or config.reward.functions)
+        proxy = (
+            Rewards.open(inputs.reward, config.reward, inputs.policy.lineage, config.token_budget) if scored else None
+        )
+        watch = open_watch(
+            inputs, config, policy, reader, workspace, ranks.device, proxy=proxy, sampling=config.sampling
+        )
         outcome = fit(
             trainer,
             plan,
@@ -284,34 +295,8 @@ class Rejection(Stage):
         with trainer.whole():
             save_policy(policy, workspace)
         watched = watch.chosen(outcome.kept_step, chose=outcome.chose, looked=len(outcome.looks)) if watch else {}
-        return watched | {"loss": outcome.last.get("nll"), "steps": outcome.steps, "trained_tokens": outcome.tokens}
-
-    def _watch(self, inputs: Inputs, policy: Trainable, reader: Reader, workspace: Workspace, ranks: Strategy) -> Any:
-        """What is looked at on `dev` while the policy learns; None without it."""
-        if inputs.dev is None:
-            return None
-        from pipeline.evaluate.watch import open_watch
-        from pipeline.rollout.rewards import Rewards
-
-        config: Rejection.Config = self.config
-        assert config.train and inputs.policy
-        return open_watch(
-            reader.read("dev", inputs.dev, "prompts"),
-            policy=policy,
-            proxy=Rewards.open(inputs.reward, config.reward, inputs.policy.lineage, config.token_budget)
-            if inputs.reward or config.reward.functions
-            else None,
-            heldout=inputs.heldout_reward,
-            judge=inputs.judge,
-            start=inputs.policy,
-            seed=workspace.seed,
-            sampling=config.sampling,
-            device=ranks.device,
-            max_tokens=config.max_tokens,
-            token_budget=config.train.token_budget,
-            kl_budget=config.kl_budget,
-            say=workspace.say,
-        )
+        figures = {"loss": outcome.last.get("nll"), "steps": outcome.steps, "trained_tokens": outcome.tokens}
+        return watched | figures | share
 
 
 def _name(inputs: Rejection.Inputs) -> str | None:

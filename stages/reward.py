@@ -16,7 +16,8 @@ from pipeline.flow.artifacts import Comparisons, Policy, Prompts, RewardModel
 from pipeline.flow.config import Settings
 from pipeline.flow.errors import UserError
 from pipeline.flow.stage import Stage, Workspace
-from pipeline.llama.adapters import LoraSettings
+from pipeline.llama.adapter_settings import AnyAdapter, adapter_field
+from pipeline.rollout.engine import require_room
 from pipeline.train.settings import TrainSettings
 
 
@@ -46,7 +47,7 @@ class Reward(Stage):
             description="Prompts that the policy answers to set the scale of scores (N-details: 256).",
         )
         max_new_tokens: int = Field(default=64, ge=1, description="Longest of those answers.")
-        adapter: LoraSettings | None = Field(default=None, description="Train a LoRA adapter instead of all weights.")
+        adapter: AnyAdapter | None = adapter_field()
         train: TrainSettings = Field(
             default=TrainSettings(learning_rate=3e-4, batch=32, epochs=1, weight_decay=0.01),
             description="Optimiser, schedule and batches; a record is a comparison.",
@@ -67,6 +68,8 @@ class Reward(Stage):
     def check(cls, config: Any, given: frozenset[str]) -> None:
         if config.part and not 0 <= config.part[0] < config.part[1] <= 1:
             raise UserError(f"reward.part: expected two shares between 0 and 1, not {list(config.part)}")
+        if "prompts" in given:
+            require_room("reward.max_new_tokens", config.max_new_tokens, config.max_tokens)
 
     headline = ("heldout_accuracy", "loss", "tokens")
 
@@ -74,6 +77,7 @@ class Reward(Stage):
         from pipeline.data.groups import comparison_groups
         from pipeline.data.reader import Reader
         from pipeline.evaluate.scorecard import wilson
+        from pipeline.llama.adapters import told_share
         from pipeline.llama.open import open_frozen, open_trainable_classifier, save_policy
         from pipeline.rollout.collect import encode_prompts
         from pipeline.rollout.engine import SamplingSettings
@@ -87,6 +91,7 @@ class Reward(Stage):
 
         config: Reward.Config = self.config
         scorer = open_trainable_classifier(inputs.policy, config.adapter, workspace.seed)
+        share = told_share(scorer.model, config.adapter, workspace)
         reader = Reader(workspace)
         encode = lambda records, slot: comparison_groups(records, scorer.chat, config.max_tokens).required(
             slot, config.max_tokens
@@ -146,5 +151,6 @@ class Reward(Stage):
             "score_std_before": scale.std,
             "steps": outcome.steps,
             "tokens": outcome.tokens,
+            **share,
             "read": reader.counts,
         }

@@ -1,19 +1,22 @@
 """Supervised fine-tuning on dialogues, loss on the assistant's rounds alone.
 
 `train_on` chooses between both ways that the literature knows: every round (default) or the last one.
+
+    sft: {template: llama-3, add_tokens: ["<think>", "</think>"]}      what later rows inherit with the policy
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from pipeline.data.templates import TemplateName
 from pipeline.flow.artifacts import Conversations, Policy
-from pipeline.flow.config import Settings
+from pipeline.flow.config import Settings, added
 from pipeline.flow.stage import Stage, Workspace
-from pipeline.llama.adapters import LoraSettings
+from pipeline.llama.adapter_settings import AnyAdapter, adapter_field
 from pipeline.train.settings import TrainSettings
 
 
@@ -29,7 +32,15 @@ class Sft(Stage):
         max_tokens: int = Field(
             default=512, ge=8, description="Longest dialogue; longer ones lose their oldest rounds."
         )
-        adapter: LoraSettings | None = Field(default=None, description="Train a LoRA adapter instead of all weights.")
+        template: TemplateName | None = added(
+            None, "Chat format, by name, that the policy learns and keeps; that of its tokenizer by default."
+        )
+        add_tokens: tuple[Annotated[str, Field(min_length=1)], ...] = added(
+            (),
+            "Words that are one token each from here on; old rows of the embedding and the head keep their bits, new "
+            "ones are the mean of the old (Hewitt 2021) plus noise of a tenth of their spread.",
+        )
+        adapter: AnyAdapter | None = adapter_field()
         train: TrainSettings = Field(
             default=TrainSettings(learning_rate=1e-3, batch=32, epochs=2),
             description="Optimiser, schedule and batches.",
@@ -50,7 +61,8 @@ class Sft(Stage):
     def run(self, inputs: Inputs, workspace: Workspace) -> dict[str, Any]:
         from pipeline.data.groups import conversation_groups
         from pipeline.data.reader import Reader
-        from pipeline.llama.open import open_trainable, save_policy
+        from pipeline.llama.adapters import told_share
+        from pipeline.llama.open import extended, open_trainable, save_policy
         from pipeline.train import strategy
         from pipeline.train.batches import Plan
         from pipeline.train.loop import Trainer, fit
@@ -59,6 +71,8 @@ class Sft(Stage):
         config: Sft.Config = self.config
         reader = Reader(workspace)
         policy = open_trainable(inputs.policy, config.adapter, workspace.seed)
+        policy = extended(policy, config.template, config.add_tokens, workspace.seed)
+        share = told_share(policy.model, config.adapter, workspace)
         conversations = reader.read("conversations", inputs.conversations, "conversations")
         encode = lambda records, slot: conversation_groups(
             records, policy.chat, config.max_tokens, config.train_on
@@ -84,5 +98,6 @@ class Sft(Stage):
             "shortened": encoded.shortened,
             "steps": outcome.steps,
             "tokens": outcome.tokens,
+            **share,
             "read": reader.counts,
         }

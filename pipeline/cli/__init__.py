@@ -24,6 +24,7 @@ from pipeline.flow.secrets import redact
 LAZY = {
     "data": ("pipeline.cli.data", "Look at data: its records, its training masks, its problems."),
     "import": ("pipeline.cli.imports", "Turn models of other projects into directories that a plan can start from."),
+    "export": ("pipeline.cli.exports", "Write policies in the layout of other projects."),
 }
 
 

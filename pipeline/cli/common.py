@@ -3,7 +3,7 @@
 One document on standard output; progress and messages on standard error. Golden files hold the shapes
 (tests/cli/golden). FP is a row's fingerprint, DIGEST an artifact's, both sha256 in hex.
 
-run, stage      {"run", "rows": [{"row", "stage", "status": "executed"|"reused"|"failed", "seconds",
+run, stage      {"run", "rows": [{"row", "stage", "status": "executed"|"reused"|"failed"|"interrupted", "seconds",
                  "artifacts": {SLOT: {"path", "digest"}}, "metrics": {...}}]}
 stage --force   {"row", "stage", "fingerprint", "seconds", "same", "scratch": PATH|null,
                  "slots": {SLOT: {"sealed": DIGEST, "again": DIGEST, "same", "differs": [FILE, ...]}}}

@@ -41,6 +41,9 @@ TokenizerDir = Annotated[
     Path | None,
     typer.Option("--tokenizer", help="directory of a tokenizer; default: one trained on the file"),
 ]
+Template = Annotated[
+    str | None, typer.Option(help="chat format by name: own, chatml, llama-2, llama-3, llama-3.1, chatglm or alpaca")
+]
 TrainOn = Annotated[str, typer.Option(help="all_rounds, last_round or marked")]
 Number = Annotated[int, typer.Option("-n", "--number", help="how many records")]
 Skip = Annotated[int, typer.Option(help="how many records to pass over first")]
@@ -115,6 +118,7 @@ def _said(message: dict[str, Any]) -> str:
 def mask(
     file: File,
     tokenizer: TokenizerDir = None,
+    template: Template = None,
     train_on: TrainOn = "all_rounds",
     format: Format = None,
     kind: Kind = None,
@@ -124,7 +128,7 @@ def mask(
 ) -> None:
     """Show the tokens of records: trained ones green, the others dim, with the round each belongs to."""
     result = _read(file, format, kind)
-    chat = _chat(tokenizer, result)
+    chat = _chat(tokenizer, result, template)
     rendered = [(r, _render(chat, r, train_on)) for r in result[skip : skip + number]]
     if json:
         records = [{"source": getattr(r, "source", None), "tokens": _tokens(chat, pieces)} for r, pieces in rendered]
@@ -135,20 +139,24 @@ def mask(
         _print_mask(chat, getattr(record, "source", None) or "", pieces)
 
 
-def _chat(directory: Path | None, result: Read[Any]) -> ChatFormat:
+def _chat(directory: Path | None, result: Read[Any], template: str | None = None) -> ChatFormat:
     from pipeline.data.chat import ChatFormat
+    from pipeline.data.templates import template_named
     from pipeline.flow.errors import UserError
+    from pipeline.llama.tokenizer import add_chat_tokens, train_tokenizer
 
+    name = template_named(template or "own").name
     if directory is None:
-        from pipeline.llama.tokenizer import train_tokenizer
-
         print("no --tokenizer: one of 2,048 tokens is trained on this file for the occasion", file=sys.stderr)
-        return ChatFormat(train_tokenizer((t for r in result for t in _texts(r)), 2048))
+        return ChatFormat(train_tokenizer((t for r in result for t in _texts(r)), 2048, template=name))
     if not directory.is_dir():
         raise UserError(f"--tokenizer {directory}: no such directory")
     from pipeline.llama.open import open_tokenizer
 
-    return ChatFormat(open_tokenizer(directory))
+    opened = open_tokenizer(directory)
+    if template:
+        add_chat_tokens(opened, name, replace=True)
+    return ChatFormat(opened)
 
 
 def _texts(record: Any) -> list[str]:

@@ -10,6 +10,10 @@ import typer
 
 from pipeline.flow.errors import UserError
 
+Out = Annotated[Path, typer.Argument(metavar="OUT", help="directory to write; must not exist or be empty")]
+Template = Annotated[
+    str | None, typer.Option(help="chat format by name: own, chatml, llama-2, llama-3, llama-3.1, chatglm or alpaca")
+]
 app = typer.Typer(
     help="Turn models of other projects into directories that a plan can start from.",
     no_args_is_help=True,
@@ -27,7 +31,7 @@ def group() -> None:
 def llama2c(
     weights: Annotated[Path, typer.Argument(metavar="WEIGHTS", help="weights of llama2.c, version 0 or 1 (.bin)")],
     tokenizer: Annotated[Path, typer.Argument(metavar="TOKENIZER", help="its tokenizer (.bin, such as tok512.bin)")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="directory to write; must not exist or be empty")],
+    out: Out,
     chat: Annotated[
         bool, typer.Option("--chat", help="add a chat template and its turn tokens: what stages after pretraining need")
     ] = False,
@@ -43,7 +47,7 @@ def llama2c(
 
         import_llama2c(weights, tokenizer, directory, chat=chat, seed=seed)
 
-    _whole(out, write)
+    whole(out, write)
     print(f"{out}: a policy to start from, e.g. rlhf run configs/stories.yaml --set sources.base.path={out}")
     if not chat:
         print("It has no chat template: import with --chat for SFT and everything after it.")
@@ -52,23 +56,91 @@ def llama2c(
 @app.command("chat")
 def give_chat(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="model directory without a chat template")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="directory to write; must not exist or be empty")],
+    out: Out,
+    template: Template = "own",
     seed: Annotated[int, typer.Option(help="of the new tokens' embeddings")] = 0,
 ) -> None:
-    """Copy a pretrained model and give it this project's chat template, with embeddings for its turn tokens."""
+    """Copy a pretrained model and give it a chat format, our own by default, with embeddings for its tokens."""
+    name = _named(template) or "own"
     if not (model / "config.json").is_file():
         raise UserError(f"{model}: holds no model (no config.json)")
 
     def write(directory: Path) -> None:
         from pipeline.llama.open import import_with_chat
 
-        import_with_chat(model, directory, seed)
+        import_with_chat(model, directory, seed, name)
 
-    _whole(out, write)
+    whole(out, write)
     print(f"{out}: a policy to start from, e.g. rlhf run configs/llama3-8b-lora.yaml --set sources.base.path={out} ...")
 
 
-def _whole(out: Path, write: Callable[[Path], None]) -> None:
+@app.command()
+def meta(
+    weights: Annotated[
+        Path, typer.Argument(metavar="DIR", help="params.json and consolidated.NN.safetensors, one or several")
+    ],
+    out: Out,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="SentencePiece model or tiktoken file; default: DIR/tokenizer.model")
+    ] = None,
+    template: Template = None,
+    seed: Annotated[int, typer.Option(help="of the new tokens' embeddings")] = 0,
+) -> None:
+    """Import weights in Meta's own layout, bit for bit; several files are put together."""
+    pieces = tokenizer or weights / "tokenizer.model"
+    if not pieces.is_file():
+        raise UserError(f"there is no file {pieces}; name the tokenizer with --tokenizer")
+    name = _named(template)
+
+    def write(directory: Path) -> None:
+        from pipeline.llama.meta import import_meta
+
+        import_meta(weights, pieces, directory, template=name, seed=seed)
+
+    whole(out, write)
+    print(f"{out}: a policy to start from, e.g. rlhf run configs/stories.yaml --set sources.base.path={out}")
+    if not name:
+        print("It has no chat template: import with --template for SFT and everything after it, or set sft.template.")
+
+
+@app.command()
+def tokenizer(
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="SentencePiece model, tiktoken file of Llama 3, or tokenizer.json")
+    ],
+    out: Out,
+    template: Template = None,
+    bos: Annotated[str | None, typer.Option(help="of a bare tokenizer.json: the token that begins a text")] = None,
+    eos: Annotated[str | None, typer.Option(help="the one that ends a text")] = None,
+    pad: Annotated[str | None, typer.Option(help="the one that fills up")] = None,
+) -> None:
+    """Import a tokenizer of another project, for `sources: {NAME: {kind: tokenizer, path: OUT}}`."""
+    if not file.is_file():
+        raise UserError(f"there is no file {file}")
+    name = _named(template)
+    roles = {role: token for role, token in (("bos", bos), ("eos", eos), ("pad", pad)) if token is not None}
+
+    def write(directory: Path) -> None:
+        from pipeline.llama.tokenizer import add_chat_tokens, open_pieces
+
+        opened = open_pieces(file, roles)
+        if name:
+            add_chat_tokens(opened, name)
+        opened.save_pretrained(directory)
+
+    whole(out, write)
+    print(f"{out}: a tokenizer for pretrain, e.g. sources: {{pieces: {{kind: tokenizer, path: {out}}}}}")
+    if not name:
+        print("It has no chat template: import with --template, or set pretrain.template.")
+
+
+def _named(template: str | None) -> str | None:
+    from pipeline.data.templates import template_named
+
+    return template and template_named(template).name
+
+
+def whole(out: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a directory beside `out` and move it there when it is complete."""
     import os
     import shutil

@@ -93,10 +93,6 @@ def describe(done: float, total: float | None, unit: str, pace: Pace, figures: M
     return "  ".join(parts)
 
 
-def _end(message: str) -> str:
-    return "interrupted" if message.startswith("interrupted") else "failed"
-
-
 class Quiet:
     """A stream that may lose its reader (a closed pipe or terminal) without ending the run that writes to it."""
 
@@ -147,7 +143,7 @@ class PlainProgress(Listener):
         self._line(result.row, f"done in {clock(result.seconds)}")
 
     def row_failed(self, result: RowResult, message: str) -> None:
-        self._line(result.row, f"{_end(message)} after {clock(result.seconds)}")
+        self._line(result.row, f"{result.status} after {clock(result.seconds)}")
 
 
 class LiveProgress(Listener):
@@ -200,7 +196,7 @@ class LiveProgress(Listener):
 
     def row_failed(self, result: RowResult, message: str) -> None:
         self.close()
-        self._print("✗", "red", result.row, f"{_end(message)} after {clock(result.seconds)}")
+        self._print("✗", "red", result.row, f"{result.status} after {clock(result.seconds)}")
 
     def close(self) -> None:
         if self._bar is not None:

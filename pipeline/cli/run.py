@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,10 +22,13 @@ from pipeline.cli.common import (
     print_table,
     stage_table,
 )
+from pipeline.flow.errors import UserError
 
 if TYPE_CHECKING:
+    from pipeline.flow.launch import LaunchSettings
     from pipeline.flow.runner import Again, RowResult, Runner, RunResult
 
+DONE = ("executed", "reused")  # statuses of rows that are sealed
 Name = Annotated[str | None, typer.Option("--name", help="name of the run directory; default: the plan file's name")]
 SkipBad = Annotated[
     bool, typer.Option("--skip-bad", help="count malformed records and set them aside instead of stopping")
@@ -48,11 +53,13 @@ def run(
     json: Json = False,
 ) -> None:
     """Run a plan: compute its stale rows, reuse the others. The same command continues an interrupted run."""
-    if _followed(plan, sets, name, skip_bad, runs):
+    command = _Command(plan, sets, name, skip_bad, runs)
+    if command.follows():
         return
-    runner = _runner(plan, sets, name, skip_bad, accept_code, store, runs)
+    runner = command.runner(store, accept_code)
     try:
-        runner.run(from_row, until_row)
+        with command.leading(runner):
+            runner.run(from_row, until_row)
     finally:
         runner.listener.close()
         if runner.started:
@@ -75,11 +82,13 @@ def stage(
     if not force:
         run(plan, sets, row, row, name, skip_bad, accept_code, store, runs, json)
         return
-    if _followed(plan, sets, name, skip_bad, runs):
+    command = _Command(plan, sets, name, skip_bad, runs)
+    if command.follows():
         return
-    runner = _runner(plan, sets, name, skip_bad, accept_code, store, runs)
+    runner = command.runner(store, accept_code)
     try:
-        again = runner.again(row)
+        with command.leading(runner):
+            again = runner.again(row)
     finally:
         runner.listener.close()
     print_json(again_document(again)) if json else _print_again(again)
@@ -87,49 +96,61 @@ def stage(
         raise typer.Exit(1)
 
 
-def _followed(plan: Path, sets: list[str] | None, name: str | None, skip_bad: bool, runs: Path) -> bool:
-    """On another node than the first of several: do what node 0 says until it ends. False where this node leads."""
-    from pipeline.flow.config import load_plan_file
+class _Command:
+    """What `run` and `stage` were asked for; the plan file is read once."""
 
-    values = load_plan_file(plan, sets or [])
-    launch = values.get("launch")
-    if not isinstance(launch, dict) or launch.get("nodes", 1) == 1:
-        return False
-    from pipeline.flow.launch import launch_settings
-    from pipeline.flow.nodes import node_of
-    from pipeline.flow.plan import load_plan
-    from pipeline.flow.runner import follow
+    def __init__(self, plan: Path, sets: list[str] | None, name: str | None, skip_bad: bool, runs: Path) -> None:
+        from pipeline.flow.config import load_document, with_sets
+        from pipeline.flow.launch import launch_settings
 
-    loaded = load_plan(plan, plan_sets(sets, skip_bad), stage_table())
-    if node_of(launch_settings(loaded.launch)) == 0:
-        return False
-    given = values.get("name") if name is None else name
-    follow(loaded, runs / run_name(plan.stem if given is None else given), lambda text: print(text, file=sys.stderr))
-    return True
+        self.document, self.sets = load_document(plan), plan_sets(sets, skip_bad)
+        given = self.document.values.get("name") if name is None else name
+        self.run_dir = runs / run_name(plan.stem if given is None else given)
+        changed = with_sets(self.document, self.sets)
+        launch = changed.values.get("launch")
+        self.launch: LaunchSettings | None = None  # of several nodes
+        if isinstance(launch, dict) and launch.get("nodes", 1) != 1:
+            self.launch = launch_settings(launch, changed.places)
 
-
-def _runner(
-    plan: Path,
-    sets: list[str] | None,
-    name: str | None,
-    skip_bad: bool,
-    accept_code: bool,
-    store: Path,
-    runs: Path,
-) -> Runner:
-    from pipeline.cli.progress import listener
-    from pipeline.flow.config import load_document
-    from pipeline.flow.runner import Runner
-    from pipeline.flow.store import Store
-
-    def load() -> Any:
+    def load(self) -> Any:
         from pipeline.flow.plan import load_plan
 
-        return load_plan(plan, plan_sets(sets, skip_bad), stage_table())
+        return load_plan(self.document, self.sets, stage_table())
 
-    given = load_document(plan).values.get("name") if name is None else name
-    run_dir = runs / run_name(plan.stem if given is None else given)
-    return Runner(load, Store(store), run_dir, listener(), accept_code=accept_code, check_data=check_data)
+    def follows(self) -> bool:
+        """On another node than the first of several: do what node 0 says until it ends. False where this node leads."""
+        if self.launch is None:
+            return False
+        from pipeline.flow.nodes import node_of
+        from pipeline.flow.runner import follow
+
+        if node_of(self.launch) == 0:
+            return False
+        follow(self.load(), self.run_dir, _say)
+        return True
+
+    @contextlib.contextmanager
+    def leading(self, runner: Runner) -> Iterator[None]:
+        """Where the run ends before the other nodes were gathered, they hear of it."""
+        try:
+            yield
+        except UserError as error:
+            if self.launch is not None and not runner.gathered:
+                from pipeline.flow.nodes import dismiss
+
+                dismiss(self.launch, _say, error.exit_code)
+            raise
+
+    def runner(self, store: Path, accept_code: bool) -> Runner:
+        from pipeline.cli.progress import listener
+        from pipeline.flow.runner import Runner
+        from pipeline.flow.store import Store
+
+        return Runner(self.load, Store(store), self.run_dir, listener(), accept_code=accept_code, check_data=check_data)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 def check_data(artifact: Any, skip_bad: bool) -> None:
@@ -191,14 +212,14 @@ def print_result(result: RunResult) -> None:
     if lines:
         print_table(("row", "", "seconds", "tokens", "figures"), lines, right=(2, 3))
         print()
-    evaluations = [row for row in result.rows if "policies" in row.metrics and row.status != "failed"]
+    evaluations = [row for row in result.rows if "policies" in row.metrics and row.status in DONE]
     for row in evaluations:
         _print_evaluation(row)
     print(f"run           {result.run_dir}  ({clock(result.seconds)})")
     for row in evaluations:
         print(f"side by side  {row.artifacts['evaluation']['path']}/samples.html  ({row.row})")
     policy = result.final_policy()
-    if policy is not None and all(row.status != "failed" for row in result.rows):
+    if policy is not None and all(row.status in DONE for row in result.rows):
         print(f"final policy  {policy}")
 
 

@@ -27,13 +27,12 @@ def show(
     json: Json = False,
 ) -> None:
     """Show a run: its rows, figures and places; or everything that is recorded about one row."""
-    run_dir = run_directory(Path(run), runs)
-    if row is None:
-        _show_run(run_dir, json)
-        return
     from pipeline.flow.store import Store
 
-    opened = Store(store)
+    run_dir, opened = run_directory(Path(run), runs), Store(store)
+    if row is None:
+        _show_run(run_dir, opened, json)
+        return
     fingerprint = fingerprint_of(run_dir, row)
     document = row_document(opened, run_dir, row, fingerprint)
     if json:
@@ -78,38 +77,45 @@ def recorded(run_dir: Path) -> dict[str, Any]:
     return summary
 
 
-def _show_run(run_dir: Path, json: bool) -> None:
+def _show_run(run_dir: Path, store: Store, json: bool) -> None:
     summary = recorded(run_dir)
     if json:
         print_json(summary)
         return
     from pipeline.cli.progress import figure
     from pipeline.cli.run import look_up
+    from pipeline.flow.store import read_rows
 
     lines = [
         [row["row"], row["status"], f"{row['seconds']:,.1f}", row["fingerprint"][:12],
-         "  ".join(f"{name} {figure(look_up(row['metrics'], name))}" for name in row["headline"])]
+         "  ".join(f"{name} {figure(look_up(row['metrics'], name))}" for name in row["headline"])
+         if row["status"] != "interrupted" else store.left(row["fingerprint"]) or ""]
         for row in summary["rows"]
     ]  # fmt: skip
+    told = {row["row"] for row in summary["rows"]}
+    for row, fingerprint in read_rows(run_dir).items():
+        if row not in told and (left := store.left(fingerprint)):  # at work, or ended by force
+            lines.append([row, "", "", fingerprint[:12], left])
     if lines:
         print_table(("row", "", "seconds", "fingerprint", "figures"), lines, right=(2,))
     if summary["exit_code"] is None:
-        print("\nstill running, or ended by force: the rows above are sealed")
+        print("\nstill running, or ended by force; the same command goes on")
     if summary["error"]:
         print(f"\nended with exit code {summary['exit_code']}: {summary['error']}")
 
 
 def _require_sealed(store: Store, run_dir: Path, row: str, fingerprint: str) -> None:
     if not store.is_sealed(fingerprint):
-        raise not_sealed(run_dir, row, fingerprint)
+        where = f"it is not in {store.root}; --store names another place"
+        raise not_sealed(run_dir, row, fingerprint, store.left(fingerprint) or where)
 
 
-def not_sealed(run_dir: Path, row: str, fingerprint: str) -> UserError:
-    """What to say of a row that a run names and the store does not hold."""
+def not_sealed(run_dir: Path, row: str, fingerprint: str, left: str | None = None) -> UserError:
+    """What to say of a row that a run names and the store does not hold. `left`: `Store.left`."""
     from pipeline.flow.errors import UserError
 
-    log = run_dir / "logs" / f"{row}.log"
-    return UserError(f"row {row} of {run_dir.name} is not sealed ({fingerprint[:12]}); log: {log}")
+    log, words = run_dir / "logs" / f"{row}.log", f": {left}" if left else ""
+    return UserError(f"row {row} of {run_dir.name} is not sealed ({fingerprint[:12]}){words}; log: {log}")
 
 
 def row_document(store: Store, run_dir: Path, row: str, fingerprint: str) -> dict[str, Any]:

@@ -7,26 +7,19 @@
 A round is a user turn with everything up to the next one; bos and the system turn belong to none (-1).
 Only an assistant's text and its end of turn can be trained: tool results, users and the system never are.
 
-Our own template (template.py) is rendered piece by piece here; a template that came with a foreign tokenizer
+A format known by name (templates.py) is rendered piece by piece here; a template that came with a foreign tokenizer
 goes through foreign.py, with the same invariants checked on every conversation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from pipeline.data.records import Conversation, Document, Message
-from pipeline.data.template import (
-    CONTROL_TOKENS,
-    END,
-    HEADERS,
-    encode_texts,
-    is_own_template,
-    message_text,
-    tools_text,
-)
+from pipeline.data.template import CONTROL_TOKENS, encode_texts, encode_with, without_prefix
+from pipeline.data.templates import Piece, known_template
 from pipeline.flow.errors import UserError
 
 TrainOn = Literal["all_rounds", "last_round", "marked"]
@@ -102,28 +95,41 @@ def fit_pair(prompt: int, answer: int, limit: int) -> tuple[int, int]:
 class ChatFormat:
     """What turns records into ids for one tokenizer.
 
-    `variables` are passed to a foreign template; ours has none. Raises UserError for a tokenizer without a
+    `variables` are passed to a foreign template; a named one has none. Raises UserError for a tokenizer without a
     chat template, and for a template that reads the clock.
     """
 
     def __init__(self, tokenizer: Any, variables: Mapping[str, Any] | None = None) -> None:
         self.tokenizer = tokenizer
+        self.template = known_template(tokenizer)
         self.foreign = None
-        if not is_own_template(tokenizer):
+        if self.template is None:
             from pipeline.data.foreign import ForeignTemplate
 
             self.foreign = ForeignTemplate(tokenizer, dict(variables or {}))
         elif variables:
-            raise UserError(f"template variables {sorted(variables)}: the project's own chat template has none")
-        vocabulary: dict[str, int] = tokenizer.get_vocab()
+            name = self.template.name
+            raise UserError(f"template variables {sorted(variables)}: the chat format {name!r} has none")
+        self._vocabulary: dict[str, int] = tokenizer.get_vocab()
         self.bos_id: int | None = tokenizer.bos_token_id
         self.eos_id: int = tokenizer.eos_token_id
-        self.end_id: int = self.foreign.end_id if self.foreign else vocabulary[END]
-        self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys((self.end_id, self.eos_id)))
-        named = [t for t in CONTROL_TOKENS if t in vocabulary] + list(tokenizer.all_special_tokens)
-        self._control = frozenset(vocabulary[t] for t in named)
+        self._bos, self._eos = tokenizer.bos_token or "", tokenizer.eos_token or ""
+        self.end_id, stops = self._ends()
+        self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys((self.end_id, *stops, self.eos_id)))
+        named = [t for t in CONTROL_TOKENS if t in self._vocabulary] + list(tokenizer.all_special_tokens)
+        self._control = frozenset(self._vocabulary[t] for t in named)
         self.control_ids = self._control | {*self.stop_ids}
-        self._headers = {role: vocabulary.get(token) for role, token in HEADERS.items()}
+        # What encodes and decodes text that continues text, such as an answer behind "answer:".
+        self._continuing = tokenizer.backend_tokenizer
+        self._answers_continue = bool(self.template and self.template.answer_follows_text(self._eos))
+        if self._answers_continue:
+            self._continuing = without_prefix(tokenizer.backend_tokenizer)
+
+    def _ends(self) -> tuple[int, list[int]]:
+        if self.foreign:
+            return self.foreign.end_id, []
+        assert self.template is not None
+        return self._vocabulary[self.template.end or self._eos], [self._vocabulary[t] for t in self.template.stops]
 
     # Conversations
 
@@ -135,42 +141,51 @@ class ChatFormat:
         checks."""
         if self.foreign:
             return [self.foreign.render(c, train_on) for c in conversations]
-        table = self._encode(text for c in conversations for text in _turn_texts(c) if text)
-        return [self._assemble(c, train_on, table) for c in conversations]
+        laid_out = self._encoded([self._pieces(c) for c in conversations])
+        return [self._assemble(c, train_on, ids) for c, ids in zip(conversations, laid_out, strict=True)]
 
-    def _encode(self, texts: Iterable[str]) -> dict[str, list[int]]:
-        unique = list(dict.fromkeys(texts))
-        return dict(zip(unique, encode_texts(self.tokenizer, unique), strict=True))
+    def _pieces(self, conversation: Conversation, prompt: bool = False) -> list[Piece]:
+        assert self.template is not None
+        return self.template.pieces(conversation, self._bos, self._eos, prompt)
 
-    def _assemble(self, conversation: Conversation, train_on: str, table: Mapping[str, list[int]]) -> Rendered:
-        messages = conversation.messages
-        carries = trained_turns(messages, train_on)
-        ids: list[int] = []
-        mask: list[int] = []
-        rounds: list[int] = []
-        round_number = -1
+    def _encoded(self, layouts: Sequence[Sequence[Piece]]) -> list[list[tuple[Piece, list[int]]]]:
+        """Each piece with its ids; every text is encoded once."""
+        control: dict[str, list[int]] = {}
+        fresh: dict[str, list[int]] = {}  # texts behind a control token
+        continuing: dict[str, list[int]] = {}  # texts behind text
+        found = []
+        for pieces in layouts:
+            row: list[tuple[Piece, list[int]]] = []
+            texts = fresh
+            for piece in pieces:
+                if piece.control:
+                    row.append((piece, control.setdefault(piece.text, [])))
+                    texts = fresh
+                else:
+                    row.append((piece, texts.setdefault(piece.text, [])))
+                    texts = continuing
+            found.append(row)
+        for token, ids in control.items():
+            ids.append(self._vocabulary[token])
+        for texts, backend in ((fresh, self.tokenizer.backend_tokenizer), (continuing, self._continuing)):
+            for ids, encoded in zip(texts.values(), encode_with(backend, list(texts)), strict=True):
+                ids.extend(encoded)
+        return found
 
-        def add(piece: list[int], trained: int) -> None:
-            ids.extend(piece)
-            mask.extend([trained] * len(piece))
-            rounds.extend([round_number] * len(piece))
-
-        if self.bos_id is not None:
-            add([self.bos_id], 0)
-        texts = _turn_texts(conversation)
-        if len(texts) > len(messages):  # tools without a system turn of their own
-            add([self._header("system"), *table[texts.pop(0)], self.end_id], 0)
-        for message, carry, text in zip(messages, carries, texts, strict=True):
-            round_number += message.role == "user"
-            add([self._header(message.role)], 0)
-            add([*(table[text] if text else ()), self.end_id], int(carry))
-        return Rendered(ids, mask, rounds, conversation, train_on)
-
-    def _header(self, role: str) -> int:
-        token = self._headers.get(role)
-        if token is None:
-            raise UserError(f"role {role!r} has no control token in this tokenizer")
-        return token
+    def _assemble(
+        self, conversation: Conversation, train_on: str, laid_out: Iterable[tuple[Piece, list[int]]]
+    ) -> Rendered:
+        carries = trained_turns(conversation.messages, train_on)
+        round_of = [-1]  # of what stands before turn 0, then of each turn
+        for message in conversation.messages:
+            round_of.append(round_of[-1] + (message.role == "user"))
+        rendered = Rendered([], [], [], conversation, train_on)
+        all_ids, mask, rounds = rendered.ids, rendered.mask, rendered.rounds
+        for (_, turn, _, answer), ids in laid_out:
+            all_ids += ids
+            mask += [int(answer and carries[turn])] * len(ids)
+            rounds += [round_of[turn + 1]] * len(ids)
+        return rendered
 
     # Prompts, answers, documents
 
@@ -184,18 +199,18 @@ class ChatFormat:
         conversations = [Conversation(tuple(messages), tuple(tools)) for messages in prompts]
         if self.foreign:
             return [self.foreign.prompt_ids(c) for c in conversations]
-        header = self._header("assistant")
-        return [[*rendered.ids, header] for rendered in self.render_all(conversations)]
+        laid_out = self._encoded([self._pieces(c, prompt=True) for c in conversations])
+        return [[i for _, ids in pieces for i in ids] for pieces in laid_out]
 
     def completion_ids(self, text: str, finished: bool = True) -> list[int]:
         """The ids of an answer, with its end of turn where it is finished."""
         return self.completions_ids([text], finished)[0]
 
     def completions_ids(self, texts: Sequence[str], finished: bool = True) -> list[list[int]]:
-        if self.foreign:
-            texts = [self.foreign.answer(text) for text in texts]
+        answer = self.foreign.answer if self.foreign else self.template.answer  # type: ignore[union-attr]
+        backend = self._continuing if self._answers_continue else self.tokenizer.backend_tokenizer
         end = [self.end_id] if finished else []
-        return [ids + end for ids in encode_texts(self.tokenizer, texts)]
+        return [ids + end for ids in encode_with(backend, [answer(text) for text in texts])]
 
     def document_ids(self, document: Document) -> list[int]:
         return self.documents_ids([document])[0]
@@ -205,7 +220,8 @@ class ChatFormat:
         head = [] if self.bos_id is None else [self.bos_id]
         plain = iter(encode_texts(self.tokenizer, [d.text or "" for d in documents if not d.messages]))
         spoken = iter(self.render_all([Conversation(d.messages) for d in documents if d.messages]))
-        return [[*(next(spoken).ids if d.messages else head + next(plain)), self.eos_id] for d in documents]
+        found = [(next(spoken).ids if d.messages else head + next(plain), bool(d.messages)) for d in documents]
+        return [ids if said and ids[-1] == self.eos_id else [*ids, self.eos_id] for ids, said in found]
 
     # Length
 
@@ -217,8 +233,6 @@ class ChatFormat:
         """
         if len(rendered) <= max_tokens:
             return (rendered, 0) if rendered.trained else (None, 0)
-        if self.foreign:
-            return self.foreign.truncate(rendered, max_tokens)
         total = max(rendered.rounds, default=-1) + 1
         length, trained = [0] * (total + 1), [0] * (total + 1)  # the last entry is that of round -1
         for number, one in zip(rendered.rounds, rendered.mask, strict=True):
@@ -227,6 +241,8 @@ class ChatFormat:
         kept = list(range(total))
         while kept and not trained[kept[-1]]:
             kept.pop()
+        if not (self.template and self.template.apart):
+            return self._shorter(rendered, kept, max_tokens, total)
         while kept and length[-1] + sum(length[r] for r in kept) > max_tokens:
             kept.pop(0)
         if not any(trained[r] for r in kept):
@@ -235,6 +251,19 @@ class ChatFormat:
         rows = [row for row in zip(rendered.ids, rendered.mask, rendered.rounds, strict=True) if row[2] in keep]
         ids, mask, rounds = (list(column) for column in zip(*rows, strict=True))
         return Rendered(ids, mask, rounds, rendered.conversation, rendered.train_on), total - len(kept)
+
+    def _shorter(
+        self, rendered: Rendered, kept: Sequence[int], max_tokens: int, total: int
+    ) -> tuple[Rendered | None, int]:
+        """Rendered again: the format puts the system text into the first round, counts rounds, or is a stranger's."""
+        assert rendered.conversation is not None
+        head, rounds = split_rounds(rendered.conversation.messages)
+        for first in range(len(kept)):
+            messages = (*head, *(m for r in kept[first:] for m in rounds[r]))
+            shorter = self.render(replace(rendered.conversation, messages=messages), rendered.train_on)
+            if shorter.trained and len(shorter) <= max_tokens:
+                return shorter, total - len(kept) + first
+        return None, total
 
     def prompt_within(self, messages: Sequence[Message], max_tokens: int) -> tuple[list[int] | None, int]:
         """Prompt ids of at most `max_tokens` tokens, oldest rounds removed; None where the last alone is too
@@ -248,38 +277,36 @@ class ChatFormat:
 
     # Back to text
 
+    def answers(self, sequences: Sequence[Sequence[int]]) -> list[str]:
+        """The texts of sampled answers: decoded, without the white space that the format puts around them."""
+        trims = self.foreign.trims if self.foreign else self.template.trims  # type: ignore[union-attr]
+        texts = self.decode_all(sequences)
+        return [text.strip() for text in texts] if trims else texts
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids` without control tokens; runs between control tokens are decoded one by one."""
         return self.decode_all([ids])[0]
 
     def decode_all(self, sequences: Sequence[Sequence[int]]) -> list[str]:
-        runs: list[list[int]] = []
-        owner: list[int] = []
+        texts = [""] * len(sequences)
+        whole: list[tuple[int, list[int]]] = []  # runs behind a control token, with the sequence that they are of
+        continuing: list[tuple[int, list[int]]] = []  # those of an answer that continues its header
         for number, ids in enumerate(sequences):
             run: list[int] = []
+            runs = continuing if self._answers_continue else whole
             for i in (*ids, self.end_id):
                 if int(i) not in self._control:
                     run.append(int(i))
-                elif run:
-                    runs.append(run)
-                    owner.append(number)
+                    continue
+                if run:
+                    runs.append((number, run))
                     run = []
-        texts = [""] * len(sequences)
-        decoded = self.tokenizer.backend_tokenizer.decode_batch(runs, skip_special_tokens=False)
-        for number, text in zip(owner, decoded, strict=True):
-            texts[number] += text
+                runs = whole
+        for runs, backend in ((continuing, self._continuing), (whole, self.tokenizer.backend_tokenizer)):
+            decoded = backend.decode_batch([run for _, run in runs], skip_special_tokens=False)
+            for (number, _), text in zip(runs, decoded, strict=True):
+                texts[number] += text
         return texts
-
-
-def _turn_texts(conversation: Conversation) -> list[str]:
-    """The text of each turn; the tools end the system turn, or make one, which then comes first."""
-    texts = [message_text(m) for m in conversation.messages]
-    tools = tools_text(conversation.tools)
-    if not tools:
-        return texts
-    if conversation.messages and conversation.messages[0].role == "system":
-        return [texts[0] + tools, *texts[1:]]
-    return [tools, *texts]
 
 
 def require_trained(rendered: Rendered) -> Rendered:

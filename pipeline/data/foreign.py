@@ -7,14 +7,16 @@ template's own normalisation: trimming of each turn, found by trying (`trims`), 
 lineage.
 
 Refused, each with a reason: a clock in the template; control tokens spelled in a message; a rendering that is
-not prefix-stable; an answer that does not appear in its own turn; a turn without an end token.
+not prefix-stable; an answer that does not appear in its own turn; a turn without an end token; a template that runs on
+(jinja's sandbox bounds one range, not loops within loops; what a template allocates is bounded by nothing).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from pipeline.data.records import Conversation, Message
@@ -26,10 +28,31 @@ if TYPE_CHECKING:
 
 _CLOCKS = re.compile(r"\b(strftime_now|raise_if_old|now|today|datetime)\s*\(")
 _PROBE = " \n probe text \n "
+MOST_STEPS = 1_000_000  # lines that a template's program may run through in one rendering
 
 
 class TemplateRefused(UserError):
     """A conversation that this template does not render in a way that can be masked safely."""
+
+
+@contextmanager
+def _bounded() -> Iterator[None]:
+    """Steps are counted, not timed, so a template ends alike on every machine."""
+    left = MOST_STEPS
+
+    def step(frame: Any, event: str, _: Any) -> Any:
+        nonlocal left
+        left -= event == "line"
+        if left < 0:
+            raise TemplateRefused(f"it runs through more than {MOST_STEPS:,} lines of its program")
+        return step
+
+    before = sys.gettrace()
+    sys.settrace(lambda frame, *_: step if frame.f_code.co_filename == "<template>" else None)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
 
 
 class ForeignTemplate:
@@ -104,32 +127,19 @@ class ForeignTemplate:
             self._check_marks(conversation, whole, spans, where)
         return Rendered(ids, mask, self._rounds(conversation, whole, offsets), conversation, train_on)
 
-    def truncate(self, rendered: Rendered, max_tokens: int) -> tuple[Rendered | None, int]:
-        """As ChatFormat.truncate, rendering again, since a template may put the system text into the first
-        turn."""
-        from pipeline.data.chat import split_rounds
-
-        assert rendered.conversation is not None
-        head, rounds = split_rounds(rendered.conversation.messages)
-        for first in range(len(rounds)):
-            messages = (*head, *(m for r in rounds[first:] for m in r))
-            shorter = self.render(replace(rendered.conversation, messages=messages), rendered.train_on)
-            if shorter.trained and len(shorter) <= max_tokens:
-                return shorter, first
-        return None, len(rounds)
-
     # The template
 
     def _text(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = (), prompt: bool = False) -> str:
         given, offered = [as_dict(m) for m in messages], [dict(t) for t in tools] or None
         try:
-            return self.tokenizer.apply_chat_template(
-                given,
-                tools=offered,
-                tokenize=False,
-                add_generation_prompt=prompt,
-                **self.variables,
-            )
+            with _bounded():
+                return self.tokenizer.apply_chat_template(
+                    given,
+                    tools=offered,
+                    tokenize=False,
+                    add_generation_prompt=prompt,
+                    **self.variables,
+                )
         except Exception as error:  # a stranger's program: it may fail like any
             raise TemplateRefused(f"the tokenizer's chat template refuses these messages: {error}") from error
 

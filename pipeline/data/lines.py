@@ -74,6 +74,9 @@ def _rows(path: Path) -> Iterator[Row | Problem]:
     if name.endswith(".parquet"):
         yield from _parquet_rows(path)
         return
+    if name.endswith((".csv", ".tsv")):
+        yield Problem(str(path), 1, "a table as text", "a table as text is not read: save it as JSON lines or Parquet")
+        return
     with open_binary(path) as stream:
         first = stream.read(64)
     if first.startswith(_UTF16_BOMS):

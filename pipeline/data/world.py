@@ -19,10 +19,12 @@ from pipeline.data import world_text as text
 from pipeline.data.records import Comparison, Completion, Conversation, Document, Message, Prompt
 from pipeline.data.world_crowd import CROWD, PERFECT, STREET, Demonstrators, Labellers, answers_to_compare, write
 from pipeline.data.world_facts import ATTRIBUTES, Facts, Question, sums
+from pipeline.data.world_long import long_document
 from pipeline.data.world_truth import Key, judge_text
 from pipeline.flow.errors import UserError
 
 TRIES = 2000  # draws for one new prompt before the world counts as exhausted
+LONG_WORDS = 400
 Messages = tuple[Message, ...]
 
 
@@ -38,6 +40,8 @@ class Sizes:
     prompts: int = 2_000
     dev: int = 300
     heldout: int = 600
+    long_documents: int = 0
+    heldout_long_documents: int = 0
 
 
 @dataclass(slots=True)
@@ -52,15 +56,21 @@ class World:
     dev: list[Prompt] = field(default_factory=list)
     heldout: list[Prompt] = field(default_factory=list)
     judge: list[tuple[Messages, Key]] = field(default_factory=list)
+    long_documents: list[Document] = field(default_factory=list)
+    heldout_long_documents: list[Document] = field(default_factory=list)
 
 
-def build_world(seed: int = 0, sizes: Sizes | None = None, length_bias: float = 0.0) -> World:
-    """The whole world from a seed, the same in every process; `length_bias` changes the labels alone."""
-    return _Builder(seed, sizes or Sizes(), Labellers(length_bias=length_bias)).build()
+def build_world(
+    seed: int = 0, sizes: Sizes | None = None, length_bias: float = 0.0, long_words: int = LONG_WORDS
+) -> World:
+    """The whole world from a seed, the same in every process; `length_bias` changes the labels alone, `long_words` is
+    the length of long documents."""
+    return _Builder(seed, sizes or Sizes(), Labellers(length_bias=length_bias), long_words).build()
 
 
 class _Builder:
-    def __init__(self, seed: int, sizes: Sizes, labellers: Labellers) -> None:
+    def __init__(self, seed: int, sizes: Sizes, labellers: Labellers, long_words: int) -> None:
+        self.long_words = long_words
         self.seed, self.sizes, self.facts, self.world = seed, sizes, Facts(seed), World()
         self.labellers = labellers
         self.split_of_prompt: dict[Messages, str] = {}
@@ -81,6 +91,9 @@ class _Builder:
         world.heldout_documents = [
             writer.document(rng) for rng in self._each("heldout_documents", sizes.heldout_documents)
         ]
+        for name in ("long_documents", "heldout_long_documents"):
+            rngs = self._each(name, getattr(sizes, name))
+            setattr(world, name, [long_document(rng, self.long_words, writer.text) for rng in rngs])
         return world
 
     def _each(self, what: str, count: int) -> list[random.Random]:
@@ -164,8 +177,11 @@ class _Writer:
     def document(self, rng: random.Random) -> Document:
         if rng.random() < 0.55:
             return Document(messages=self._overheard(rng))
+        return Document(text=self.text(rng))
+
+    def text(self, rng: random.Random) -> str:
         kinds = (self._person, self._town, self._numbers, self._words, self._listed)
-        return Document(text=" ".join(rng.choices(kinds, (4, 1.5, 3, 1.5, 3))[0](rng)))
+        return " ".join(rng.choices(kinds, (4, 1.5, 3, 1.5, 3))[0](rng))
 
     def _say(self, rng: random.Random, task: str, *values: str, **slots: str) -> str:
         return rng.choice(text.STATEMENTS[task]).format(*values, **slots)

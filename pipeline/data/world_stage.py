@@ -11,9 +11,9 @@ from typing import Any
 
 from pydantic import Field
 
-from pipeline.data.world import Sizes, as_json, build_world
+from pipeline.data.world import LONG_WORDS, Sizes, as_json, build_world
 from pipeline.flow.artifacts import Comparisons, Conversations, Documents, Judge, Prompts
-from pipeline.flow.config import Settings
+from pipeline.flow.config import Settings, added
 from pipeline.flow.stage import Stage, Workspace
 
 
@@ -22,7 +22,7 @@ class WorldStage(Stage):
     version = 1
     one_process = True
     headline = ("documents", "prompts")
-    sources = tuple(f"data/world{part}.py" for part in ("", "_crowd", "_facts", "_text", "_truth"))
+    sources = tuple(f"data/world{part}.py" for part in ("", "_crowd", "_facts", "_long", "_text", "_truth"))
 
     class Config(Settings):
         """`seed` makes another world: other facts, other people behind the answers, other splits."""
@@ -39,6 +39,9 @@ class WorldStage(Stage):
         prompts: int = Field(default=Sizes.prompts, ge=1, description="Prompts to sample from in training.")
         dev: int = Field(default=Sizes.dev, ge=1, description="Prompts for tuning.")
         heldout: int = Field(default=Sizes.heldout, ge=1, description="Prompts for the figures that are reported.")
+        long_documents: int = added(0, "Texts of `long_words` words that state keys and name them again later.", ge=0)
+        heldout_long_documents: int = added(0, "The same, for perplexity by position and retrieval.", ge=0)
+        long_words: int = added(LONG_WORDS, "Words of each of them, at least.", ge=1)
 
     @dataclass
     class Inputs:
@@ -56,18 +59,26 @@ class WorldStage(Stage):
         dev: Prompts
         heldout: Prompts
         judge: Judge
+        long_documents: Documents | None = None
+        heldout_long_documents: Documents | None = None
+
+    @classmethod
+    def withheld(cls, config: Any) -> frozenset[str]:
+        return frozenset(name for name in ("long_documents", "heldout_long_documents") if not getattr(config, name))
 
     def run(self, inputs: Inputs, workspace: Workspace) -> dict[str, Any]:
         from pipeline.data.sources import write_jsonl
 
         settings = self.config.model_dump()
-        world = build_world(settings.pop("seed"), length_bias=settings.pop("length_bias"), sizes=Sizes(**settings))
+        others = {name: settings.pop(name) for name in ("seed", "length_bias", "long_words")}
+        world = build_world(**others, sizes=Sizes(**settings))
         counts = {}
-        for slot in self.Outputs.__dataclass_fields__:
+        slots = [name for name in self.Outputs.__dataclass_fields__ if name not in self.withheld(self.config)]
+        for slot in slots:
             if slot == "judge":
                 rows = ({"prompt": as_json(m), "key": key.to_json()} for m, key in world.judge)
                 counts[slot] = write_jsonl(workspace.slot(slot) / "judge.jsonl", rows)
             else:
                 counts[slot] = write_jsonl(workspace.slot(slot) / "data.jsonl", getattr(world, slot))
-            workspace.progress(len(counts), len(self.Outputs.__dataclass_fields__), unit="files")
+            workspace.progress(len(counts), len(slots), unit="files")
         return counts

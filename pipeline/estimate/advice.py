@@ -12,7 +12,7 @@ from itertools import combinations
 from pipeline.estimate import memory
 from pipeline.estimate.memory import Layout, Work
 from pipeline.estimate.rows import Estimate
-from pipeline.llama.adapters import LoraSettings
+from pipeline.llama.adapter_settings import LoraSettings
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def _changes(found: Estimate) -> list[Change]:
         changes.append(
             Change("checkpointing", "{row}.train.checkpointing=true", lambda w: replace(w, checkpointing=True))
         )
-    if work.trained and found.stage != "pretrain" and not any(m.adapter for m in work.trained):
+    if work.trained and found.stage != "pretrain" and not any(m.adapter or m.patterns for m in work.trained):
         sets = "{row}.adapter.rank=16"
         if any(m.shape.experts for m in work.trained):
             sets += " --set {row}.adapter.targets=attention"

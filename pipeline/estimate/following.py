@@ -15,7 +15,7 @@ from pipeline.flow.config import nearest
 from pipeline.flow.errors import UserError
 from pipeline.flow.launch import LaunchSettings
 from pipeline.flow.plan import Plan, Ref, Row, Source
-from pipeline.llama.adapters import TARGETS, LoraSettings
+from pipeline.llama.adapter_settings import TARGETS, AnyAdapter, WeightsSettings, settings_of
 from pipeline.llama.config import check_config, read_json
 from pipeline.llama.presets import PRESETS
 
@@ -25,6 +25,7 @@ WORLD = {
     "comparisons": 46.0, "heldout_pairs": 42.0, "prompts": 18.0, "dev": 18.0, "heldout": 18.0,
 }  # fmt: skip
 WORLD_ANSWER = 13.0  # tokens of an answer to a prompt of the world
+WORLD_TOKENS_A_WORD = 1.25  # of long documents, whose last text may be longer than asked for
 WORLD_LONGEST = 128  # no record of it is longer
 
 
@@ -87,7 +88,10 @@ class Following:
                     f"sources.{source.name}: an adapter, whose base is not given; set sources.{source.name}.base"
                 )
             below = self._source(self.plan.sources[source.base])
-            return replace(below, adapter=_adapter(path / "adapter_config.json"), scalar=scalar)
+            under = below.under + below.own
+            return replace(
+                below, adapter=_adapter(path / "adapter_config.json"), scalar=scalar, stored=True, under=under
+            )
         return Model(read_shape(path), source.name, scalar=scalar)
 
     def many(self, row: Row, slot: str) -> list[Model]:
@@ -117,14 +121,17 @@ def read_shape(path: Path) -> Shape:
     return Shape.of(config)
 
 
-def _adapter(where: Path) -> LoraSettings:
-    config = read_object(where)
-    rank, alpha, targets = config.get("r"), config.get("lora_alpha"), config.get("target_modules")
-    names = set(targets) if isinstance(targets, list) else set()
-    known = next((name for name, modules in TARGETS.items() if set(modules) == names), None)
-    if type(rank) is not int or rank < 1 or known is None:
-        raise UserError(f"{where}: expected a LoRA adapter of rank r over {', '.join(TARGETS)} layers")
-    return LoraSettings(rank=rank, alpha=float(alpha) if isinstance(alpha, int | float) else 1.0, targets=known)  # type: ignore[arg-type]
+def _adapter(where: Path) -> AnyAdapter:
+    try:
+        found = settings_of(read_object(where))
+    except ValueError:  # of values that are no sizes
+        found = None
+    if found is None:
+        raise UserError(
+            f"{where}: expected a LoRA adapter of rank r over {', '.join(TARGETS)} layers, IA3 over keys, values and "
+            "down_proj, or virtual tokens: no other can be counted"
+        )
+    return found
 
 
 def layout_of(launch: LaunchSettings, precision: str, on_cpu: bool) -> Layout:
@@ -157,7 +164,15 @@ def vocabulary_of(seen: Following, ref: Ref) -> int:
     return len(known | {str(token.get("content")) for token in added if isinstance(token, Mapping)})
 
 
-def adapted(row: Row, start: Model, adapter: LoraSettings | None, **changes: Any) -> Model:
+def adapted(row: Row, start: Model, adapter: AnyAdapter | None, **changes: Any) -> Model:
     """The model that a row trains from `start`: whole under the row's own name, or an adapter over the same base."""
-    over = start.adapter or adapter
-    return replace(start, adapter=over, base=start.base if over else row.name, **changes)
+    model = replace(start, **changes)
+    if isinstance(adapter, WeightsSettings):
+        return replace(model, adapter=None, under=0, base=row.name, patterns=adapter.train)
+    if model.adapter is None:
+        return replace(model, adapter=adapter, stored=False, base=model.base if adapter else row.name)
+    if adapter is None or adapter.beneath == "same":
+        return model
+    if adapter.beneath == "merge":
+        return replace(model, adapter=adapter, stored=False, under=0, base=f"{row.name}, merged")
+    return replace(model, adapter=adapter, stored=False, under=model.under + start.own)

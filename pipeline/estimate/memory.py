@@ -17,7 +17,6 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from pipeline.estimate.shape import Model, Shape, kv_bytes
-from pipeline.llama.adapters import TARGETS
 
 MB = 1e6
 # Python with PyTorch, transformers, accelerate and peft, measured; a CUDA context, its libraries and NCCL's buffers.
@@ -199,7 +198,7 @@ def kept(model: Model, layout: Layout, longest: int) -> float:
     shape, b, r = model.shape, layout.number, layout.residual
     hidden, inner, queries, keys = shape.hidden, shape.active * shape.inner, shape.queries, shape.keys
     of_norms = 2 * (r * hidden + 4)
-    targets = set(TARGETS[model.adapter.targets]) if model.adapter else set(shape.projections)
+    targets = model.targets
     into = [{"q_proj", "k_proj", "v_proj"} & targets, {"gate_proj", "up_proj"} & targets]
     if model.adapter and layout.autocast:
         copies = sum(map(len, into))  # each adapter casts its input by itself
@@ -213,7 +212,7 @@ def kept(model: Model, layout: Layout, longest: int) -> float:
     if model.adapter and layout.autocast and "o_proj" in targets:
         attended += b * queries
     gated = b * inner * (2 if layout.on_cpu else 3) + (b * inner if "down_proj" in targets else 0)
-    ranks = b * model.adapter.rank * len(targets) if model.adapter else 0
+    ranks = b * model.rank * len(targets)
     return of_norms + copies * b * hidden + attended + gated + ranks
 
 
@@ -294,6 +293,7 @@ def _resident(work: Work, whole: str) -> float:
     below = [replace(m, adapter=None) for m in work.trained if m.adapter]
     engine = layout.deepspeed or layout.strategy == "fsdp"  # holds what is below adapters with them
     mine = whole_weights(below, work.shared and not engine)
+    mine += 4.0 * sum(m.whole - m.trained for m in work.trained if m.patterns)
     beside = below if work.shared and not engine else []
     parked = {"sharded": 1 / layout.ranks, "offloaded": float(layout.on_cpu)}.get(layout.frozen, 1.0)
     others = whole_weights([*beside, *work.frozen], work.shared) - whole_weights(beside, work.shared)

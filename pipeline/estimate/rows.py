@@ -19,6 +19,7 @@ from pipeline.estimate.following import (
     WORLD,
     WORLD_ANSWER,
     WORLD_LONGEST,
+    WORLD_TOKENS_A_WORD,
     Following,
     Records,
     Wishes,
@@ -29,6 +30,7 @@ from pipeline.estimate.memory import Drawing, Layout, Peak, Work
 from pipeline.estimate.shape import Model, Shape, kv_bytes
 from pipeline.flow.launch import launch_settings
 from pipeline.flow.plan import Plan, Ref, Row
+from pipeline.llama.adapter_settings import VirtualSettings
 
 MILLION = 1e6
 CACHE = 1 << 30  # bytes of the native engine's cache where a row has no engine settings
@@ -89,6 +91,11 @@ def estimate(plan: Plan, device: Device, wishes: Wishes) -> list[Estimate]:
                 )
                 for slot, each in WORLD.items()
             }
+            long = WORLD_TOKENS_A_WORD * row.config.long_words  # type: ignore[attr-defined]
+            seen.records |= {
+                f"{row.name}.{slot}": Records(getattr(row.config, slot), long, None, math.ceil(1.2 * long))
+                for slot in ("long_documents", "heldout_long_documents")
+            }
         elif row.stage in STAGES:
             seen.notes = []
             found.append(_estimated(seen, row, *STAGES[row.stage](seen, row)))
@@ -108,7 +115,9 @@ def _estimated(seen: Following, row: Row, work: Work, cost: Cost) -> Estimate:
     elif device.on_cpu:  # ranks on one machine share its memory
         room /= max(1, launch.processes // launch.nodes)
     precision = "bf16" if work.layout.half else "fp32"
-    below = sum(m.whole for m in work.trained if m.adapter)
+    below = sum(m.parameters - m.trained for m in work.trained)
+    if any(isinstance(m.adapter, VirtualSettings) for m in work.trained):
+        seen.notes.append("virtual tokens: computed on padded rows, whose filling is not counted")
     return Estimate(
         row=row.name,
         stage=row.stage,
@@ -130,13 +139,14 @@ def _estimated(seen: Following, row: Row, work: Work, cost: Cost) -> Estimate:
 
 def _length(seen: Following, row: Row, records: Records) -> float:
     """Of a record; as long as may be where nobody knows."""
-    return min(records.tokens or row.config.max_tokens, row.config.max_tokens)  # type: ignore[attr-defined]
+    config: Any = row.config
+    return min(records.tokens or config.max_tokens, config.max_tokens)
 
 
 def _trained_tokens(seen: Following, row: Row, records: Records) -> tuple[float, bool]:
     """Tokens that a training row reads, and whether they are a million in place of the unknown number."""
-    train = row.config.train  # type: ignore[attr-defined]
-    each = records.tokens
+    config: Any = row.config
+    train, each = config.train, records.tokens
     if train.steps is not None and (train.batch_tokens or each):
         return train.steps * (train.batch_tokens or train.batch * each), False
     if train.steps is None and records.count and each:
@@ -191,11 +201,11 @@ def _step_tokens(train: Any, records: Records) -> float:
 
 def _pretrain(seen: Following, row: Row) -> tuple[Work, Cost]:
     config: Any = row.config
-    tokenizer = row.inputs.get("tokenizer")
+    tokenizer, start = row.inputs.get("tokenizer"), seen.one(row, "policy")
     vocabulary = config.vocab_size
     if isinstance(tokenizer, Ref):
         vocabulary = vocabulary_of(seen, tokenizer)
-    model = Model(Shape.of(config.model.llama(vocabulary)), row.name)
+    model = replace(start, base=row.name) if start else Model(Shape.of(config.model.llama(vocabulary)), row.name)
     seen.models[f"{row.name}.policy"] = model
     seen.models[f"{row.name}.tokenizer"] = model
     work, cost = _training(seen, row, model, seen.read(row, "documents"))
@@ -206,7 +216,8 @@ def _sft(seen: Following, row: Row) -> tuple[Work, Cost]:
     config: Any = row.config
     start = seen.one(row, "policy")
     assert start is not None
-    model = seen.models[f"{row.name}.policy"] = adapted(row, start, config.adapter)
+    model = adapted(row, start, config.adapter)
+    seen.models[f"{row.name}.policy"] = model.saved()
     return _training(seen, row, model, seen.read(row, "conversations"))
 
 
@@ -214,7 +225,8 @@ def _reward(seen: Following, row: Row) -> tuple[Work, Cost]:
     config: Any = row.config
     start = seen.one(row, "policy")
     assert start is not None
-    model = seen.models[f"{row.name}.model"] = adapted(row, start, config.adapter, scalar=True)
+    model = adapted(row, start, config.adapter, scalar=True)
+    seen.models[f"{row.name}.model"] = model.saved()
     records = seen.read(row, "comparisons")
     if config.part and records.count:
         records = replace(records, count=records.count * (config.part[1] - config.part[0]))
@@ -237,7 +249,8 @@ def _dpo(seen: Following, row: Row) -> tuple[Work, Cost]:
     config: Any = row.config
     start = seen.one(row, "policy")
     assert start is not None
-    model = seen.models[f"{row.name}.policy"] = adapted(row, start, config.adapter)
+    model = adapted(row, start, config.adapter)
+    seen.models[f"{row.name}.policy"] = model.saved()
     records = seen.read(row, "comparisons" if row.inputs.get("comparisons") else "rated")
     watching = _watching(seen, row, start)
     looks = float(config.loss.made().needs_reference)
@@ -255,15 +268,16 @@ def _dpo(seen: Following, row: Row) -> tuple[Work, Cost]:
 
 
 def _prompt(seen: Following, row: Row, prompts: Records, new: int) -> float:
-    room = row.config.max_tokens - new  # type: ignore[attr-defined]
+    config: Any = row.config
+    room = config.max_tokens - new
     if prompts.prompt is None:
         seen.notes.append(f"prompts are taken to have {min(room, seen.wishes.prompt)} tokens (--prompt)")
     return min(room, prompts.prompt if prompts.prompt is not None else seen.wishes.prompt)
 
 
 def _columns(row: Row, prompts: Records, new: int) -> int:
-    longest = row.config.max_tokens  # type: ignore[attr-defined]
-    return min(longest, (prompts.longest or longest) + new)
+    config: Any = row.config
+    return min(config.max_tokens, (prompts.longest or config.max_tokens) + new)
 
 
 def _answer(prompts: Records, new: int) -> float:
@@ -314,11 +328,11 @@ def _look(
     seen: Following, cost: Cost, work: Work, row: Row, model: Model, watching: tuple[Model, ...], new: int,
     samples: int, drawing: Drawing,
 ) -> None:  # fmt: skip
-    dev = seen.read(row, "dev")
+    config: Any = row.config
+    dev, looks = seen.read(row, "dev"), config.train.evaluations
     if dev.count is None:
         seen.notes.append("looks at dev are left out: nobody has counted its prompts")
         return
-    looks = row.config.train.evaluations  # type: ignore[attr-defined]
     _draw(seen, cost, work, model, looks * dev.count, samples, dev, new, drawing)
     _score(seen, cost, [model, *watching], looks * dev.count, samples, dev, new)
 
@@ -376,7 +390,7 @@ def _ppo(seen: Following, row: Row) -> tuple[Work, Cost]:
     start, rewards = seen.one(row, "policy"), seen.many(row, "reward")
     assert start is not None
     policy = adapted(row, start, config.adapter)
-    seen.models |= {f"{row.name}.policy": policy, f"{row.name}.average": policy}
+    seen.models |= {f"{row.name}.policy": policy.saved(), f"{row.name}.average": policy.saved()}
     critic = None
     if config.has_critic and config.critic.start != "shared":
         first = rewards[0] if config.critic.start == "reward" and rewards else start
@@ -384,6 +398,8 @@ def _ppo(seen: Following, row: Row) -> tuple[Work, Cost]:
         critic = critic if critic.adapter else replace(critic, base=f"{row.name}.critic")
     trained = (policy, critic) if critic else (policy,)
     reference = start if config.reference.kind == "start" else replace(policy, base=f"{row.name}.reference")
+    if config.adapter and config.reference.kind == "start" and not config.adapter.keeps_start:
+        reference = policy  # as it is before the first update
     average = (replace(policy, base=f"{row.name}.average"),) if config.average else ()
     watching = _watching(seen, row, start)
     prompts, samples, new = seen.read(row, "prompts"), config.sampling.samples, config.sampling.max_new_tokens
@@ -408,16 +424,20 @@ def _ppo(seen: Following, row: Row) -> tuple[Work, Cost]:
     _score(
         seen, cost, [*rewards, policy, reference, *([critic] if critic else [])], rounds * count, samples, prompts, new
     )
-    tokens = rounds * config.epochs * count * (prompt + samples * answer)
-    pairs = (
-        rounds
-        * config.epochs
-        * count
-        * (operations.pairs([prompt]) + samples * operations.pairs([answer], before=prompt))
-    )
+    learnt = rounds * config.epochs * count  # prompts with their answers
+    tokens, scored = learnt * (prompt + samples * answer), learnt * samples * answer
+    pairs = learnt * (operations.pairs([prompt]) + samples * operations.pairs([answer], before=prompt))
+    learning = rounds - (config.critic.warmup if config.has_critic else 0)
+    updates = max(0, learning) * config.epochs * -(-int(count) // max(1, config.minibatch // samples))
+    for slot, weight in (("documents", config.mix.pretraining), ("conversations", config.mix.sft)):
+        if weight:
+            mixed, length = updates * config.mix.batch, _length(seen, row, seen.read(row, slot))
+            tokens, scored = tokens + mixed * length, scored + mixed * length
+            pairs += mixed * operations.pairs([length])
     for model in trained:
-        scored = 0.0 if model.scalar else rounds * config.epochs * count * samples * answer
-        cost.computed += operations.update(model, tokens, pairs, scored, recomputed=config.train.checkpointing)
+        cost.computed += operations.update(
+            model, tokens, pairs, 0.0 if model.scalar else scored, recomputed=config.train.checkpointing
+        )
     cost.tokens += tokens
     if row.inputs.get("dev"):
         _look(seen, cost, work, row, policy, watching, new, samples, work.drawing)
@@ -451,7 +471,8 @@ def _rejection(seen: Following, row: Row) -> tuple[Work, Cost]:
         longest=_columns(row, prompts, new),
     )
     if start and config.train:
-        policy = seen.models[f"{row.name}.policy"] = adapted(row, start, config.adapter)
+        policy = adapted(row, start, config.adapter)
+        seen.models[f"{row.name}.policy"] = policy.saved()
         work, cost = _training(
             seen,
             row,

@@ -2,17 +2,30 @@
 
 shape = Shape.of(PRESETS["llama-7b"])
 shape.parameters                    6,738,415,616
-lora_parameters(shape, 8, "query_value")     4,194,304
+adapter_parameters(shape, LoraSettings(rank=8, targets="query_value"))     4,194,304
 kv_bytes(shape)                     524,288 bytes a token in 16 bits
 """
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from pipeline.llama.adapters import TARGETS, LoraSettings, require_linear, require_projections
+from pipeline.flow.errors import UserError
+from pipeline.llama.adapter_settings import (
+    IA3_TARGETS,
+    TARGETS,
+    AnyAdapter,
+    Ia3Settings,
+    LoraSettings,
+    PrefixSettings,
+    PTuningSettings,
+    VirtualSettings,
+    require_place,
+    require_reach,
+)
 from pipeline.llama.options import GATED, chosen
 from pipeline.llama.presets import attention_projections, cached_numbers, head_dim, parameter_count
 
@@ -110,12 +123,60 @@ class Shape:
         return self.layers * self._matrices(self.active)
 
 
-def lora_parameters(shape: Shape, rank: int, targets: str) -> int:
-    """Trained by LoRA: A [rank, inputs] and B [outputs, rank] of every target (Hu et al. 2021, section 4.1)."""
-    require_linear(shape.experts, targets)
-    require_projections("latent" if "kv_b_proj" in shape.projections else "full")
-    found = [shape.projections[name] for name in TARGETS[targets] if name in shape.projections]
-    return shape.layers * sum(rank * sum(projection) for projection in found)
+def adapter_parameters(shape: Shape, adapter: AnyAdapter, stored: bool = False) -> int:
+    """What an adapter trains. `stored`: one that was saved, without the network that computed its virtual tokens.
+
+    LoRA has A [rank, inputs] and B [outputs, rank] for every target (Hu et al. 2021, section 4.1), DoRA a length for
+    each output beside; IA3 a factor for each key, value and inner activation; the others as peft makes them.
+    """
+    hidden, keys, layers = shape.hidden, shape.keys, shape.layers
+    require_reach(shape.experts, adapter)
+    require_place({"attention": "latent" if "kv_b_proj" in shape.projections else "full"}, adapter)
+    if isinstance(adapter, LoraSettings):
+        sides = [shape.projections[name] for name in TARGETS[adapter.targets] if name in shape.projections]
+        return layers * sum(adapter.rank * (a + b) + (b if adapter.dora else 0) for a, b in sides)
+    if isinstance(adapter, Ia3Settings):
+        return layers * (2 * keys + shape.inner)
+    assert isinstance(adapter, VirtualSettings)
+    if isinstance(adapter, PrefixSettings):
+        width = adapter.projection
+        if width is None:
+            return adapter.tokens * layers * 2 * keys
+        return adapter.tokens * keys + _linear(keys, width) + _linear(width, layers * 2 * keys)
+    tokens = adapter.tokens * hidden
+    if stored or not isinstance(adapter, PTuningSettings):
+        return tokens
+    inner = adapter.hidden
+    if adapter.encoder == "mlp":
+        return tokens + _linear(hidden, inner) + _linear(inner, inner) + _linear(inner, hidden)
+    cells = sum(2 * 4 * inner * (inputs + inner + 2) for inputs in (hidden, 2 * inner))  # two layers, both ways
+    return tokens + cells + _linear(2 * inner, 2 * inner) + _linear(2 * inner, hidden)
+
+
+def _linear(inputs: int, outputs: int) -> int:
+    return inputs * outputs + outputs
+
+
+def matching_parameters(shape: Shape, patterns: tuple[str, ...], scalar: bool) -> int:
+    """What `kind: weights` trains: the parameters whose names fit, and a scalar head. UserError where the names are not
+    known, as of a model with biases."""
+    sizes = {"model.embed_tokens.weight": shape.table, "model.norm.weight": shape.hidden}
+    for layer in range(shape.layers):
+        start = f"model.layers.{layer}."
+        for name, (inputs, outputs) in shape.projections.items():
+            inside = "mlp" if name in ("gate_proj", "up_proj", "down_proj") else "self_attn"
+            sizes[f"{start}{inside}.{name}.weight"] = inputs * outputs
+        sizes |= {f"{start}{name}.weight": shape.hidden for name in ("input_layernorm", "post_attention_layernorm")}
+    sizes |= {} if shape.tied else {"lm_head.weight": shape.table}
+    if sum(sizes.values()) != shape.parameters:
+        raise UserError(
+            "adapter.train: this model has other parameters than a plain LLaMA, whose names an estimate knows: which "
+            "of them fit the patterns cannot be said before it is opened"
+        )
+    if scalar:
+        sizes.pop("lm_head.weight", None)
+    fits = {name for pattern in patterns for name in fnmatch.filter(sizes, pattern)}
+    return sum(sizes[name] for name in fits) + (shape.hidden if scalar else 0)
 
 
 def kv_bytes(shape: Shape, width: float = 2) -> float:
@@ -130,31 +191,56 @@ class Model:
     base      the row or source whose whole weights it holds: frozen models of one base can hold them once
     adapter   what is over them
     scalar    one output: a reward or value model
+    stored    the adapter was saved, and no network computes its virtual tokens any more
+    patterns  the names of the only weights that are trained
+    under     parameters of frozen adapters below the adapter
     """
 
     shape: Shape
     base: str
-    adapter: LoraSettings | None = None
+    adapter: AnyAdapter | None = None
     scalar: bool = False
+    stored: bool = False
+    patterns: tuple[str, ...] = ()
+    under: int = 0
 
     @property
     def whole(self) -> int:
-        """Parameters without an adapter's."""
-        return self.shape.scalar_parameters if self.scalar else self.shape.parameters
+        """Parameters without an adapter's own."""
+        return (self.shape.scalar_parameters if self.scalar else self.shape.parameters) + self.under
 
     @property
     def own(self) -> int:
         """An adapter's parameters; of a scalar model with the copy of the head that is trained beside it."""
         if self.adapter is None:
             return 0
-        head = self.shape.hidden if self.scalar else 0
-        return lora_parameters(self.shape, self.adapter.rank, self.adapter.targets) + head
+        return adapter_parameters(self.shape, self.adapter, self.stored) + (self.shape.hidden if self.scalar else 0)
 
     @property
     def trained(self) -> int:
         """Parameters that training moves."""
+        if self.patterns:
+            return matching_parameters(self.shape, self.patterns, self.scalar)
         return self.own or self.whole
 
     @property
     def parameters(self) -> int:
         return self.whole + self.own
+
+    @property
+    def targets(self) -> set[str]:
+        """Projections whose inputs the backward pass needs for what is trained there."""
+        if isinstance(self.adapter, LoraSettings):
+            return set(TARGETS[self.adapter.targets])
+        return set(
+            IA3_TARGETS if isinstance(self.adapter, Ia3Settings) else () if self.adapter else self.shape.projections
+        )
+
+    @property
+    def rank(self) -> int:
+        return self.adapter.rank if isinstance(self.adapter, LoraSettings) else 0
+
+    def saved(self) -> Model:
+        """As the next row finds it."""
+        adapter: Any = self.adapter.plain() if self.adapter else None
+        return replace(self, adapter=adapter, stored=isinstance(adapter, PTuningSettings), patterns=())

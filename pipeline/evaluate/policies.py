@@ -42,6 +42,7 @@ class Answered:
     parts: dict[str, Floats] = field(default_factory=dict)
     kl: float | None = None
     text_perplexity: float | None = None
+    context: dict[str, Any] | None = None  # as `context.context_figures` has it
 
     def metrics(self) -> dict[str, Any]:
         """The figures of this policy alone, as an evaluation row records them."""
@@ -59,6 +60,7 @@ class Answered:
             "length": float(self.length.mean()),
             "stop_rate": float(self.stopped.mean()),
             "text_perplexity": self.text_perplexity,
+            **({"context": self.context} if self.context else {}),
         }
 
 

@@ -1,6 +1,6 @@
 """What a policy stage looks at while it trains: its answers to prompts that it does not train on.
 
-    watch = open_watch(dev, proxy=rewards, heldout=inputs.heldout_reward, judge=inputs.judge, start=inputs.policy, ...)
+    watch = open_watch(inputs, config, policy, reader, workspace, device, proxy=rewards, sampling=config.sampling)
     figures = watch()              # {"proxy": .., "heldout": .., "gold": .., "kl": .., "stop_rate": .., "choice": ..}
 
 `choice` is what the best checkpoint is chosen by; the judge never is.
@@ -20,12 +20,14 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from pipeline.data.reader import Reader
 from pipeline.data.records import Prompt
 from pipeline.evaluate.compare import Floats
 from pipeline.evaluate.panel import Panel
 from pipeline.evaluate.policies import answer, kl_to
-from pipeline.flow.artifacts import Judge, Policy, RewardModel
+from pipeline.flow.artifacts import RewardModel
 from pipeline.flow.errors import UserError
+from pipeline.flow.stage import Workspace
 from pipeline.llama.open import Trainable, open_frozen
 from pipeline.rollout.collect import fitting
 from pipeline.rollout.engine import SamplingSettings
@@ -37,38 +39,36 @@ CHOICE = "choice"
 
 
 def open_watch(
-    dev: Sequence[Prompt],
-    *,
+    inputs: Any,
+    config: Any,
     policy: Trainable,
-    proxy: RewardModel | Rewards | None,
-    heldout: RewardModel | None,
-    judge: Judge | None,
-    start: Policy,
-    seed: int,
-    sampling: SamplingSettings,
+    reader: Reader,
+    workspace: Workspace,
     device: Any,
-    max_tokens: int,
-    token_budget: int,
-    kl_budget: float | None,
-    say: Callable[[str], None],
-) -> Watch:
-    """`policy` is what is trained, `start` what the row starts from: KL is to it. Answers are drawn as `sampling` says,
-    one a prompt, at temperature 1. A proxy of several sources is their combined score, before length terms and
-    missing ends.
+    *,
+    proxy: RewardModel | Rewards | None,
+    sampling: SamplingSettings,
+) -> Watch | None:
+    """What a row with these inputs and settings looks at; None without `dev`, UserError where no prompt of it fits.
 
-    UserError where no prompt fits.
+    `policy` is what is trained; KL is to what the row starts from. Answers are drawn as `sampling` says, one a prompt,
+    at temperature 1. A proxy of several sources is their combined score, before length terms and missing ends.
     """
-    panel = Panel.open(proxy=proxy, heldout=heldout, judge=judge, token_budget=token_budget)
+    if inputs.dev is None:
+        return None
+    dev, budget = reader.read("dev", inputs.dev, "prompts"), config.train.token_budget
+    panel = Panel.open(proxy=proxy, heldout=inputs.heldout_reward, judge=inputs.judge, token_budget=budget)
     sampling = sampling.model_copy(update={"samples": 1, "temperature": 1.0})
-    reference = open_frozen(start)
+    reference = open_frozen(inputs.policy)
     try:
-        fits = fitting(dev, [reference.chat], max_tokens, sampling.max_new_tokens)
+        fits = fitting(dev, [reference.chat], config.max_tokens, sampling.max_new_tokens)
     except UserError as problem:
         raise UserError(f"dev: {problem}") from problem
     if len(fits) < len(dev):
-        say(f"dev: {len(dev) - len(fits)} of {len(dev)} prompts are too long and left out")
+        workspace.say(f"dev: {len(dev) - len(fits)} of {len(dev)} prompts are too long and left out")
+    key = NoiseKey(workspace.seed, "dev")
     made = Watch(
-        policy, fits, panel, reference, sampling, NoiseKey(seed, "dev"), max_tokens, token_budget, kl_budget, say
+        policy, fits, panel, reference, sampling, key, config.max_tokens, budget, config.kl_budget, workspace.say
     )
     for network in made.networks:
         network.to(device)

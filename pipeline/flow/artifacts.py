@@ -6,7 +6,7 @@
     from_entry(entry) -> Artifact                    what a worker receives, sizes checked
     artifact.entry() -> dict                         the same, JSON
     tokenizer_facts(directory) -> dict               tokenizer and template digests of a model directory
-    canonical(value) -> bytes, sha256_bytes, sha256_file, safe_member(root, name)
+    canonical(value) -> bytes, sha256_bytes, sha256_file, sync(path), safe_member(root, name)
     read_object(path) -> dict                        the JSON object in a regular file, size and nesting bounded
 
 An artifact is files in one directory (a slot of a sealed row), or files of a user, read where they lie. Its
@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
-from .errors import Damaged, UserError
+from .errors import Damaged, UserError, anew
 
 SCHEMA = 1
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".jsonl.gz", ".json.gz")
@@ -169,6 +169,15 @@ def sha256_bytes(data: bytes) -> str:
 def sha256_file(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """What was written to a file, or the names in a directory, is on the disk afterwards."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def artifact_digest(kind: str, files: Mapping[str, str]) -> str:
@@ -319,6 +328,7 @@ def check_sizes(artifact: Artifact) -> None:
             continue
         if "source" in artifact.meta:
             raise UserError(CHANGED.format(path))
+        mend = f"(artifact {artifact.digest}); {anew(artifact.path.parent)}"
         if size is None:
-            raise Damaged(f"{path}: missing, though its manifest lists it (artifact {artifact.digest})")
-        raise Damaged(f"{path}: has {size} bytes, its manifest says {expected} (artifact {artifact.digest})")
+            raise Damaged(f"{path}: missing, though its manifest lists it {mend}")
+        raise Damaged(f"{path}: has {size} bytes, its manifest says {expected} {mend}")

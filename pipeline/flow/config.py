@@ -6,9 +6,10 @@
     module_names(description)             a field that lists Python modules whose source decides the result
     parse_settings(cls, values, label, where) -> Settings      UserError: key, place, nearest valid key
     load_document(path) -> Document       `extends` merged, `path:` keys made absolute, duplicate keys refused
-    load_plan_file(path, sets=()) -> dict                      the merged mapping, `--set` applied literally
+    with_sets(document, sets) -> Document                      `--set` applied literally
     parse_set(text) -> (keys, value)      "dpo.beta=0.2" -> (("dpo", "beta"), 0.2)
     assign(document, keys, value, label), merge(below, above)
+    refused(key, words)                   what a validator of several settings raises about one of them
     nearest(key, valid) -> str            "; did you mean 'beta'?" or the list of what is valid
 
 The YAML is a subset without surprises: true and false are the only booleans, 1e-4 is a number, dates text;
@@ -33,7 +34,7 @@ from .errors import UserError
 
 Keys = tuple[str, ...]
 S = TypeVar("S", bound="Settings")
-UNKNOWN = "unknown_key"
+UNKNOWN, REFUSED = "unknown_key", "refused"  # types of our own errors, whose context holds the keys they are about
 NO_NUMBER = object()
 MOST_BYTES = 2**20  # of a plan file; the YAML reader takes ten seconds for that
 MOST_LEVELS = 64  # of nesting in a plan
@@ -178,13 +179,21 @@ def _identity(value: Any, dumped: Any) -> Any:
     return dumped
 
 
+def refused(key: str, words: str) -> PydanticCustomError:
+    """What a validator of a whole group raises: the message is about this key of it."""
+    return PydanticCustomError(REFUSED, "{words}", {"words": words, "keys": [key]})
+
+
 def nearest(key: str, valid: Iterable[str]) -> str:
     """The end of an error message: the valid name most like `key`, else all of them."""
     names = sorted(valid)
-    close = difflib.get_close_matches(key, names, 1, 0.6)
-    if close:
-        return f"; did you mean {close[0]!r}?"
-    return f"; valid: {', '.join(names)}" if names else ""
+    return closest(key, names) or (f"; valid: {', '.join(names)}" if names else "")
+
+
+def closest(key: str, valid: Iterable[str]) -> str:
+    """The same, or nothing where none is like `key`."""
+    close = difflib.get_close_matches(key, list(valid), 1, 0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 # --------------------------------------------------------------------------------------- validated settings
@@ -221,13 +230,30 @@ def _problem(detail: ErrorDetails, values: Any, label: str, where: Places | None
             values = values[part]  # type: ignore[index]
         elif detail["type"] == "missing" and part == detail["loc"][-1]:
             keys.append(str(part))
+    if detail["type"] == REFUSED:
+        keys.append(detail["ctx"]["keys"][0])
+    if detail["type"] == "union_tag_invalid" and isinstance(values, Mapping):
+        keys.append(tag := detail["ctx"]["discriminator"].strip("'"))
+        values = values.get(tag)
     at = list(keys)
     if detail["type"] == UNKNOWN:
         at.append(detail["ctx"]["keys"][0])
     place = where.of(label, at) if where else ""
-    given = "" if detail["type"] in (UNKNOWN, "missing") or isinstance(values, Mapping) else f" (given: {values!r})"
+    return f"{place}{'.'.join([label, *keys])}: {_words_of(detail, values)}"
+
+
+def _words_of(detail: ErrorDetails, given: Any) -> str:
+    """What is wrong with the value given, in our words where pydantic's are of its own making."""
+    context = detail.get("ctx", {})
+    if expected := context.get("expected_tags") or (detail["type"] == "literal_error" and context["expected"]):
+        close = closest(str(given), re.findall("'([^']+)'", expected))
+        return f"expected {expected}, found {given!r}{close}"
+    if detail["type"] == "missing":
+        return "is missing"
+    if detail["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        return f"expected a mapping of settings, found {given!r}"
     message = detail["msg"].removeprefix("Value error, ")
-    return f"{place}{'.'.join([label, *keys])}: {message}{given}"
+    return message if detail["type"] == UNKNOWN or isinstance(given, Mapping) else f"{message} (given: {given!r})"
 
 
 @dataclass
@@ -355,6 +381,10 @@ class Document:
     places: Places
     files: tuple[Path, ...]  # every file read, the plan itself last
 
+    @property
+    def path(self) -> Path:
+        return self.files[-1]
+
 
 def load_document(path: Path) -> Document:
     """Read `path` and all it extends; relative `path:` and `extends` values start at the file naming them."""
@@ -405,13 +435,14 @@ def _text(path: Path) -> str:
         raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from error
 
 
-def load_plan_file(path: Path, sets: Iterable[str] = ()) -> dict[str, Any]:
-    """The merged mapping of a plan file, each `--set` assigned under its literal keys."""
-    values = load_document(path).values
+def with_sets(document: Document, sets: Iterable[str]) -> Document:
+    """The document with each `--set` assigned under its literal keys."""
+    values, lines = dict(document.values), dict(document.places.lines)
     for text in sets:
         keys, value = parse_set(text)
         assign(values, keys, absolute_path_value(keys[-1], value, Path.cwd()), f"--set {text}")
-    return values
+        lines[keys] = f"--set {text}"
+    return Document(values, Places(lines, document.places.also), document.files)
 
 
 def merge(below: Any, above: Any) -> Any:

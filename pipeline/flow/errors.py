@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 import shutil
 from pathlib import Path
 
@@ -37,6 +38,11 @@ class Locked(UserError):
     exit_code = 5
 
 
+def anew(directory: Path) -> str:
+    """What mends damaged files of a row; those that are sealed are read-only, so that plain rm would ask."""
+    return f"rm -rf {shlex.quote(str(directory))} and run the same command again to compute it anew"
+
+
 def no_room(error: BaseException, directory: Path) -> str | None:
     """What to say of an error that means a full disk or quota; None of any other. `directory`: where, if it names none.
 
@@ -53,3 +59,9 @@ def no_room(error: BaseException, directory: Path) -> str | None:
         f"{path.absolute()}: no space left on the disk, {free} MB are free: make room and run the same command again; "
         "what is sealed and the last checkpoint are as they were"
     )
+
+
+def no_memory(error: BaseException) -> bool:
+    """Whether an error means that there was not enough memory; PyTorch's on a CPU is a RuntimeError."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or "can't allocate memory" in str(error)

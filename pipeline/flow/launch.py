@@ -23,10 +23,12 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from pipeline.flow.artifacts import sha256_file
-from pipeline.flow.config import Places, Settings, parse_settings
+from pipeline.flow.config import Places, Settings, parse_settings, refused
 from pipeline.flow.forkserver import GRACE_SECONDS, PRELOAD, ForkServer, Lines, ServerGone
 from pipeline.flow.nodes import NOT_SHARED, Link, LinkGone, Say, gather, log_of, node_of
 
+MOST_A_NODE, MOST_THREADS, MOST_NODES = 256, 1024, 1024  # beyond, a slip of the keyboard
+DEEPSPEED = ("zero_stage", "offload", "deepspeed")  # what that strategy alone reads
 CPU_TOPOLOGY = Path("/sys/devices/system/cpu")
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # cgroup v2, as containers see their own
 
@@ -34,13 +36,18 @@ CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # cgroup v2, as containers see their
 class LaunchSettings(Settings):
     """The `launch:` part of a plan. Nothing here is part of a row's identity; it is recorded."""
 
-    processes: int = Field(default=1, ge=1, description="worker processes (ranks) a row, over all nodes")
+    processes: int = Field(
+        default=1, ge=1, description=f"worker processes (ranks) a row, over all nodes; at most {MOST_A_NODE} on each"
+    )
     strategy: Literal["single", "ddp", "deepspeed", "fsdp"] = Field(
         default="single", description="how several processes share the work; `single` for one process"
     )
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: CUDA where there is one")
     threads: int | None = Field(
-        default=None, ge=1, description="CPU threads a process; default: physical cores at hand / processes"
+        default=None,
+        ge=1,
+        le=MOST_THREADS,
+        description="CPU threads a process; default: physical cores at hand / processes",
     )
     zero_stage: Literal[1, 2, 3] = Field(default=2, description="ZeRO stage of the deepspeed strategy")
     offload: Literal["none", "optimizer", "all"] = Field(
@@ -56,7 +63,9 @@ class LaunchSettings(Settings):
         "cut over the ranks, or in CPU memory",
     )
     preload: bool = Field(default=True, description="import torch and transformers once for all rows of a run")
-    nodes: int = Field(default=1, ge=1, description="machines that share the processes; the same command on each")
+    nodes: int = Field(
+        default=1, ge=1, le=MOST_NODES, description="machines that share the processes; the same command on each"
+    )
     node_rank: int | None = Field(
         default=None, ge=0, description="which of them this is; 0 leads. null: NODE_RANK or SLURM_NODEID says"
     )
@@ -68,22 +77,32 @@ class LaunchSettings(Settings):
     @model_validator(mode="after")
     def _nodes_fit(self) -> LaunchSettings:
         if self.nodes > 1 and self.processes % self.nodes:
-            raise ValueError(f"launch.processes is {self.processes}, which {self.nodes} nodes cannot share equally")
-        if self.nodes > 1 and self.main_address is None:
-            raise ValueError(f"launch.nodes is {self.nodes}: set launch.main_address to a name or address of node 0")
-        if self.node_rank is not None and self.node_rank >= self.nodes:
-            raise ValueError(
-                f"launch.node_rank is {self.node_rank}, but launch.nodes is {self.nodes}: nodes count from 0"
+            raise refused(
+                "nodes", f"{self.nodes} cannot share launch.processes equally: {self.processes}, over all nodes"
             )
+        if self.processes > MOST_A_NODE * self.nodes:
+            raise refused("processes", f"{self.processes}, but there are at most {MOST_A_NODE} on a node")
+        if self.nodes > 1 and self.main_address is None:
+            raise refused("nodes", f"{self.nodes} nodes: set launch.main_address to a name or address of node 0")
+        if self.node_rank is not None and self.node_rank >= self.nodes:
+            raise refused("node_rank", f"{self.node_rank}, but launch.nodes is {self.nodes}: nodes count from 0")
         return self
 
     @model_validator(mode="after")
     def _one_or_several(self) -> LaunchSettings:
         if self.strategy == "single" and self.processes > 1:
-            raise ValueError(
-                f"launch.processes is {self.processes}, but launch.strategy is single: "
-                "set launch.strategy to ddp, deepspeed or fsdp"
+            raise refused(
+                "processes",
+                f"{self.processes}, but launch.strategy is single: set launch.strategy to ddp, deepspeed or fsdp",
             )
+        for name in DEEPSPEED:
+            default = LaunchSettings.model_fields[name].get_default(call_default_factory=True)
+            if self.strategy != "deepspeed" and getattr(self, name) != default:
+                raise refused(
+                    name,
+                    f"only strategy deepspeed reads it, and launch.strategy is {self.strategy}: leave it at {default}, "
+                    "or set launch.strategy=deepspeed",
+                )
         return self
 
     def thread_count(self) -> int:
@@ -121,6 +140,25 @@ def _cgroup_quota(path: Path) -> int | None:
 def processes_of(stage: type, launch: LaunchSettings) -> int:
     """How many processes a row of this stage gets: one where the stage says `one_process = True`."""
     return 1 if getattr(stage, "one_process", False) else launch.processes
+
+
+def sharing(world: int, strategy: str) -> str:
+    """
+    >>> sharing(1, "single"), sharing(2, "ddp")
+    ('1 process', '2 processes (ddp)')
+    """
+    return f"{world} process{'es' if world > 1 else ''}" + (f" ({strategy})" if strategy != "single" else "")
+
+
+def sharing_of(stage: type, launch: LaunchSettings) -> str:
+    """How a row of this stage is shared among processes."""
+    processes = processes_of(stage, launch)
+    return sharing(processes, "single" if getattr(stage, "one_process", False) else launch.strategy)
+
+
+def sharing_then(environment: Mapping[str, Any]) -> str:
+    """The same of a row that was sealed."""
+    return sharing(environment["world"], environment["launch"].get("strategy", "single"))
 
 
 def free_port() -> int:

@@ -6,7 +6,8 @@
 They talk over TCP (`main_port`), in JSON lines; torch.distributed meets on the port above it:
 
     follower -> node 0   {"hello": {"node": 1, "nodes": 2, ...}}          what must agree, `introduction`
-    node 0 -> follower   {"refused": why} | {"row": {"request", "digest", "log"}} | {"signal": 9} | {"end": code}
+    node 0 -> follower   {"welcome": 1} | {"refused": why}, at once
+                         {"row": {"request", "digest", "log"}} | {"signal": 9} | {"end": code}
     follower -> node 0   {"exited": [...], "errors": [...]}               once its ranks of the row have ended
 
 Store and run directory lie on a file system that all nodes share, at the same path. A node that goes away ends the row
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 
 WAIT_SECONDS = 600.0  # for the other nodes, at the start of a run
 HELLO_SECONDS = 10.0  # for a caller to say who it is
+ANSWER_SECONDS = 60.0  # for node 0 to answer: it hears callers one after the other
+DISMISS_SECONDS = 30.0  # for callers to hear that the run does not start
 LINE_BYTES = 1 << 20
 RANK_VARIABLES = ("NODE_RANK", "SLURM_NODEID")
 NOT_SHARED = "{}: is {} on node {}: store and run directory must lie on a file system that all nodes share"
@@ -156,8 +159,7 @@ def gather(launch: LaunchSettings, say: Say, plan: str = "", seconds: float = WA
     ours, links = introduction(launch, plan), {}  # type: dict[str, Any], dict[int, Link]
     address = (launch.main_address or "", launch.main_port)
     try:
-        family = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0][0]
-        listener = socket.create_server(address, family=family)
+        listener = _listener(address)
     except OSError as error:
         raise UserError(
             f"launch.main_address: node 0 cannot listen on {address[0]} port {address[1]} ({error}); give an address "
@@ -184,6 +186,26 @@ def gather(launch: LaunchSettings, say: Say, plan: str = "", seconds: float = WA
             if (caller := _welcome(connection, str(peer[0]), ours, missing, say)) is not None:
                 links[caller.node] = caller
     return [links[node] for node in sorted(links)]
+
+
+def dismiss(launch: LaunchSettings, say: Say, code: int, seconds: float = DISMISS_SECONDS) -> None:
+    """On node 0, where the run ends before the others were gathered: those that call in this time end with it."""
+    missing, deadline = set(range(1, launch.nodes)), time.monotonic() + seconds
+    say(f"the run does not start; {_named(missing)} of {launch.nodes} hear of it within {seconds:.0f} s")
+    with contextlib.suppress(OSError), _listener((launch.main_address or "", launch.main_port)) as listener:
+        while missing:
+            listener.settimeout(max(0.01, deadline - time.monotonic()))
+            connection, peer = listener.accept()
+            link = Link(connection, -1, str(peer[0]))
+            if (hello := _hello(link)) is not None:
+                link.send({"end": code})
+                missing -= {node for node in missing if node == hello.get("node")}
+            link.close()
+
+
+def _listener(address: tuple[str, int]) -> socket.socket:
+    family = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0][0]
+    return socket.create_server(address, family=family)
 
 
 @contextlib.contextmanager
@@ -219,21 +241,28 @@ def _welcome(connection: socket.socket, host: str, ours: Mapping[str, Any], miss
         return None
     connection.settimeout(None)
     link.node = node
+    link.send({"welcome": 1})
     return link
 
 
 def _hello(link: Link) -> dict[str, Any] | None:
-    """Who a caller says to be; None where it is no node, or says nothing in time. It may come in several pieces."""
-    deadline = time.monotonic() + HELLO_SECONDS
+    """Who a caller says to be; None where it is no node, or says nothing in time."""
+    messages = _first(link, HELLO_SECONDS)
+    hello = messages[0].get("hello") if messages else None
+    return hello if isinstance(hello, dict) else None
+
+
+def _first(link: Link, seconds: float) -> list[dict[str, Any]]:
+    """What the other end says first, maybe in several pieces; nothing where it says nothing in time, or no messages."""
+    deadline = time.monotonic() + seconds
     messages: list[dict[str, Any]] = []
     try:
         while not messages:
             link.socket.settimeout(max(0.01, deadline - time.monotonic()))
             messages = link.receive()
     except LinkGone:
-        return None
-    hello = messages[0].get("hello")
-    return hello if isinstance(hello, dict) else None
+        return []
+    return messages
 
 
 def _refused(node: Any, hello: Mapping[str, Any], ours: Mapping[str, Any], missing: set[int]) -> str | None:
@@ -258,7 +287,7 @@ def _named(nodes: set[int]) -> str:
 
 
 def call(launch: LaunchSettings, node: int, say: Say, plan: str = "", seconds: float = WAIT_SECONDS) -> Link:
-    """A link to node 0, which is called until it answers. RowFailed where it does not in time."""
+    """A link to node 0, which is called until it answers. RowFailed where it does not, or where something else does."""
     address = (launch.main_address or "", launch.main_port)
     deadline = time.monotonic() + seconds
     said = False
@@ -278,9 +307,16 @@ def call(launch: LaunchSettings, node: int, say: Say, plan: str = "", seconds: f
             say(f"node {node} of {launch.nodes}: calling node 0 at {address[0]}:{address[1]}")
             said = True
         time.sleep(0.2)
-    connection.settimeout(None)
     link = Link(connection, 0, address[0])
     link.send({"hello": {"node": node} | introduction(launch, plan)})
+    link.unread = _first(link, ANSWER_SECONDS)
+    if not link.unread or not link.unread[0].keys() & {"welcome", "refused", "end"}:
+        link.close()
+        raise RowFailed(
+            f"launch.main_port: something answers at {address[0]}:{address[1]}, but it is not node 0 of a run: set "
+            "another launch.main_port, the same on every node"
+        )
+    connection.settimeout(None)
     return link
 
 

@@ -1,6 +1,6 @@
 """A plan: rows read from top to bottom, their wiring checked, their fingerprints, and why a row is stale.
 
-    load_plan(path, sets, stages) -> Plan          everything is checked that needs no file of the user
+    load_plan(plan, sets, stages) -> Plan          everything is checked that needs no file of the user
     Plan    .path .name .seed .launch .skip_bad .rows .sources .document .row(name)
     Row     .name .stage .target .cls .config .inputs .seed .code
     Ref     .text .row .slot, or .text .source for a file source
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .artifacts import SCHEMA, Artifact, canonical, sha256_bytes
-from .config import Settings, nearest
+from .config import Document, Settings, load_document, nearest
 from .errors import UserError
 from .stage import Request, Stage
 from .store import Store
@@ -116,15 +116,15 @@ class RowState:
     waits_for: str | None = None
 
 
-def load_plan(path: Path | str, sets: Sequence[str], stages: Mapping[str, str]) -> Plan:
-    """Read, merge and check a plan. `stages` maps stage names to "module:Class".
+def load_plan(plan: Path | str | Document, sets: Sequence[str], stages: Mapping[str, str]) -> Plan:
+    """Read, merge and check a plan, or check one that was read. `stages` maps stage names to "module:Class".
 
     Raises UserError for the first thing that cannot be right: with file and line, what was expected and what
     mends it.
     """
     from .wiring import load
 
-    return load(Path(path), sets, stages)
+    return load(plan if isinstance(plan, Document) else load_document(Path(plan)), sets, stages)
 
 
 # ------------------------------------------------------------------------------------- fingerprints, survey
@@ -167,7 +167,7 @@ def state_of(
     fingerprint = fingerprint_of(identity)
     if store.is_sealed(fingerprint):
         store.check(fingerprint)
-        return RowState(row.name, "fresh", fingerprint, "sealed")
+        return RowState(row.name, "fresh", fingerprint, _sealed(plan, row, store.manifest(fingerprint)))
     if "skip_bad" in identity:  # a row that was sealed without it had no bad row to skip
         strict = fingerprint_of({key: value for key, value in identity.items() if key != "skip_bad"})
         if store.is_sealed(strict):
@@ -180,8 +180,16 @@ def state_of(
                 store.check(fp)
                 words = "; ".join(differences(manifest["identity"], identity))
                 return RowState(row.name, "fresh", fp, f"{words}: accepted as unchanged")
-    why = _why([m["identity"] for m in earlier.values() if m["row"] == row.name], identity)
+    why = store.left(fingerprint) or _why([m["identity"] for m in earlier.values() if m["row"] == row.name], identity)
     return RowState(row.name, "stale", fingerprint, why)
+
+
+def _sealed(plan: Plan, row: Row, manifest: Mapping[str, Any]) -> str:
+    """Launch settings are no part of identity: said where the row was shared otherwise than the plan says now."""
+    from .launch import launch_settings, sharing_of, sharing_then
+
+    before, now = sharing_then(manifest["environment"]), sharing_of(row.cls, launch_settings(plan.launch))
+    return "sealed" if before == now else f"sealed with {before}, reused: launch settings are no part of its identity"
 
 
 def request(plan: Plan, row: Row, store: Store, known: Mapping[str, str] | None = None) -> Request:

@@ -64,7 +64,7 @@ class RowResult:
 
     row: str
     stage: str
-    status: str  # executed | reused | failed
+    status: str  # executed | reused | failed | interrupted
     seconds: float = 0.0
     fingerprint: str = ""
     artifacts: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -167,6 +167,7 @@ class Runner:
         self._interrupted: int | None = None
         self._row = self.run_dir.name  # the row at work, for what is said
         self.started = False  # the run directory is ours and the plan is loaded
+        self.gathered = False  # the other nodes of several are there, or node 0 has told those that were
         self._began = time.time()
 
     # ------------------------------------------------------------------------------------------- two commands
@@ -287,7 +288,7 @@ class Runner:
                 except UserError as error:
                     told.append(str(error))
         if told:
-            raise UserError("\n".join(told))
+            raise UserError("\n".join(dict.fromkeys(told)))
 
     def _left_behind(self, row: str, previous: str | None, fingerprint: str) -> None:
         """Say where unfinished work lies that this row would not replace, since its settings or inputs changed."""
@@ -299,14 +300,14 @@ class Runner:
     # ----------------------------------------------------------------------------------------------- one row
 
     def _reuse(self, plan: Plan, row: Row, fingerprint: str) -> None:
-        from pipeline.flow.launch import launch_settings, processes_of
+        from pipeline.flow.launch import launch_settings, sharing_of
 
         result = self._result(row, fingerprint, "reused", 0.0)
         self._copy_metrics(row.name, fingerprint)
         self.result.rows.append(result)
         self.listener.row_reused(result)
-        processes = processes_of(row.cls, launch_settings(plan.launch))
-        for difference in environment_differences(self.store.manifest(fingerprint), processes):
+        shared = sharing_of(row.cls, launch_settings(plan.launch))
+        for difference in environment_differences(self.store.manifest(fingerprint), shared):
             self.listener.said(row.name, f"was computed with {difference}")
 
     def _execute(self, plan: Plan, row: Row, state: RowState, sealed: Mapping[str, str]) -> None:
@@ -329,7 +330,8 @@ class Runner:
                 manifest = self._work(row, asked)
                 self.store.seal(fingerprint, manifest)
             except Exception as error:
-                failed = RowResult(row.name, row.stage, "failed", time.monotonic() - began, fingerprint)
+                status = "interrupted" if isinstance(error, Interrupted) else "failed"
+                failed = RowResult(row.name, row.stage, status, time.monotonic() - began, fingerprint)
                 self.result.rows.append(failed)
                 self.listener.row_failed(failed, str(error))
                 raise
@@ -366,6 +368,7 @@ class Runner:
 
     def _gather(self, plan: Plan) -> None:
         """Of several nodes, whether all are there is known before anything is computed."""
+        self.gathered = True
         if plan.launch.get("nodes", 1) > 1:
             say = lambda text: self.listener.said(self.run_dir.name, text)
             self._open_workers(plan.launch).gather(say, digest_of(plan.document, self.run_dir.name))
@@ -549,15 +552,16 @@ def _compare(sealed: Mapping[str, Any], again: Mapping[str, Any]) -> dict[str, d
     return slots
 
 
-def environment_differences(manifest: Mapping[str, Any], processes: int) -> list[str]:
-    """What is another now than when the row was computed, versions and world size: said, never identity."""
+def environment_differences(manifest: Mapping[str, Any], shared: str) -> list[str]:
+    """What is another now than when the row was computed, versions and processes: said, never identity."""
     from importlib.metadata import PackageNotFoundError, version
 
+    from pipeline.flow.launch import sharing_then
     from pipeline.flow.stage import has_kernel
 
     environment = manifest["environment"]
-    world = environment["world"]
-    differences = [] if world == processes else [f"{world} processes, here it is {processes}"]
+    before = sharing_then(environment)
+    differences = [] if before == shared else [f"{before}, here it is {shared}"]
     for package, then in environment["packages"].items():
         with contextlib.suppress(PackageNotFoundError):
             now = version(package)

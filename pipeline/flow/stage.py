@@ -39,7 +39,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
 
-from .artifacts import SCHEMA, Artifact, describe, from_entry
+from .artifacts import SCHEMA, Artifact, describe, from_entry, sync
 from .config import Settings, parse_settings
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "accelerate", "peft", "trl", "deepspeed")
@@ -251,9 +251,8 @@ class Workspace:
         path = self.partial / "metrics.jsonl"
         if not path.exists():
             return 0
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())  # a checkpoint must not outlive the lines that it counts
-            return file.seek(0, os.SEEK_END)
+        sync(path)  # a checkpoint must not outlive the lines that it counts
+        return path.stat().st_size
 
     def rewind_metrics(self, size: int = 0) -> None:
         """Cut off what was logged after a checkpoint, so that no line appears twice."""

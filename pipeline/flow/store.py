@@ -4,6 +4,7 @@ Store(root)
   .row_dir(fp) .partial_dir(fp) .is_sealed(fp)
   .prepare(request) -> Path                       partial directory with request.json and an empty out/, no more
   .seal(fp, manifest) -> Path                     partial/<fp>/out -> rows/<fp>, manifest last
+  .left(fp) -> str | None                         what an interrupted try left, in words
   .manifest(fp) -> dict                           Damaged where it is not what was sealed
   .open_output(fp, slot) -> Artifact              sizes verified on every open, hashes once (remembered)
   .check(fp, full=False)                          every file of a row; full ignores what is remembered
@@ -51,9 +52,10 @@ from .artifacts import (
     safe_member,
     sha256_bytes,
     sha256_file,
+    sync,
     within_levels,
 )
-from .errors import Damaged, UserError
+from .errors import Damaged, UserError, anew
 from .locks import Lock, hold, is_held
 from .locks import run_lock as run_lock
 from .stage import Request
@@ -119,17 +121,32 @@ class Store:
                 shutil.copyfile(partial / name, out / name)
         self._compare(out, manifest["outputs"], hashes=False)
         for path in sorted(out.rglob("*"), reverse=True):
-            _sync(path)
+            if not path.is_symlink():
+                sync(path)
             if path.is_file():
                 path.chmod(0o444)
         _write_json(out / "manifest.json", {**manifest, "seal": _seal_of(manifest)})
         (out / "manifest.json").chmod(0o444)
-        _sync(out)
+        sync(out)
         target.parent.mkdir(parents=True, exist_ok=True)
         out.rename(target)
-        _sync(target.parent)
+        sync(target.parent)
         shutil.rmtree(partial)
         return target
+
+    def left(self, fp: str) -> str | None:
+        """What a try before this one left of a row that is not sealed, in words; None where it begins anew."""
+        if is_held(self.root / "locks" / f"{fp}.lock"):
+            return "another process works on it"
+        checkpoints = self.partial_dir(fp) / CHECKPOINTS
+        steps = [
+            int(name) for path in checkpoints.glob("step-*") if (name := path.name.removeprefix("step-")).isdecimal()
+        ]
+        if steps:
+            return f"stopped after step {max(steps)}, its last checkpoint, and goes on from there"
+        if any(checkpoints.glob("*/*.jsonl")):
+            return "stopped while it drew answers, and goes on with those that it has"
+        return None
 
     # ---------------------------------------------------------------------------------------------- reading
 
@@ -195,15 +212,14 @@ class Store:
         for slot, output in outputs.items():
             listed = output["files"]
             if artifact_digest(output["kind"], {n: f["sha256"] for n, f in listed.items()}) != output["digest"]:
-                raise Damaged(f"{root}: the digest of {slot!r} does not follow from its list of files")
+                raise Damaged(f"{root}: the digest of {slot!r} does not follow from its list of files; {anew(root)}")
             for name, facts in listed.items():
-                self._compare_file(safe_member(safe_member(root, slot), name), facts, full, hashes)
+                self._compare_file(safe_member(safe_member(root, slot), name), facts, full, hashes, anew(root))
             for name in members(root / slot):
                 if name not in listed:
                     raise Damaged(f"{root / slot / name}: is not in the manifest of its row; take it out")
 
-    def _compare_file(self, path: Path, facts: Mapping[str, Any], full: bool, hashes: bool) -> None:
-        mend = "delete the directory of this row and run again to compute it anew"
+    def _compare_file(self, path: Path, facts: Mapping[str, Any], full: bool, hashes: bool, mend: str) -> None:
         if not path.is_file():
             raise Damaged(f"{path}: missing, though its manifest lists it; {mend}")
         if (size := path.stat().st_size) != facts["bytes"]:
@@ -398,7 +414,7 @@ class Store:
             entries = _flat(request["inputs"].values())
             return [digest for entry in entries for digest in (entry["digest"], *entry["bases"])]
         except (AttributeError, KeyError, TypeError) as error:
-            raise Damaged(f"{path}: is no request of a row ({error!r}); remove its directory") from error
+            raise Damaged(f"{path}: is no request of a row ({error!r}); {anew(path.parent)}") from error
 
     def _remove(self, path: Path) -> None:
         trash = path if path.name.startswith(".trash-") else path.with_name(f".trash-{path.name}")
@@ -473,21 +489,21 @@ def _seal_of(manifest: Mapping[str, Any]) -> str:
 
 def _read_sealed(path: Path) -> dict[str, Any]:
     if not path.parent.is_dir():
-        raise UserError(f"{path.parent}: there is no such row")
+        raise UserError(f"{path.parent}: there is no such row; it may be in another store")
     try:
         text = read_text(path, Damaged)
         manifest = json.loads(text)
         found, expected = _seal_of(manifest), manifest["seal"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, Damaged) as error:
-        raise Damaged(f"{path}: cannot be read as a manifest ({error}); remove the row and run again") from error
+        raise Damaged(f"{path}: cannot be read as a manifest ({error}); {anew(path.parent)}") from error
     if found != expected:
-        raise Damaged(f"{path}: was changed: its seal is {found}, it says {expected}; remove the row and run again")
+        raise Damaged(f"{path}: was changed: its seal is {found}, it says {expected}; {anew(path.parent)}")
     if not within_levels(manifest) or text != _rendered(manifest):  # also what means the same
-        raise Damaged(f"{path}: was changed: it is not written as it was sealed; remove the row and run again")
+        raise Damaged(f"{path}: was changed: it is not written as it was sealed; {anew(path.parent)}")
     if isinstance(schema := manifest.get("schema"), int) and schema > SCHEMA:
         raise UserError(f"{path}: written by a newer version (schema {schema}); update this one")
     if not isinstance(schema, int) or not _is_manifest(manifest):
-        raise Damaged(f"{path}: is no manifest of a row; remove the row and run again")
+        raise Damaged(f"{path}: is no manifest of a row; {anew(path.parent)}")
     return dict(manifest)
 
 
@@ -553,18 +569,8 @@ def _write_json(path: Path, value: Any) -> None:
     """Whole or not at all: written beside, synced, renamed."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     beside.write_text(_rendered(value), encoding="utf-8")
-    _sync(beside)
+    sync(beside)
     beside.replace(path)
-
-
-def _sync(path: Path) -> None:
-    if path.is_symlink():
-        return
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _flat(values: Iterable[Any]) -> list[Any]:

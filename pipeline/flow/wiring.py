@@ -1,6 +1,6 @@
 """Reading a plan: settings merged and checked, references resolved, kinds compared, before anything runs.
 
-    load(path, sets, stages) -> Plan       behind `plan.load_plan`
+    load(document, sets, stages) -> Plan       behind `plan.load_plan`
     code_of(stage class, its settings) -> {file: sha256}
 
 Every refusal names file and line, what was expected, what stands above, and what mends it.
@@ -20,13 +20,14 @@ from pydantic import field_validator
 from . import secrets
 from .artifacts import KINDS, Artifact, sha256_file
 from .config import (
+    Document,
     Keys,
     Places,
     Settings,
     absolute_path_value,
     absolute_paths,
     assign,
-    load_document,
+    closest,
     merge,
     nearest,
     parse_set,
@@ -59,9 +60,8 @@ SOURCE_KINDS = (
 SEEDS = 2**63  # signed 64-bit numbers, without the negative ones that numpy refuses
 
 
-def load(path: Path, sets: Sequence[str], stages: Mapping[str, str]) -> Plan:
-    document = load_document(path)
-    return _Loading(path, document.values, document.places, dict(stages)).plan(sets)
+def load(document: Document, sets: Sequence[str], stages: Mapping[str, str]) -> Plan:
+    return _Loading(document.path, dict(document.values), document.places, dict(stages)).plan(sets)
 
 
 class _SourceSettings(Settings):
@@ -197,18 +197,20 @@ class _Loading:
 
     def _targets(self, text: str, keys: Keys, names: list[str]) -> list[Keys]:
         """Where in the document a `--set` goes. A stage-wide one also overrides the rows in the file."""
-        first, worlds = keys[0], self._worlds()
-        if first in (*names, *worlds) and len(keys) == 1:
+        first, sources = keys[0], [name for name in self._mapping("sources") if name not in SETTABLE]
+        if first in (*names, *sources) and len(keys) == 1:
             raise UserError(f"--set {text}: {first!r} holds settings; name one of them: --set {first}.KEY=VALUE")
         if first in names:
             return [("settings", *keys)]
-        if first in worlds:
+        if first in sources:
             return [("sources", *keys)]
         if first == "name":
             raise UserError(f"--set {text}: a run is named by --name, or by `name:` in the plan file")
         if first not in SETTABLE:
-            valid = [*SETTABLE, *names, *worlds]
-            raise UserError(f"--set {text}: {first!r} is no row and no part of a plan{nearest(first, valid)}")
+            valid = [*SETTABLE, *names, *sources]
+            raise UserError(
+                f"--set {text}: {first!r} is no row, no source and no part of a plan{nearest(first, valid)}"
+            )
         rows = [name for name in names if first == "stages" and len(keys) > 2 and name.partition("@")[0] == keys[1]]
         rows = [name for name in rows if _holds(self._mapping("settings").get(name), keys[2:])]
         return [keys, *(("settings", name, *keys[2:]) for name in rows)]
@@ -365,8 +367,7 @@ class _Loading:
             below = above in names and not any(known.startswith(f"{above}.") for known in self.kinds)
             words = f"{above!r} does not stand above it" if below else f"nothing above is called {text!r}"
             words = f"{text} is left out by the settings of row {above}" if text in self.withheld else words
-            close = nearest(text, self.kinds) if not below and text not in self.withheld else ""
-            close = close if close.startswith("; did") else ""
+            close = closest(text, self.kinds) if not below and text not in self.withheld else ""
             raise self._fail(keys, f"{start}; {words}{close}; {self._candidates(slot)}")
         kinds = self.kinds[text]
         if not set(kinds) <= set(slot.kinds):

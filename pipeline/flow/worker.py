@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.flow import stopping
-from pipeline.flow.errors import RowFailed, UserError, no_room
+from pipeline.flow.errors import RowFailed, UserError, no_memory, no_room
 from pipeline.flow.secrets import redact
 
 RESULT = "result.json"  # the row's manifest, beside the request
@@ -70,7 +70,8 @@ def work(request_path: Path, *, rank: int, events: int) -> int:
             channel.error(full, code=RowFailed.exit_code, user=True)
             return RowFailed.exit_code
         last = "".join(traceback.format_exception_only(error)).strip().splitlines()
-        channel.error(last[0] if last else type(error).__name__, code=1, user=False)
+        hint = "; rlhf estimate PLAN says what a row needs and what makes it fit" if no_memory(error) else ""
+        channel.error((last[0] if last else type(error).__name__) + hint, code=1, user=False)
         return 1
     return 0
 

@@ -35,7 +35,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from pipeline.data.forest import Forest
-from pipeline.llama import kernel
+from pipeline.llama import kernel, virtual
 from pipeline.llama.options import MODEL_TYPE
 
 NAME = "forest"
@@ -502,8 +502,13 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 def use_forest(model: nn.Module) -> bool:
-    """Switch a transformers model (also inside a peft wrapper) to forest attention. False where it cannot be."""
-    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    """Switch a transformers model (also inside a peft wrapper) to forest attention. False where it cannot be, and under
+    virtual tokens, which are no part of the forest."""
+    inner: Any = model
+    if hasattr(model, "get_base_model"):
+        inner = model.get_base_model()  # type: ignore[operator]
+        if virtual.count(model):
+            return False
     config = inner.config
     alone = getattr(config, "rerope_window", None)  # two products of queries and keys, which no backend computes
     if config.model_type not in TRIED or alone or not getattr(inner, "_supports_attention_backend", False):

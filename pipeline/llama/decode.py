@@ -6,7 +6,7 @@ in batches, each computed once and copied into the rows of its K samples; then a
 together, one token a step. Who enters when, what stops and what is returned is the engine's business
 (`pipeline/rollout/native.py`).
 
-Two runners do the same thing:
+Three runners do the same thing:
 
     LayerRunner    runs the layers of a LLaMA (our core's or transformers') itself: queries, keys and values
                    in one product, grouped queries without repeated keys, the last layer of a prompt at its
@@ -14,6 +14,8 @@ Two runners do the same thing:
                    plain linear is called.
     ForwardRunner  calls the model's own forward with `SlotCache` as its cache: every model that keeps
                    transformers' Cache contract and accepts a 4-D mask.
+    VirtualRunner  the same where an adapter has virtual tokens: they take the first columns of every row,
+                   which whoever counts columns and positions from outside does not see.
 
 Shapes: R rows, C columns, N active rows, P prompts, T tokens of the longest prompt, K samples a prompt, H key
 heads, G query heads a key head, W width of a head, V vocabulary.
@@ -24,17 +26,17 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from pipeline.data.forest import roots
 from pipeline.flow.errors import UserError
-from pipeline.llama import kernel
+from pipeline.llama import kernel, virtual
 from pipeline.llama.arithmetic import fast_products
 from pipeline.llama.attention import filled
 from pipeline.llama.choosing import NEVER
@@ -111,7 +113,8 @@ class SlotLayer(CacheLayerMixin):
         if at.picked_N is not None:  # a token that is stored already
             return self.keys[at.picked_N, ..., seen].transpose(2, 3), self.values[at.picked_N, :, seen]
         n = key_states.shape[0]
-        self.append(at.row_R[:n], at.positions_N, key_states[:, :, 0], value_states[:, :, 0])
+        keys, values = key_states[:, :, 0].to(self.keys.dtype), value_states[:, :, 0].to(self.values.dtype)
+        self.append(at.row_R[:n], at.positions_N, keys, values)
         return self.keys[:n, ..., seen].transpose(2, 3), self.values[:n, :, seen]
 
     def get_seq_length(self) -> int:
@@ -127,11 +130,14 @@ class SlotLayer(CacheLayerMixin):
 
 
 class SlotCache(Cache):
-    """R rows of C columns for every layer. What the next forward does with it is set before the forward."""
+    """R rows of C columns for every layer. What the next forward does with it is set before the forward.
 
-    def __init__(self, layers: int, rows: int, columns: int, device: torch.device) -> None:
+    before    columns of virtual tokens, at the beginning of every row
+    """
+
+    def __init__(self, layers: int, rows: int, columns: int, device: torch.device, before: int = 0) -> None:
         super().__init__(layers=[SlotLayer(self) for _ in range(layers)])
-        self.rows, self.columns = rows, columns
+        self.rows, self.columns, self.before = rows, columns, before
         self.row_R = torch.arange(rows, device=device)
         self.slots_PK: Tensor | None = None
         self.picked_N: Tensor | None = None
@@ -149,7 +155,7 @@ class SlotCache(Cache):
 
     def move(self, source_M: Tensor, target_M: Tensor, columns: int) -> None:
         for layer in range(len(self.layers)):
-            self.slot(layer).move(source_M, target_M, columns)
+            self.slot(layer).move(source_M, target_M, self.before + columns)
 
 
 # --- runners ------------------------------------------------------------------------------------------------
@@ -193,8 +199,7 @@ class ForwardRunner:
         _refuse_windows(base.config, cache.columns)
 
     def _logits(self, ids: Tensor, positions: Tensor, mask: Tensor, **more: Tensor) -> Tensor:
-        cast = torch.autocast(ids.device.type, self.autocast) if self.autocast else nullcontext()
-        with cast:
+        with self._precision(ids.device):
             out = self.model(
                 input_ids=ids,
                 position_ids=positions,
@@ -206,6 +211,9 @@ class ForwardRunner:
             )
         return out.logits[:, -1].float()
 
+    def _precision(self, device: torch.device) -> AbstractContextManager[Any]:
+        return torch.autocast(device.type, self.autocast) if self.autocast else nullcontext()
+
     def prefill(self, ids_PT: Tensor, lengths_P: Tensor, slots_PK: Tensor) -> Tensor:
         at, (prompts, tokens) = self.cache, ids_PT.shape
         positions = torch.arange(tokens, device=ids_PT.device).expand(prompts, tokens)
@@ -216,11 +224,14 @@ class ForwardRunner:
             mask, more = causal(tokens, torch.empty(0, dtype=self.dtype, device=ids_PT.device)), {}
         at.slots_PK, at.seen = slots_PK, 0
         self._logits(ids_PT, positions, mask.expand(prompts, 1, tokens, tokens), **more)
-        # The forward gives the logits of one column for all rows. The last tokens stand in different columns,
-        # so they are fed once more against the rows just stored.
-        at.slots_PK, at.picked_N, at.seen = None, slots_PK[:, 0], tokens
-        ids = ids_PT.gather(1, last_P[:, None])
-        logits = self._logits(ids, last_P[:, None], visible(last_P, tokens, self.dtype))
+        return self._again(ids_PT.gather(1, last_P[:, None]), last_P, slots_PK, tokens)
+
+    def _again(self, ids_P1: Tensor, last_P: Tensor, slots_PK: Tensor, columns: int) -> Tensor:
+        """The forward gives the logits of one column for all rows. The last tokens of prompts stand in different
+        columns, so they are fed once more against the rows just stored."""
+        at = self.cache
+        at.slots_PK, at.picked_N, at.seen = None, slots_PK[:, 0], columns
+        logits = self._logits(ids_P1, last_P[:, None], visible(last_P, columns, self.dtype))
         at.picked_N = None
         return logits
 
@@ -229,6 +240,30 @@ class ForwardRunner:
         at.slots_PK, at.picked_N, at.positions_N, at.seen = None, None, positions_N, columns
         mask = visible(positions_N, columns, self.dtype)
         return self._logits(tokens_N[:, None], positions_N[:, None], mask)
+
+
+class VirtualRunner(ForwardRunner):
+    """A model under virtual tokens: its own forward without them, over rows that begin with them."""
+
+    def __init__(self, model: nn.Module, cache: SlotCache, linear_dtype: torch.dtype | None = None) -> None:
+        super().__init__(base_model(model), cache, linear_dtype)
+        self.adapted: Any = model
+
+    def prefill(self, ids_PT: Tensor, lengths_P: Tensor, slots_PK: Tensor) -> Tensor:
+        before, (prompts, tokens) = self.cache.before, ids_PT.shape
+        positions = torch.arange(tokens, device=ids_PT.device).expand(prompts, tokens)
+        inputs = virtual.with_tokens(self.adapted, ids_PT, torch.ones_like(ids_PT), positions)
+        base = self.adapted.get_base_model()
+        filled = inputs.pop("past_key_values", None) or DynamicCache(config=base.config)
+        with self._precision(ids_PT.device):
+            base.base_model(**inputs, past_key_values=filled, use_cache=True)
+        for number, layer in enumerate(filled.layers):
+            self.cache.slot(number).store(slots_PK, layer.keys, layer.values)
+        last_P = before + lengths_P - 1
+        return self._again(ids_PT.gather(1, lengths_P[:, None] - 1), last_P, slots_PK, before + tokens)
+
+    def step(self, tokens_N: Tensor, positions_N: Tensor, columns: int) -> Tensor:
+        return super().step(tokens_N, self.cache.before + positions_N, self.cache.before + columns)
 
 
 class LayerRunner:
@@ -507,12 +542,7 @@ def _is_plain(layer: nn.Module) -> bool:
 
 def base_model(model: nn.Module) -> Any:
     """The causal model inside an adapter wrapper, or the model itself."""
-    adapters = getattr(model, "peft_config", None)
-    if adapters is None or not hasattr(model, "get_base_model"):
-        return model
-    if any(getattr(a, "is_prompt_learning", False) for a in adapters.values()):
-        raise UserError("sampling: prompt-learning adapters (prefix, prompt, P-tuning) are not supported by decoding")
-    return model.get_base_model()  # type: ignore[operator]
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
 
 
 def runs_by_layer(model: nn.Module) -> bool:
@@ -530,14 +560,16 @@ def runs_by_layer(model: nn.Module) -> bool:
 
 
 def new_runner(model: nn.Module, cache: SlotCache, linear_dtype: torch.dtype | None = None) -> Runner:
-    chosen = LayerRunner if runs_by_layer(model) else ForwardRunner
+    chosen = VirtualRunner if cache.before else LayerRunner if runs_by_layer(model) else ForwardRunner
     return chosen(model, cache, linear_dtype)
 
 
 def new_cache(model: nn.Module, rows: int, columns: int) -> SlotCache:
+    """`columns` with those of virtual tokens."""
     base = base_model(model)
     config = base.config.get_text_config()
-    return SlotCache(config.num_hidden_layers, rows, columns, next(base.parameters()).device)
+    device = next(base.parameters()).device
+    return SlotCache(config.num_hidden_layers, rows, columns, device, virtual.count(model))
 
 
 def rounded(columns: int) -> int:

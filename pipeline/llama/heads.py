@@ -5,8 +5,8 @@
     ActorCritic(policy, value)       both, with one forward and one engine
 
 Every model takes its hidden states from `hidden_states`, which runs a token forest on families whose attention has
-been tried and rows padded on the right on all others, with the same results. Models wrapped by peft are run with
-their active adapters.
+been tried and rows padded on the right on all others and where an adapter has virtual tokens, with the same results.
+Models wrapped by peft are run with their active adapters.
 
 Shapes: T tokens, S segments, D hidden, B rows and L columns of the padded computation.
 """
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.data.forest import Forest
-from pipeline.llama import attention
+from pipeline.llama import attention, virtual
 from pipeline.llama.logprobs import token_kl, token_logprobs
 
 
@@ -37,12 +37,8 @@ class TokenOutputs(NamedTuple):
 
 
 def unwrapped(model: Any) -> Any:
-    """The transformers model inside a peft wrapper, its adapter layers in place. Prompt methods have none."""
-    if not hasattr(model, "get_base_model"):
-        return model
-    if model.active_peft_config.is_prompt_learning:
-        raise ValueError("prompt-learning adapters add tokens of their own and cannot run on a forest: use LoRA")
-    return model.get_base_model()
+    """The transformers model inside a peft wrapper, its adapter layers in place. Virtual tokens stay outside."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def hidden_states(model: nn.Module, forest: Forest, *, padded: bool | None = None) -> Tensor:
@@ -55,14 +51,17 @@ def _filled_states(model: nn.Module, forest: Forest, padded: bool | None = None)
     inner = unwrapped(model)
     trunk = inner.base_model  # without the head
     if padded is None:
-        padded = not attention.use_forest(inner)
-    elif not padded and not attention.use_forest(inner):
-        raise ValueError(f"{inner.config.model_type}: forest attention has not been tried on this family")
+        padded = not attention.use_forest(model)
+    elif not padded and not attention.use_forest(model):
+        raise ValueError(
+            f"{inner.config.model_type}: forest attention has not been tried on this family, or not with virtual tokens"
+        )
     if not padded:
         return trunk(**attention.forest_inputs(forest)).last_hidden_state[0]
     rows = padded_rows(forest)
-    out = trunk(input_ids=rows.ids_BL, attention_mask=rows.mask_BL, position_ids=rows.positions_BL, use_cache=False)
-    return out.last_hidden_state[rows.row_T, rows.column_T]
+    inputs = virtual.with_tokens(model, rows.ids_BL, rows.mask_BL, rows.positions_BL)
+    states = trunk(**inputs, use_cache=False).last_hidden_state[:, -rows.ids_BL.shape[1] :]
+    return states[rows.row_T, rows.column_T]
 
 
 class PaddedRows(NamedTuple):

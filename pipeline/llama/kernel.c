@@ -40,6 +40,17 @@ typedef int32_t vi __attribute__((vector_size(4 * LANES)));
 typedef float vfu __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef float v8u __attribute__((vector_size(32), aligned(4), may_alias));
 typedef float v8 __attribute__((vector_size(32)));
+typedef int32_t v8i __attribute__((vector_size(32)));
+typedef uint16_t h __attribute__((vector_size(2 * LANES)));
+typedef uint16_t hu __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+typedef uint16_t h8 __attribute__((vector_size(16)));
+typedef uint16_t h8u __attribute__((vector_size(16), aligned(2), may_alias));
+
+#ifdef __clang__
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (v8i){__VA_ARGS__})
+#endif
 
 INLINE vf splat(float x) { return x - (vf){0}; }
 
@@ -49,9 +60,7 @@ INLINE vf larger(vf a, vf b) { return choose(a > b, a, b); }
 
 /* 2^x as 2^n 2^r with |r| <= 1/2 and a polynomial of degree 6, to about 1 ulp. 0 below the normal numbers; NaN stays. */
 INLINE vf power_of_two(vf x) {
-    const vf low = splat(-126.0f);
-    const vi under = x <= low;
-    x = choose(under, low, x);
+    x = choose(x <= -126.0f, splat(-127.0f), x); /* of which the exponent's bits are 0, and so is the result */
     const vf shifted = x + 12582912.0f; /* 1.5 * 2^23: n stands in the low bits */
     const vf r = x - (shifted - 12582912.0f);
     vf p = splat(1.5403530393381608e-4f); /* (ln 2)^k / k! */
@@ -61,7 +70,7 @@ INLINE vf power_of_two(vf x) {
     p = p * r + 2.4022650695910071e-1f;
     p = p * r + 6.9314718055994531e-1f;
     p = p * r + 1.0f;
-    return (vf)(~under & (vi)(p * (vf)(((vi)shifted << 23) + 0x3f800000)));
+    return p * (vf)(((vi)shifted << 23) + 0x3f800000);
 }
 
 #define LOG2_E 1.44269504088896341f
@@ -73,27 +82,10 @@ INLINE float widen(uint16_t x) {
     return y;
 }
 
-INLINE uint16_t narrow(float x) { /* to the nearest, ties to even; NaN stays NaN */
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    if ((bits & 0x7fffffff) > 0x7f800000) return (uint16_t)((bits >> 16) | 0x40);
-    return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-/* Rows of `size` numbers, float32 or bfloat16 (half). */
-INLINE void read_row(const void *from, int64_t at, int size, int half, float *to) {
-    if (half)
-        for (int d = 0; d < size; d++) to[d] = widen(((const uint16_t *)from)[at + d]);
-    else
-        memcpy(to, (const float *)from + at, 4 * size);
-}
-
-INLINE void write_row(void *to, int64_t at, int size, int half, const float *from) {
-    if (half)
-        for (int d = 0; d < size; d++) ((uint16_t *)to)[at + d] = narrow(from[d]);
-    else
-        memcpy((float *)to + at, from, 4 * size);
-}
+/* float32 to the 16 bits of a bfloat16, in vectors of V: to the nearest, ties to even; NaN stays NaN. */
+#define NARROW(V, x)                                                                            \
+    (CHOOSE_BITS((x) != (x), (V)(x) | 0x400000, (V)(x) + 0x7fff + (((V)(x) >> 16) & 1)) >> 16)
+#define CHOOSE_BITS(which, yes, no) (((which) & (yes)) | (~(which) & (no)))
 
 /* Pairs side by side turned by their cosines and sines, or back (by = -1). Rotary positions: Su et al. 2021. */
 INLINE void turn(float *row, const float *angle, int size, float by) {
@@ -101,6 +93,44 @@ INLINE void turn(float *row, const float *angle, int size, float by) {
         const float x = row[d], y = row[d + 1], cosine = angle[d], sine = angle[d + 1] * by;
         row[d] = x * cosine - y * sine;
         row[d + 1] = x * sine + y * cosine;
+    }
+}
+
+/* The same for 8 numbers in a vector. */
+INLINE v8 turn8(v8 x, const float *angle, float by) {
+    const v8 a = *(const v8u *)angle, sign = {-by, by, -by, by, -by, by, -by, by};
+    return x * SHUFFLE(a, a, 0, 0, 2, 2, 4, 4, 6, 6) +
+           SHUFFLE(x, x, 1, 0, 3, 2, 5, 4, 7, 6) * (SHUFFLE(a, a, 1, 1, 3, 3, 5, 5, 7, 7) * sign);
+}
+
+/* 8 numbers, float32 or bfloat16 (half). */
+INLINE v8 read8(const void *from, int64_t at, int half) {
+    if (half) return (v8)(__builtin_convertvector(*(const h8u *)((const uint16_t *)from + at), v8i) << 16);
+    return *(const v8u *)((const float *)from + at);
+}
+
+INLINE void write8(void *to, int64_t at, int half, v8 x) {
+    if (half)
+        *(h8u *)((uint16_t *)to + at) = __builtin_convertvector(NARROW(v8i, x), h8);
+    else
+        *(v8u *)((float *)to + at) = x;
+}
+
+/* 8 rows of 8 numbers become 8 columns: neighbours of 1, 2 and 4 numbers change places. */
+INLINE void transpose8(v8 *r) {
+    v8 a[8], b[8];
+    UNROLL(4) for (int i = 0; i < 8; i += 2) {
+        a[i] = SHUFFLE(r[i], r[i + 1], 0, 8, 2, 10, 4, 12, 6, 14);
+        a[i + 1] = SHUFFLE(r[i], r[i + 1], 1, 9, 3, 11, 5, 13, 7, 15);
+    }
+    UNROLL(4) for (int i = 0; i < 4; i++) {
+        const int j = i / 2 * 4 + i % 2;
+        b[j] = SHUFFLE(a[j], a[j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+        b[j + 2] = SHUFFLE(a[j], a[j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+    }
+    UNROLL(4) for (int j = 0; j < 4; j++) {
+        r[j] = SHUFFLE(b[j], b[j + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+        r[j + 4] = SHUFFLE(b[j], b[j + 4], 4, 5, 6, 7, 12, 13, 14, 15);
     }
 }
 
@@ -184,40 +214,50 @@ INLINE vi sees(const Forest *f, const Lanes *b, int64_t key) {
 
 INLINE void pack(const Forest *f, int64_t origin, int64_t tokens, int kv, int size, Room *room) {
     const int width = f->heads + 2 * f->kv_heads;
-    for (int64_t t = 0; t < tokens; t++) {
-        const int64_t at = ((origin + t) * width + f->heads + kv) * size;
-        read_row(f->rows, at, size, f->half, room->keys + t * size);
-        if (f->turns) turn(room->keys + t * size, f->turns + (origin + t) * size, size, 1.0f);
-        read_row(f->rows, at + (int64_t)f->kv_heads * size, size, f->half, room->values + t * size);
-    }
+    for (int64_t t = 0; t < tokens; t++)
+        for (int d = 0; d < size; d += 8) {
+            const int64_t at = ((origin + t) * width + f->heads + kv) * size + d;
+            const v8 key = read8(f->rows, at, f->half);
+            *(v8u *)(room->keys + t * size + d) = f->turns ? turn8(key, f->turns + (origin + t) * size + d, 1.0f) : key;
+            *(v8u *)(room->values + t * size + d) = read8(f->rows, at + (int64_t)f->kv_heads * size, f->half);
+        }
 }
 
-/* Rows of a block's lanes in an array [T, width, D], side by side ([LANES, D], zeros in unused lanes) and transposed ([D]
- * of LANES). */
+/* Rows of a block's lanes in an array [T, width, D], side by side ([LANES, D], zeros in unused lanes), if asked, and
+ * transposed ([D] of LANES). */
 INLINE void gather(const Forest *f, const void *from, const float *turns, int width, const Lanes *b, int size,
                    float scale, float *plain, vf *transposed) {
-    for (int i = 0; i < LANES; i++) {
-        float *row = plain + i * size;
-        if (i < b->count) {
-            read_row(from, (b->token[i] * width + b->head[i]) * size, size, f->half, row);
-            if (turns) turn(row, turns + b->token[i] * size, size, 1.0f);
-            for (int d = 0; d < size; d++) row[d] *= scale;
-        } else {
-            memset(row, 0, 4 * size);
+    for (int d = 0; d < size; d += 8)
+        for (int first = 0; first < LANES; first += 8) {
+            v8 rows[8];
+            for (int i = 0; i < 8; i++) {
+                const int lane = first + i;
+                rows[i] = (v8){0};
+                if (lane < b->count) {
+                    rows[i] = read8(from, (b->token[lane] * width + b->head[lane]) * size + d, f->half);
+                    if (turns) rows[i] = turn8(rows[i], turns + b->token[lane] * size + d, 1.0f);
+                    rows[i] *= scale;
+                }
+                if (plain) *(v8u *)(plain + lane * size + d) = rows[i];
+            }
+            transpose8(rows);
+            for (int i = 0; i < 8; i++) *(v8u *)((float *)(transposed + d + i) + first) = rows[i];
         }
-    }
-    for (int d = 0; d < size; d++)
-        for (int i = 0; i < LANES; i++) transposed[d][i] = plain[i * size + d];
 }
 
 INLINE void scatter(const Forest *f, void *to, const float *turns, int width, const Lanes *b, int size,
                     const vf *transposed) {
-    float row[MAX_HEAD];
-    for (int i = 0; i < b->count; i++) {
-        for (int d = 0; d < size; d++) row[d] = transposed[d][i];
-        if (turns) turn(row, turns + b->token[i] * size, size, -1.0f);
-        write_row(to, (b->token[i] * width + b->head[i]) * size, size, f->half, row);
-    }
+    for (int d = 0; d < size; d += 8)
+        for (int first = 0; first < b->count; first += 8) {
+            v8 rows[8];
+            for (int i = 0; i < 8; i++) rows[i] = *(const v8u *)((const float *)(transposed + d + i) + first);
+            transpose8(rows);
+            for (int lane = first; lane < first + 8 && lane < b->count; lane++) {
+                v8 row = rows[lane - first];
+                if (turns) row = turn8(row, turns + b->token[lane] * size + d, -1.0f);
+                write8(to, (b->token[lane] * width + b->head[lane]) * size + d, f->half, row);
+            }
+        }
 }
 
 /* scores[j] = q . k_j for `count` keys, rounded up to 8: what is beyond is computed and not used. */
@@ -280,7 +320,6 @@ INLINE void forward(const Forest *f, int64_t group, int kv, int size, Room *room
     const int64_t origin = f->start[begin];
     pack(f, origin, f->start[end - 1] + f->length[end - 1] - origin, kv, size, room);
     vf q[MAX_HEAD], sum[MAX_HEAD], scores[BLOCK];
-    float plain[LANES * MAX_HEAD];
     for (int64_t s = begin; s < end; s++) {
         const int64_t rows = f->length[s] * each;
         if (!rows) continue;
@@ -288,7 +327,7 @@ INLINE void forward(const Forest *f, int64_t group, int kv, int size, Room *room
         for (int64_t row = 0; row < rows; row += LANES) {
             Lanes b;
             lanes_of(&b, row, rows, each, kv, f->start[s], before);
-            gather(f, f->rows, f->turns, width, &b, size, f->scale * LOG2_E, plain, q);
+            gather(f, f->rows, f->turns, width, &b, size, f->scale * LOG2_E, NULL, q);
             vf most = splat(-FLT_MAX), total = {0};
             for (int d = 0; d < size; d++) sum[d] = (vf){0};
             for (int64_t r = 0; r < count; r++) {
@@ -336,7 +375,7 @@ INLINE void backward(const Forest *f, int64_t group, int kv, int size, Room *roo
     pack(f, origin, tokens, kv, size, room);
     for (int64_t i = 0; i < tokens * size; i++) room->dkeys[i] = room->dvalues[i] = 0.0f;
     vf q[MAX_HEAD], g[MAX_HEAD], o[MAX_HEAD], dq[MAX_HEAD], p[BLOCK + 4], ds[BLOCK + 4];
-    float q_plain[LANES * MAX_HEAD], g_plain[LANES * MAX_HEAD], o_plain[LANES * MAX_HEAD];
+    float q_plain[LANES * MAX_HEAD], g_plain[LANES * MAX_HEAD];
     for (int i = 0; i < BLOCK + 4; i++) p[i] = ds[i] = (vf){0}; /* what lies behind a short block is read, not used */
     for (int64_t s = begin; s < end; s++) {
         const int64_t rows = f->length[s] * each;
@@ -347,7 +386,7 @@ INLINE void backward(const Forest *f, int64_t group, int kv, int size, Room *roo
             lanes_of(&b, row, rows, each, kv, f->start[s], before);
             gather(f, f->rows, f->turns, width, &b, size, f->scale * LOG2_E, q_plain, q);
             gather(f, f->grad, NULL, f->heads, &b, size, 1.0f, g_plain, g);
-            gather(f, f->out, NULL, f->heads, &b, size, 1.0f, o_plain, o);
+            gather(f, f->out, NULL, f->heads, &b, size, 1.0f, NULL, o);
             /* in the order of `dot`, so that where one key has all the weight delta is its dot product to the bit */
             vf delta = {0}, most = {0}, inverse = {0};
             for (int d = 0; d < size; d++) delta += g[d] * o[d], dq[d] = (vf){0};
@@ -376,11 +415,13 @@ INLINE void backward(const Forest *f, int64_t group, int kv, int size, Room *roo
         }
     }
     for (int64_t t = 0; t < tokens; t++) {
-        const int64_t at = ((origin + t) * width + f->heads + kv) * size;
-        for (int d = 0; d < size; d++) room->dkeys[t * size + d] *= 1.0f / LOG2_E; /* of the queries in add_lanes */
-        if (f->turns) turn(room->dkeys + t * size, f->turns + (origin + t) * size, size, -1.0f);
-        write_row(f->grad_rows, at, size, f->half, room->dkeys + t * size);
-        write_row(f->grad_rows, at + (int64_t)f->kv_heads * size, size, f->half, room->dvalues + t * size);
+        for (int d = 0; d < size; d += 8) {
+            const int64_t at = ((origin + t) * width + f->heads + kv) * size + d;
+            v8 dkey = *(const v8u *)(room->dkeys + t * size + d) * (1.0f / LOG2_E); /* of the queries in add_lanes */
+            if (f->turns) dkey = turn8(dkey, f->turns + (origin + t) * size + d, -1.0f);
+            write8(f->grad_rows, at, f->half, dkey);
+            write8(f->grad_rows, at + (int64_t)f->kv_heads * size, f->half, *(const v8u *)(room->dvalues + t * size + d));
+        }
     }
 }
 
@@ -479,15 +520,13 @@ INLINE void decode(const Decode *f, int64_t n, int kv, int size, float *weights)
 #define ROWS 64 /* of a task; sums over rows are made task by task, whatever the number of threads */
 
 INLINE vf load(const void *from, int64_t at, int half) {
-    if (!half) return *(const vfu *)((const float *)from + at);
-    vf x = {0};
-    for (int i = 0; i < LANES; i++) x[i] = widen(((const uint16_t *)from)[at + i]);
-    return x;
+    if (half) return (vf)(__builtin_convertvector(*(const hu *)((const uint16_t *)from + at), vi) << 16);
+    return *(const vfu *)((const float *)from + at);
 }
 
 INLINE void save(void *to, int64_t at, int half, vf x) {
     if (half)
-        for (int i = 0; i < LANES; i++) ((uint16_t *)to)[at + i] = narrow(x[i]);
+        *(hu *)((uint16_t *)to + at) = __builtin_convertvector(NARROW(vi, x), h);
     else
         *(vfu *)((float *)to + at) = x;
 }
@@ -773,7 +812,7 @@ FOR_EVERY_CPU void rlhf_step_task(const Step *f, int64_t first, int64_t last, fl
 }
 
 /* Raised with every change of the arguments below, and in kernel.py with it. */
-int rlhf_version(void) { return 5; }
+int rlhf_version(void) { return 6; }
 
 /* Those with a result return 0, or 1 where there is no memory. */
 
@@ -784,6 +823,8 @@ int rlhf_forest(const int64_t *start, const int64_t *length, const int64_t *pare
     const Forest f = {start, length, parent, first, groups, heads, kv_heads, size, half, window, scale, turns, rows,
                       out, softmax, grad, grad_rows};
     const int64_t tasks = groups * kv_heads, part = (most_tokens + 8) * size; /* `dot` reads up to 7 keys too many */
+    /* A group's heads by one thread where there are enough groups: heads side by side share lines of the cache. */
+    const int together = groups >= 4 * threads ? kv_heads : 1;
     int failed = 0;
 #pragma omp parallel num_threads(threads)
     {
@@ -795,7 +836,7 @@ int rlhf_forest(const int64_t *start, const int64_t *length, const int64_t *pare
             failed = 1;
         }
         Room room = {numbers, numbers + part, numbers + 2 * part, numbers + 3 * part, runs};
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, together)
         for (int64_t task = 0; task < tasks; task++) {
             if (!ready) continue;
             if (grad)

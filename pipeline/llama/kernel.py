@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pipeline.data.forest import Forest
 
-VERSION = 5  # of the functions' arguments, the same as in kernel.c
+VERSION = 6  # of the functions' arguments, the same as in kernel.c
 LANES = 16  # columns of a cache come in multiples of this
 TYPES = (torch.float32, torch.bfloat16)
 LARGEST = 256  # head size

@@ -2,22 +2,24 @@
 
     opened = open_policy(artifact)                    Opened(model, tokenizer, record)
     opened = open_classifier(artifact)                a reward model: its head loaded, never initialised
-    policy = open_trainable(artifact, lora, seed)     Trainable(module=PolicyModel, chat, ...): whole or an adapter
-    critic = open_trainable_classifier(artifact, lora, seed)     the same with a scalar head, new over a policy
+    policy = open_trainable(artifact, adapter, seed)  Trainable(module=PolicyModel, chat, ...): whole or an adapter
+    critic = open_trainable_classifier(artifact, adapter, seed)  the same with a scalar head, new over a policy
     model = new_policy(settings, tokenizer, stop_ids, seed)      random weights
     save_policy(policy, workspace); save_model(model, tokenizer, directory, base_digest=None)
 
 Type llama with fields that our core knows is computed by `modeling.py`, mixtral and our own type by `core.py`, anything
 else by transformers' own class, remote code off; `record` says which and why. A directory that holds an adapter names
-the digest of its base; the base's path comes from `artifact.bases`.
+the digest of its base; the base's path comes from `artifact.bases`. A base that is an adapter itself is merged, or kept
+under the one above where that one's weights were saved with the remark `below: stack`.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -29,6 +31,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from pipeline.flow.artifacts import members
 from pipeline.flow.errors import Damaged, UserError
 from pipeline.llama import adapters
+from pipeline.llama.adapter_settings import AnyAdapter
 from pipeline.llama.config import check_config, read_json, refuse_code
 from pipeline.llama.core import CoreForCausalLM, CoreForSequenceClassification
 from pipeline.llama.core_config import CoreConfig, core_config, new_config
@@ -36,7 +39,7 @@ from pipeline.llama.heads import PolicyModel, ScalarModel, unwrapped
 from pipeline.llama.modeling import LlamaForCausalLM, LlamaForSequenceClassification
 from pipeline.llama.presets import ModelSettings
 from pipeline.llama.rope_settings import ContextSettings
-from pipeline.llama.weights import require_weights
+from pipeline.llama.weights import Entry, require_weights
 
 if TYPE_CHECKING:
     from pipeline.data.chat import ChatFormat
@@ -49,6 +52,7 @@ CORE: dict[Any, Any] = {
 }
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MOST_RANK = 1 << 14  # of an adapter that somebody else trained: its matrices are made before its weights are read
+KINDS = ("LORA", "IA3", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING")
 
 
 class ModelArtifact(Protocol):
@@ -97,9 +101,13 @@ def open_classifier(artifact: ModelArtifact, *, dtype: torch.dtype = torch.float
 
 
 def open_tokenizer(artifact: ModelArtifact | Path) -> Any:
-    """The tokenizer in an artifact's directory; nothing is looked up elsewhere."""
+    """The tokenizer in an artifact's directory, a lone tokenizer.model too; nothing is looked up elsewhere."""
     path = artifact if isinstance(artifact, Path) else artifact.path
-    settings = path / "tokenizer_config.json"
+    settings, pieces = path / "tokenizer_config.json", path / "tokenizer.model"
+    if pieces.is_file() and not settings.is_file() and not (path / "tokenizer.json").is_file():
+        from pipeline.llama.tokenizer import open_pieces
+
+        return open_pieces(pieces)
     if settings.is_file():
         refuse_code(read_json(settings), str(settings))
     special = path / "special_tokens_map.json"
@@ -113,15 +121,50 @@ def open_tokenizer(artifact: ModelArtifact | Path) -> Any:
 
 
 def _open(artifact: ModelArtifact, *, classifier: bool, dtype: torch.dtype, trainable: bool = False) -> Opened:
-    if (artifact.path / ADAPTER_CONFIG).is_file():
-        base, record = _open_full(_base_path(artifact), classifier=classifier, dtype=dtype, new_head=classifier)
-        model = _open_adapter(base, artifact.path, classifier=classifier, trainable=trainable)
-        record = {**record, "form": "adapter"}
-    else:
-        model, record = _open_full(artifact.path, classifier=classifier, dtype=dtype)
+    model, record = _open_model(artifact, classifier=classifier, dtype=dtype, trainable=trainable)
     if trainable:
         _refuse_attention_dropout(artifact, model)
     return Opened(model.eval(), open_tokenizer(artifact), record)
+
+
+def _open_model(
+    artifact: ModelArtifact, *, classifier: bool, dtype: torch.dtype, trainable: bool = False, new_head: bool = False
+) -> tuple[Any, dict[str, Any]]:
+    """`new_head`: the head may be missing here, because it comes from the adapter above."""
+    if not (artifact.path / ADAPTER_CONFIG).is_file():
+        return _open_full(artifact.path, classifier=classifier, dtype=dtype, new_head=new_head)
+    path = artifact.path
+    config = _read_adapter(path)
+    stored = set(_adapter_weights(path, config))
+    scalar = any(key.endswith("score.weight") for key in stored)
+    if classifier != scalar and not new_head:
+        holds = "holds no score.weight: an adapter of a policy" if classifier else "is an adapter of a classifier"
+        raise UserError(f"{path / ADAPTER_WEIGHTS}: {holds}, another kind of model than is needed here")
+    below = _Below.of(artifact)
+    base, record = _open_model(below, classifier=scalar, dtype=dtype, new_head=scalar)
+    if adapters.is_adapted(base) and not _stacked(path):
+        base = adapters.merged(base)
+    with adapters.quiet(), _told(path):
+        model = _over(base, path, trainable)
+    _require_whole(model, path, stored)
+    if classifier and not scalar:
+        model = new_classifier(model, seed=0)
+    return model, {**record, "form": "adapter"}
+
+
+@dataclass(frozen=True)
+class _Below:
+    """The base of an adapter as an artifact."""
+
+    path: Path
+    digest: str
+    bases: Mapping[str, Path]
+
+    @classmethod
+    def of(cls, artifact: ModelArtifact) -> _Below:
+        digest = str(base_digest(artifact))
+        path = _base_path(artifact)
+        return cls(path, digest, {key: place for key, place in artifact.bases.items() if key != digest})
 
 
 def _base_path(artifact: ModelArtifact) -> Path:
@@ -228,33 +271,79 @@ def _require_loaded(path: Path, info: Mapping[str, Any], head: str | None) -> No
             )
 
 
-def _open_adapter(base: Any, path: Path, *, classifier: bool, trainable: bool) -> Any:
-    from peft import PeftModel, PeftType, get_peft_model_state_dict
-
-    config_path = path / ADAPTER_CONFIG
-    config = read_json(config_path)
-    refuse_code(config, str(config_path))
-    if config.get("peft_type") != PeftType.LORA.value:
-        raise UserError(f"{config_path}: peft_type is {config.get('peft_type')!r}, expected LORA")
+def _read_adapter(path: Path) -> dict[str, Any]:
+    """peft's configuration; UserError where it is of a kind, or of sizes, that are not opened here."""
+    where = path / ADAPTER_CONFIG
+    config = read_json(where)
+    refuse_code(config, str(where))
+    kind = config.get("peft_type")
+    if kind not in KINDS:
+        raise UserError(f"{where}: peft_type is {kind!r}, expected one of {', '.join(KINDS)}")
     patterns = config.get("rank_pattern") or {}
     ranks = [config.get("r"), *(patterns.values() if isinstance(patterns, dict) else [patterns])]
-    if not all(type(rank) is int and 1 <= rank <= MOST_RANK for rank in ranks):
-        raise UserError(f"{config_path}: r and rank_pattern: whole numbers from 1 to {MOST_RANK} were expected")
+    if kind == "LORA" and not all(type(rank) is int and 1 <= rank <= MOST_RANK for rank in ranks):
+        raise UserError(f"{where}: r and rank_pattern: whole numbers from 1 to {MOST_RANK} were expected")
     if config.get("layer_replication") is not None:
-        raise UserError(f"{config_path}: layer_replication makes another model of the base, which is not done here")
-    stored = set(require_weights(path, "adapter_model"))
-    if classifier != any(key.endswith("score.weight") for key in stored):
-        holds = "holds no score.weight: an adapter of a policy" if classifier else "is an adapter of a classifier"
-        raise UserError(f"{path / ADAPTER_WEIGHTS}: {holds}, another kind of model than is needed here")
-    with adapters.quiet(), _told(path):
-        model = PeftModel.from_pretrained(base, str(path), is_trainable=trainable)
+        raise UserError(f"{where}: layer_replication makes another model of the base, which is not done here")
+    return config
+
+
+def _adapter_weights(path: Path, config: Mapping[str, Any]) -> dict[str, Entry]:
+    """What the weight file holds; UserError where virtual tokens are other ones than the configuration tells, whose
+    place is made before they are read."""
+    found = require_weights(path, "adapter_model")
+    if config["peft_type"] not in KINDS[2:]:
+        return found
+    prefix = config["peft_type"] == "PREFIX_TUNING"
+    sizes = [config.get(key) for key in ("num_virtual_tokens", "token_dim", *(["num_layers"] if prefix else []))]
+    if not all(type(n) is int and n > 0 for n in sizes):
+        raise UserError(
+            f"{path / ADAPTER_CONFIG}: num_virtual_tokens, token_dim and num_layers: whole numbers from 1 were expected"
+        )
+    tokens, *each = (int(n or 0) for n in sizes)
+    expected = (tokens, (2 if prefix else 1) * math.prod(each))
+    shape = found["prompt_embeddings"].shape if "prompt_embeddings" in found else None
+    if shape != expected or config.get("num_transformer_submodules") not in (None, 1):
+        raise UserError(
+            f"{path / ADAPTER_WEIGHTS}: prompt_embeddings of shape {shape}, expected {expected} by {ADAPTER_CONFIG}"
+        )
+    return found
+
+
+def _stacked(path: Path) -> bool:
+    """Whether an adapter was trained over another one that was kept."""
+    from safetensors import safe_open
+
+    with safe_open(path / ADAPTER_WEIGHTS, "pt") as file:
+        return (file.metadata() or {}).get("below") == "stack"
+
+
+def _over(base: Any, path: Path, trainable: bool) -> Any:
+    """The adapter in `path` over a base, which may have others."""
+    from peft import PeftConfig, PeftModel
+    from safetensors.torch import load_file
+
+    if adapters.is_adapted(base):
+        plain, below = adapters.taken_apart(base)
+        own = adapters.Part(PeftConfig.from_pretrained(str(path)), load_file(path / ADAPTER_WEIGHTS))
+        model = adapters.assembled(plain, [*below, own])
+        return model if trainable else model.requires_grad_(False)
+    tokens = read_json(path / ADAPTER_CONFIG)["peft_type"] in KINDS[2:]  # peft opens them frozen alone
+    model = PeftModel.from_pretrained(base, str(path), is_trainable=trainable and not tokens)
+    if trainable and tokens:
+        adapters.train_tokens(model)
+    return model
+
+
+def _require_whole(model: Any, path: Path, stored: set[str]) -> None:
+    from peft import get_peft_model_state_dict
+
     needed = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     if needed - stored:
         raise UserError(
             f"{path / ADAPTER_WEIGHTS}: {len(needed - stored)} adapter weights are missing, such as "
             f"{sorted(needed - stored)[0]}"
         )
-    return model
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -262,13 +351,13 @@ def _open_adapter(base: Any, path: Path, *, classifier: bool, trainable: bool) -
 
 def open_trainable(
     artifact: ModelArtifact,
-    adapter: adapters.LoraSettings | None,
+    adapter: AnyAdapter | None,
     seed: int,
     *,
     dtype: torch.dtype = torch.float32,
 ) -> Trainable:
-    """A policy to train. A full policy is trained whole, or through a new adapter where `adapter` is set; a policy
-    that is an adapter is trained on as that adapter (`adapter` unset, or saying the same)."""
+    """A policy to train. A full policy is trained whole, or as `adapter` says; a policy that is an adapter is trained
+    on as that adapter (`adapter` unset, or saying the same), or is what `adapter.beneath` makes of it."""
     opened = _open(artifact, classifier=False, dtype=dtype, trainable=True)
     model, below = _adapted(opened.model, artifact, adapter, seed)
     return _trainable(PolicyModel(model), model, opened, below)
@@ -276,7 +365,7 @@ def open_trainable(
 
 def open_trainable_classifier(
     artifact: ModelArtifact,
-    adapter: adapters.LoraSettings | None,
+    adapter: AnyAdapter | None,
     seed: int,
     *,
     dtype: torch.dtype = torch.float32,
@@ -299,16 +388,31 @@ def open_frozen(artifact: ModelArtifact, *, dtype: torch.dtype = torch.float32) 
     return frozen
 
 
-def _adapted(
-    model: Any, artifact: ModelArtifact, adapter: adapters.LoraSettings | None, seed: int
-) -> tuple[Any, str | None]:
-    if adapters.is_adapted(model):
-        if adapter is not None:
-            adapters.require_same(model, adapter)
-        return model, base_digest(artifact)
+def open_start(
+    artifact: ModelArtifact, adapter: AnyAdapter | None, seed: int, *, dtype: torch.dtype = torch.float32
+) -> Trainable:
+    """What the trained policy is before the first update, frozen, to the bit: the policy itself, or the form in which
+    it is trained where that is not the same."""
+    if adapter is None or adapter.keeps_start:
+        return open_frozen(artifact, dtype=dtype)
+    start = open_trainable(artifact, adapter, seed, dtype=dtype)
+    start.module.requires_grad_(False).eval()
+    return start
+
+
+def _adapted(model: Any, artifact: ModelArtifact, adapter: AnyAdapter | None, seed: int) -> tuple[Any, str | None]:
+    """The model as it is trained, and the digest of what lies below its adapter."""
     if adapter is None:
-        return model, None
-    return adapters.add_lora(model, adapter, seed), artifact.digest
+        return model, base_digest(artifact)
+    if adapters.is_adapted(model) and adapter.beneath == "same":
+        adapters.require_same(model, adapter)
+        adapters.mark_rates(model, adapter)
+        return model, base_digest(artifact)
+    if adapters.is_adapted(model) and adapter.beneath == "stack":
+        return adapters.stack_new(model, adapter, seed), artifact.digest
+    plain = adapters.merged(model) if adapters.is_adapted(model) else model
+    made = adapters.add_adapter(plain, adapter, seed)
+    return made, artifact.digest if adapters.is_adapted(made) else None
 
 
 def _refuse_attention_dropout(artifact: ModelArtifact, model: Any) -> None:
@@ -347,8 +451,8 @@ def new_policy(settings: ModelSettings, tokenizer: Any, stop_ids: Sequence[int],
 def repositioned(start: Trainable, settings: ContextSettings) -> Any:
     """A causal LM of the same weights under other rotary positions. UserError where `start` has none to change."""
     old = start.model.config
-    if start.record["implementation"] != "core":
-        raise UserError(f"context: computed by transformers' {start.record['implementation']}, not by our core")
+    if not isinstance(start.model, LlamaForCausalLM):
+        raise UserError(f"context: a {type(start.model).__name__} is no whole model of our core; start from one")
     facts = core_config(old).to_dict()
     if facts["positions"] != "rotary":
         raise UserError(f"context: the model's positions are {facts['positions']}, not rotary")
@@ -395,27 +499,8 @@ def new_classifier(policy: Any, seed: int) -> Any:
     classifier.score = head
     if not adapters.is_adapted(policy):
         return classifier
-    return _readapted(policy, classifier)
-
-
-def _readapted(policy: Any, classifier: Any) -> Any:
-    """The policy's adapter, taken over by a classifier on the same base whose head is trained whole."""
-    import copy
-
-    from peft import TaskType, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-
-    state = {k: v.clone() for k, v in get_peft_model_state_dict(policy, save_embedding_layers=False).items()}
-    config = copy.deepcopy(policy.active_peft_config)
-    config.task_type, config.modules_to_save, config.inference_mode = TaskType.SEQ_CLS, ["score"], False
-    config.base_model_name_or_path = None
-    head = classifier.score
-    state["base_model.model.score.weight"] = head.weight.detach().clone()
-    policy.unload()  # plain layers again, in place: the trunk is shared with the classifier
-    classifier.score = head
-    with adapters.quiet():
-        adapted = get_peft_model(classifier, config)
-    set_peft_model_state_dict(adapted, state)
-    return adapted
+    _, parts = adapters.taken_apart(policy)  # plain layers again, in place: the trunk is shared with the classifier
+    return adapters.assembled(classifier, parts)
 
 
 def score_layer(classifier: Any) -> nn.Linear:
@@ -452,14 +537,14 @@ def grow_vocabulary(model: Any, size: int, seed: int) -> None:
             table[old:] = table[:old].mean(0) + 0.1 * table[:old].std(0) * noise.to(table)
 
 
-def give_chat(model: Any, tokenizer: Any, seed: int) -> None:
-    """Our chat template and turn tokens for a model that has none, in place: rows for them, end of turn as a stop.
+def give_chat(model: Any, tokenizer: Any, seed: int, template: str = "own") -> None:
+    """A chat format and its tokens for a model that has none, in place: rows for them, the format's ends as stops.
 
     UserError where the tokenizer has a template of its own.
     """
     from pipeline.llama.tokenizer import add_chat_tokens, stop_tokens
 
-    add_chat_tokens(tokenizer)
+    add_chat_tokens(tokenizer, template)
     rows = model.get_input_embeddings().weight.shape[0]
     grow_vocabulary(model, max(rows, len(tokenizer)), seed)
     model.config.pad_token_id = tokenizer.pad_token_id
@@ -467,8 +552,34 @@ def give_chat(model: Any, tokenizer: Any, seed: int) -> None:
     model.generation_config.eos_token_id = list(stop_tokens(tokenizer))
 
 
-def import_with_chat(source: Path, directory: Path, seed: int) -> None:
-    """A copy of a model directory, in its stored precision, that has been given our chat template."""
+def extended(policy: Trainable, template: str | None, words: Sequence[str], seed: int) -> Trainable:
+    """A policy to train with another chat format, or none where None, and with `words` as one token each.
+
+    UserError where rows would be added under an adapter, which neither trains nor keeps them.
+    """
+    from pipeline.data.chat import ChatFormat
+    from pipeline.llama.tokenizer import add_chat_tokens, add_tokens, stop_tokens
+
+    if template is None and not words:
+        return policy
+    model, tokenizer = unwrapped(policy.model), policy.tokenizer
+    if template is not None:
+        add_chat_tokens(tokenizer, template, replace=True)
+    add_tokens(tokenizer, words)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if policy.base_digest is not None and len(tokenizer) > rows:
+        raise UserError(
+            f"sft.template, sft.add_tokens: {len(tokenizer) - rows} tokens are new to this model, and an adapter would "
+            "neither train nor keep their embeddings: set sft.adapter to null, or add them first: rlhf import chat"
+        )
+    grow_vocabulary(model, max(rows, len(tokenizer)), seed)
+    if template is not None:
+        model.generation_config.eos_token_id = list(stop_tokens(tokenizer))
+    return replace(policy, chat=ChatFormat(tokenizer))
+
+
+def import_with_chat(source: Path, directory: Path, seed: int, template: str = "own") -> None:
+    """A copy of a model directory, in its stored precision, that has been given a chat format by name."""
     for _ in members(source):  # no pipe, no device, no link that leaves
         pass
     config = read_json(source / "config.json")
@@ -476,7 +587,7 @@ def import_with_chat(source: Path, directory: Path, seed: int) -> None:
     stored = stored if isinstance(stored, torch.dtype) else torch.float32
     model, _ = _open_full(source, classifier=False, dtype=stored)
     tokenizer = open_tokenizer(source)
-    give_chat(model, tokenizer, seed)
+    give_chat(model, tokenizer, seed, template)
     save_model(model, tokenizer, directory)
 
 
@@ -522,28 +633,30 @@ def save_model(
 
 
 def _save_adapter(model: Any, directory: Path, digest: str, state: Mapping[str, Tensor] | None) -> None:
-    import copy
-
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
     kept = get_peft_model_state_dict(
         model, state_dict=dict(state) if state is not None else None, save_embedding_layers=False
     )
+    config, kept = adapters.saved_form(model, kept)
     tensors = {k: v.detach().contiguous().cpu() for k, v in kept.items()}
-    save_file(tensors, directory / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-    config = copy.deepcopy(model.active_peft_config)
+    remark = {"below": "stack"} if adapters.is_stacked(model) else {}
+    save_file(tensors, directory / ADAPTER_WEIGHTS, metadata={"format": "pt", **remark})
     config.base_model_name_or_path, config.inference_mode = digest, True
     config.save_pretrained(str(directory))
     _sorted_json(directory / ADAPTER_CONFIG)
     _verify_saved([directory / ADAPTER_WEIGHTS], {k: tuple(v.shape) for k, v in tensors.items()}, tied=False)
 
 
+SETS = ("target_modules", "feedforward_modules", "modules_to_save", "exclude_modules")
+
+
 def _sorted_json(path: Path) -> None:
     """peft writes sets in the order of their hashes, which differ between processes; digests must not."""
     config = json.loads(path.read_text(encoding="utf-8"))
     for key, value in config.items():
-        if key in ("target_modules", "modules_to_save", "exclude_modules") and isinstance(value, list):
+        if key in SETS and isinstance(value, list):
             config[key] = sorted(value)
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 

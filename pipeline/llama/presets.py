@@ -44,18 +44,21 @@ def _shape(
     }
 
 
-def _stories(hidden: int, inner: int, layers: int, heads: int, kv_heads: int | None = None, vocab: int = 32000):  # type: ignore[no-untyped-def]
-    return _shape(vocab, hidden, inner, layers, heads, kv_heads, tie_word_embeddings=True, rms_norm_eps=1e-5)
+def _stories(
+    hidden: int, inner: int, layers: int, heads: int, length: int, kv_heads: int | None = None, vocab: int = 32000
+) -> dict[str, Any]:
+    more = {"tie_word_embeddings": True, "rms_norm_eps": 1e-5, "max_position_embeddings": length}
+    return _shape(vocab, hidden, inner, layers, heads, kv_heads, **more)
 
 
 # Llama 1 and 2: Touvron et al. 2023; Llama 3: the configs published with the weights; stories: karpathy/llama2.c.
 PRESETS: dict[str, dict[str, Any]] = {
     "test": _shape(97, 32, 48, 2, 4, 2),
     "million": _shape(1024, 128, 384, 4, 4, 2, tie_word_embeddings=True),
-    "stories-260k": _stories(64, 172, 5, 8, 4, 512),
-    "stories-15m": _stories(288, 768, 6, 6),
-    "stories-42m": _stories(512, 1376, 8, 8),
-    "stories-110m": _stories(768, 2048, 12, 12),
+    "stories-260k": _stories(64, 172, 5, 8, 512, 4, 512),
+    "stories-15m": _stories(288, 768, 6, 6, 256),
+    "stories-42m": _stories(512, 1376, 8, 8, 1024),
+    "stories-110m": _stories(768, 2048, 12, 12, 1024),
     "tinyllama-1.1b": _shape(32000, 2048, 5632, 22, 32, 4, rms_norm_eps=1e-5),
     "llama-7b": _shape(32000, 4096, 11008, 32, 32),
     "llama-13b": _shape(32000, 5120, 13824, 40, 40),
@@ -72,6 +75,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
     "llama-3.1-8b": _shape(
         128256, 4096, 14336, 32, 32, 8, rms_norm_eps=1e-5, max_position_embeddings=131072,
+        rope_parameters={**_LLAMA31, "factor": 8.0},
+    ),
+    "llama-3.1-70b": _shape(
+        128256, 8192, 28672, 80, 64, 8, rms_norm_eps=1e-5, max_position_embeddings=131072,
         rope_parameters={**_LLAMA31, "factor": 8.0},
     ),
     "llama-3.1-405b": _shape(

@@ -23,6 +23,8 @@ from pipeline.report.summary import summarise
 from pipeline.report.tables import NONE, Grid, interval, markdown, value_of
 
 MET, MISSED, UNMEASURED = "met", "missed", "not measured"
+NO_ROW = "no evaluation row"
+SCORED = "wire a `judge` or a `reward`"  # what a comparison between policies needs
 
 
 @dataclass(frozen=True)
@@ -94,42 +96,58 @@ class Evidence:
 
 def _reading(found: Mapping[str, Any] | None, met: Callable[[Any], bool], missing: str) -> Reading:
     if found is None or found.get("mean") is None:
-        return Reading(note=f"no {missing}")
+        return Reading(note=missing)
     return Reading(found["mean"], found.get("low"), found.get("high"), met(found))
+
+
+def _lacking(gate: Gate, seen: Evidence, otherwise: str) -> str:
+    """What to give an evaluation row: a policy that the gate is about, else what it needs beside its policies."""
+    if not seen.evaluation:
+        return NO_ROW
+    absent = [name for name in (gate.policy, gate.other) if name and seen.policy(name) is None]
+    return f"add {' and '.join(absent)} to `policies`" if absent else otherwise
+
+
+def _lacking_pairs(seen: Evidence, otherwise: str) -> str:
+    if not seen.evaluation:
+        return NO_ROW
+    if not seen.evaluation.get("reward_model"):
+        return "wire `reward`, `pairs` and a `judge`"
+    return "wire a `judge`" if seen.evaluation.get("decided_by") != "gold" else otherwise
 
 
 def _wins(gate: Gate, seen: Evidence) -> Reading:
     """Win rate at the target or above, and its whole interval above one half."""
     found = seen.wins(gate.policy, gate.other)
-    return _reading(found, lambda i: i["mean"] >= gate.target and i["low"] > 0.5, "win rate of this pair")
+    return _reading(found, lambda i: i["mean"] >= gate.target and i["low"] > 0.5, _lacking(gate, seen, SCORED))
 
 
 def _above(gate: Gate, seen: Evidence) -> Reading:
     """Paired difference of gold scores whose whole interval is above the target (0)."""
     found = seen.against(gate.policy, gate.other, "difference")
-    return _reading(found, lambda i: i["low"] > gate.target, "paired difference of this pair")
+    return _reading(found, lambda i: i["low"] > gate.target, _lacking(gate, seen, SCORED))
 
 
 def _not_below(gate: Gate, seen: Evidence) -> Reading:
     """Paired difference of gold scores that is not significantly below the target (0)."""
     found = seen.against(gate.policy, gate.other, "difference")
-    return _reading(found, lambda i: i["high"] >= gate.target, "paired difference of this pair")
+    return _reading(found, lambda i: i["high"] >= gate.target, _lacking(gate, seen, SCORED))
 
 
 def _part_not_falling(gate: Gate, seen: Evidence) -> Reading:
     """Win rate on one part of the judge that is not significantly below one half."""
     policy = seen.policy(gate.policy) or {}
     if (policy.get("win_rate") or {}).get("vs") not in (gate.other, f"{gate.other}.policy"):
-        return Reading(note="no wins by part of this pair")
+        return Reading(note=_lacking(gate, seen, f"make {gate.other} the `reference`, and wire a `judge`"))
     found = (policy.get("win_rate_parts") or {}).get(gate.key)
-    return _reading(found, lambda i: i["high"] >= gate.target, f"wins on {gate.key}")
+    return _reading(found, lambda i: i["high"] >= gate.target, f"wire a `judge` that scores {gate.key}")
 
 
 def _share_of_best(gate: Gate, seen: Evidence) -> Reading:
     """Gold score over the best attainable one (`attainable` of the row; the judge's top, 1, where absent)."""
     gold = value_of((seen.policy(gate.policy) or {}).get("gold"))
     if gold is None:
-        return Reading(note="no gold score of this policy")
+        return Reading(note=_lacking(gate, seen, "wire a `judge`"))
     share = gold / (value_of(seen.evaluation.get("attainable")) or 1.0)
     return Reading(share, met=share >= gate.target)
 
@@ -141,19 +159,19 @@ def _gap(gate: Gate, seen: Evidence) -> Reading:
     """
     recorded = (seen.policy(gate.policy) or {}).get("gap_closed")
     if recorded is not None:
-        return _reading(recorded, lambda i: i["mean"] >= gate.target, "share of the gap")
+        return _reading(recorded, lambda i: i["mean"] >= gate.target, f"no gap to the best of {gate.n} by gold")
     gold = value_of((seen.policy(gate.policy) or {}).get("gold"))
     start = value_of((seen.policy(gate.other) or {}).get("gold"))
     top = value_of((seen.best_of(gate.n) or {}).get("by_gold"))
     if gold is None or start is None or top is None or top <= start:
-        return Reading(note=f"no gap between {gate.other} and its best of {gate.n} by gold")
+        return Reading(note=_lacking(gate, seen, f"set best_of: {gate.n}, with a `judge`"))
     share = (gold - start) / (top - start)
     return Reading(share, met=share >= gate.target)
 
 
 def _recovered(gate: Gate, seen: Evidence) -> Reading:
     found = (seen.best_of(gate.n) or {}).get("recovered")
-    return _reading(found, lambda i: i["mean"] >= gate.target, f"best of {gate.n}")
+    return _reading(found, lambda i: i["mean"] >= gate.target, f"set best_of: {gate.n}, with a `judge` and `reward`")
 
 
 def _reward_clear(gate: Gate, seen: Evidence) -> Reading:
@@ -161,18 +179,22 @@ def _reward_clear(gate: Gate, seen: Evidence) -> Reading:
     card = seen.evaluation.get("reward_model") or {}
     labellers = value_of(card.get("clear_labellers"))
     bar = gate.target if labellers is None else min(gate.target, labellers - 0.05)
-    reading = _reading(card.get("clear"), lambda i: i["mean"] >= bar, "scorecard with a judge")
+    reading = _reading(card.get("clear"), lambda i: i["mean"] >= bar, _lacking_pairs(seen, "no clear pairs"))
     return reading if labellers is None else Reading(**{**asdict(reading), "note": f"labellers {labellers:.3f}"})
 
 
 def _reward_accuracy(gate: Gate, seen: Evidence) -> Reading:
     found = (seen.evaluation.get("reward_model") or {}).get(gate.key)
-    return _reading(found, lambda i: i["mean"] >= gate.target, "such pairs in the scorecard")
+    return _reading(found, lambda i: i["mean"] >= gate.target, _lacking_pairs(seen, "no such pairs"))
 
 
 def _policy_metric(gate: Gate, seen: Evidence) -> Reading:
     value = value_of((seen.policy(gate.policy) or {}).get(gate.key))
-    return Reading(note=f"no {gate.key}") if value is None else Reading(value, met=value >= gate.target)
+    return (
+        Reading(note=_lacking(gate, seen, f"no {gate.key}"))
+        if value is None
+        else Reading(value, met=value >= gate.target)
+    )
 
 
 def _row_metric(gate: Gate, seen: Evidence) -> Reading:
@@ -285,7 +307,7 @@ class Figures:
     def verdict(self) -> str:
         counts = {s: sum(r["status"] == s for r in self.rows) for s in (MET, MISSED, UNMEASURED)}
         said = f"{counts[MET]} met, {counts[MISSED]} missed, {counts[UNMEASURED]} not measured."
-        where = " These are the promises of the embedded world: configs/figures.yaml has a row for each of them."
+        where = " These are promises of the embedded world, read from evaluation rows: configs/figures.yaml has all."
         return said + (where if counts[UNMEASURED] else "")
 
     def render_markdown(self) -> str:
@@ -333,7 +355,7 @@ def _read(gates: Sequence[Gate], seen: Sequence[Evidence]) -> Iterable[dict[str,
         measure = MEASURES[gate.measure]
         for temperature in temperatures if measure.by_temperature else [None]:
             places = [e for e in seen if temperature in (None, e.evaluation.get("temperature", 1.0))]
-            readings = [measure.read(gate, e) for e in places] or [Reading(note="no evaluation row")]
+            readings = [measure.read(gate, e) for e in places] or [Reading(note=NO_ROW)]
             found = next((r for r in readings if r.met is not None), readings[0])
             yield {
                 "temperature": temperature,

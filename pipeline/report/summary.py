@@ -7,7 +7,7 @@ rlhf show RUN evaluate        the grids of one row, below everything that is rec
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.report.tables import NONE, Grid, interval, number
@@ -45,9 +45,9 @@ CARD = {
 
 
 def summarise(evaluation: Mapping[str, Any], title: str = "evaluation") -> list[Grid]:
-    """Every grid that the row's metrics allow: policies, parts of the judge, reward model, best of n."""
+    """Every grid that the row's metrics allow: policies, parts of the judge, reward model, best of n, contexts."""
     grids = [policies_grid(evaluation, title)]
-    for more in (parts_grid, reward_grid, best_of_n_grid):
+    for more in (parts_grid, reward_grid, best_of_n_grid, positions_grid, passkey_grid, passkey_places_grid):
         grid = more(evaluation)
         if grid is not None:
             grids.append(grid)
@@ -126,3 +126,54 @@ def best_of_n_grid(metrics: Mapping[str, Any]) -> Grid | None:
              number(r["kl_bound"], 2)] for r in table["rows"]]  # fmt: skip
     title = f"best of n samples of {table['policy']}" if table.get("policy") else "best of n"
     return Grid(title, ["n", *(head for head, _ in shown.values()), "KL bound, nats"], rows)
+
+
+def positions_grid(evaluation: Mapping[str, Any]) -> Grid | None:
+    """Perplexity of each policy by position in a window; None where it was not measured."""
+    found = {name: context["positions"] for name, context in _contexts(evaluation).items()}
+    spans = list(dict.fromkeys((b["from"], b["to"]) for buckets in found.values() for b in buckets))
+    if not spans:
+        return None
+    rows = []
+    for name, buckets in found.items():
+        by_span = {(b["from"], b["to"]): b["perplexity"] for b in buckets}
+        rows.append([name, *(number(by_span.get(span), 2) for span in spans)])
+    return Grid("perplexity by position", ["policy", *(f"{low} to {high - 1}" for low, high in spans)], rows)
+
+
+def passkey_grid(evaluation: Mapping[str, Any]) -> Grid | None:
+    """Share of pass keys that each policy retrieves by the length of the text, over all places of the key."""
+    found = {name: context["passkey"] for name, context in _contexts(evaluation).items()}
+    lengths = sorted({row["length"] for rows in found.values() for row in rows})
+    if not lengths:
+        return None
+    rows = []
+    for name, measured in found.items():
+        means = [_mean([r["accuracy"] for r in measured if r["length"] == length]) for length in lengths]
+        rows.append([name, *(number(mean, 2) for mean in means)])
+    return Grid("pass keys retrieved, by tokens of the text", ["policy", *map(str, lengths)], rows)
+
+
+def passkey_places_grid(evaluation: Mapping[str, Any]) -> Grid | None:
+    """The same by place, 0 the beginning, a row for each policy and length."""
+    found = {name: context["passkey"] for name, context in _contexts(evaluation).items()}
+    places = sorted({row["depth"] for rows in found.values() for row in rows})
+    if not places:
+        return None
+    rows = []
+    for name, measured in found.items():
+        for length in sorted({r["length"] for r in measured}):
+            by_place = {r["depth"]: r["accuracy"] for r in measured if r["length"] == length}
+            rows.append([name, str(length), *(number(by_place.get(place), 2) for place in places)])
+    head = ["policy", "tokens", *(f"at {place:g}" for place in places)]
+    return Grid("pass keys retrieved, by place of the key", head, rows)
+
+
+def _contexts(evaluation: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """What was measured of contexts: the reference under other positions, then the policies."""
+    before = {f"{evaluation['reference']} as {name}": found for name, found in evaluation.get("untrained", {}).items()}
+    return before | {name: p["context"] for name, p in evaluation["policies"].items() if p.get("context")}
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None

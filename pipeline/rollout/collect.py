@@ -127,7 +127,7 @@ class Sampler:
         key = NoiseKey(self.key.seed, self.key.row, iteration)
         my_ids = [ids[i] for i in mine]
         generated = self.engine.generate(my_ids, self.settings, key, progress, names=[prompts[i].id for i in mine])
-        texts = iter(self.chat.decode_all([g.ids for group in generated for g in group]))
+        texts = iter(self.chat.answers([g.ids for group in generated for g in group]))
         own = [
             Sample(prompts[i], k, next(texts), g.ids, g.logprobs, g.stopped, {}, g.raw_logprobs)
             for i, group in zip(mine, generated, strict=True)

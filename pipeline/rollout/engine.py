@@ -25,6 +25,15 @@ Progress = Callable[[int, int], None]  # sequences finished, sequences in all
 ToText = Callable[[Sequence[Sequence[int]]], list[str]]  # ids of answers -> their texts, ChatFormat.decode_all
 
 
+def require_room(key: str, longest: int, max_tokens: int) -> None:
+    """UserError where answers of that length leave no room for a prompt."""
+    if longest >= max_tokens:
+        raise UserError(
+            f"{key}: answers of up to {longest} tokens leave no room for a prompt within max_tokens {max_tokens}: "
+            "lower it, or raise max_tokens"
+        )
+
+
 class SamplingSettings(Settings):
     """How answers are drawn. Options act in transformers' order: repetition penalty, stop tokens barred before
     min_new_tokens, temperature, top_k, top_p, min_p."""
@@ -264,15 +273,19 @@ def require_text(to_text: ToText | None, settings: SamplingSettings) -> None:
         raise UserError("sampling.stop_strings: this engine was made without to_text, which decodes answers")
 
 
-def check_prompts(prompts: Sequence[Sequence[int]], settings: SamplingSettings, config: Any) -> int:
-    """The columns that the longest prompt and its answer take; UserError where the model has not as many positions."""
+def check_prompts(
+    prompts: Sequence[Sequence[int]], settings: SamplingSettings, config: Any, virtual_tokens: int = 0
+) -> int:
+    """The columns that the longest prompt and its answer take behind virtual tokens; UserError where the model has not
+    as many positions."""
     if not all(prompts):
         raise UserError("sampling: a prompt without tokens; a prompt needs at least its begin token")
-    columns = max(map(len, prompts)) + settings.max_new_tokens
+    columns = virtual_tokens + max(map(len, prompts)) + settings.max_new_tokens
     limit = getattr(config, "max_position_embeddings", columns)
     if columns > limit:
         raise UserError(
-            f"sampling: the longest prompt and {settings.max_new_tokens} new tokens need {columns} positions, the "
+            f"sampling: the longest prompt and {settings.max_new_tokens} new tokens need {columns} positions"
+            f"{f' behind {virtual_tokens} virtual tokens' if virtual_tokens else ''}, the "
             f"model has {limit}: lower sampling.max_new_tokens or leave long prompts out"
         )
     return columns

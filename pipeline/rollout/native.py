@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.llama import decode
+from pipeline.llama import decode, virtual
 from pipeline.llama.choosing import Chooser, seen_tokens
 from pipeline.rollout import noise
 from pipeline.rollout.beams import search
@@ -82,7 +82,8 @@ class NativeEngine:
         if not prompts:
             return []
         require_text(self.to_text, settings)
-        columns = check_prompts(prompts, settings, decode.base_model(self.model).config)
+        config, virtual_tokens = decode.base_model(self.model).config, virtual.count(self.model)
+        columns = check_prompts(prompts, settings, config, virtual_tokens)
         beams = settings.num_beams
         with decode.sampling_mode(self.model):
             cache = self._room(columns, len(prompts) * max(settings.samples, beams), at_least=beams)

@@ -9,7 +9,6 @@ prompts and the number of samples alone, so that a row draws the same answers to
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data.records import Sample
-from pipeline.flow.artifacts import sha256_file
+from pipeline.flow.artifacts import sha256_bytes, sha256_file, sync
 from pipeline.rollout.collect import EncodedPrompts, Rollout, Sampler, figures
 from pipeline.rollout.engine import Progress
 
@@ -86,10 +85,8 @@ class Portions:
         self.directory.mkdir(parents=True, exist_ok=True)
         rows = ([s.text, s.ids, s.logprobs, s.raw_logprobs, s.stopped] for s in samples)
         text = "".join(json.dumps(row) + "\n" for row in rows).encode()
-        path = self.directory / f"{stem}.{hashlib.sha256(text).hexdigest()}.jsonl"
+        path = self.directory / f"{stem}.{sha256_bytes(text)}.jsonl"
         temporary = self.directory / f".tmp-{stem}"
-        with temporary.open("wb") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
+        temporary.write_bytes(text)
+        sync(temporary)
         os.replace(temporary, path)

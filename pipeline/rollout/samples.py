@@ -23,7 +23,6 @@ scores that are there, and generates nothing:
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +33,7 @@ import numpy as np
 from pipeline.data import sources
 from pipeline.data.reader import Reader
 from pipeline.data.records import Cost, Origin, Sample
-from pipeline.flow.artifacts import Artifact
+from pipeline.flow.artifacts import Artifact, sync
 from pipeline.flow.errors import Damaged
 from pipeline.rollout.collect import figures
 from pipeline.rollout.mining import NUL, by_prompt, score_of
@@ -134,8 +133,7 @@ class SampleLog:
             return
         with self.path.open("a", encoding="utf-8", newline="\n") as stream:
             stream.write("".join(sources.to_line(s) for s in samples))
-            stream.flush()
-            os.fsync(stream.fileno())
+        sync(self.path)
 
 
 def _end_of(path: Path, start: int) -> int:

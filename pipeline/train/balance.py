@@ -10,6 +10,7 @@ by tokens over the step. So it alone depends a little on how a step is cut into 
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from pipeline.data.forest import Forest
@@ -45,7 +46,7 @@ class Routers:
             routed = [block.routed for block in blocks if block.routed is not None]
             if not routed:
                 continue
-            found = balance([logits[:tokens] for logits in routed], blocks[0].each)
+            found = balance(torch.stack([logits[:tokens] for logits in routed]), blocks[0].each)
             terms[TERM] = terms.get(TERM, 0.0) + blocks[0].coefficient * tokens * found.loss
             for name, value in found._asdict().items():
                 sums[name] = sums.get(name, 0.0) + value.detach() * tokens

@@ -16,7 +16,6 @@ refused. Nothing is pickled.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import math
 import os
@@ -30,8 +29,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from pipeline.flow.artifacts import read_object
-from pipeline.flow.errors import Damaged, RowFailed, UserError
+from pipeline.flow.artifacts import read_object, sha256_file, sync
+from pipeline.flow.errors import Damaged, RowFailed, UserError, anew
+from pipeline.flow.launch import sharing
 
 if TYPE_CHECKING:
     from pipeline.train.strategy import Strategy
@@ -134,7 +134,7 @@ class Checkpoints:
                 beside = work.with_name(f"{work.name}-{self.ranks.rank}")  # a part has its name once it is whole
                 _write_tensors(tensors, beside)
                 os.rename(beside, part)
-                _sync(work)
+                sync(work)
             if self.ranks.main:
                 self._await_parts(work)
                 self._complete(step, place, work, state)
@@ -169,7 +169,7 @@ class Checkpoints:
     def _complete(self, step: int, place: Path, work: Path, state: str) -> None:
         """The tensors are written: the rest, the new name, and away with what is too old."""
         (work / STATE).write_text(state, encoding="utf-8")
-        _sync(work / STATE)
+        sync(work / STATE)
         files = {path.name: _facts(path) for path in sorted(work.iterdir())}
         manifest = {
             "schema": SCHEMA,
@@ -179,12 +179,12 @@ class Checkpoints:
             "layout": self.layout,
         }
         (work / MANIFEST).write_text(json.dumps({**manifest, "files": files}, indent=1), encoding="utf-8")
-        _sync(work / MANIFEST)
-        _sync(work)
+        sync(work / MANIFEST)
+        sync(work)
         if place.exists():  # damaged, else the row had gone on from it
             _remove(place)
         os.rename(work, place)
-        _sync(self.directory)
+        sync(self.directory)
         self._verify(place)
         others = [other for other in self._places() if other != place]
         beyond = [other for other in others if _step(other) > step]  # damaged, else the row had gone on from them
@@ -212,9 +212,7 @@ class Checkpoints:
                 problems.append(str(problem))
                 say(f"{problem}; trying the one before it")
         if problems:
-            raise Damaged(
-                f"{self.directory}: no checkpoint verifies ({problems[0]}); remove that directory to start the row anew"
-            )
+            raise Damaged(f"{self.directory}: no checkpoint verifies ({problems[0]}); {anew(self.directory)}")
         return None
 
     def clear(self) -> None:
@@ -251,13 +249,13 @@ class Checkpoints:
 
         if manifest["world"] != self.ranks.world:
             raise UserError(
-                f"checkpoint {place}: written by {manifest['world']} processes, now there are {self.ranks.world}: go "
-                f"on with launch.processes={manifest['world']}, or remove {self.directory} to start the row anew"
+                f"checkpoint {place}: written by {sharing(manifest['world'], 'single')}, now there are "
+                f"{self.ranks.world}: go on with launch.processes={manifest['world']}, or {anew(self.directory)}"
             )
         if manifest.get("layout") != self.layout:
             raise UserError(
                 f"checkpoint {place}: its weights lie as {manifest.get('layout')}, now as {self.layout}: go on "
-                f"with the launch settings that wrote it, or remove {self.directory} to start the row anew"
+                f"with the launch settings that wrote it, or {anew(self.directory)}"
             )
         state = json.loads((place / STATE).read_text(encoding="utf-8"), object_hook=_float)
         own = place / _part(self.ranks.rank)
@@ -281,7 +279,7 @@ def _write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
         save_file(dict(tensors), path)
     except SafetensorError as error:  # how it reports what the system refused
         raise OSError(str(error)) from error
-    _sync(path)
+    sync(path)
 
 
 def megabytes(tensors: Mapping[str, Tensor]) -> int:
@@ -321,16 +319,4 @@ def _remove(place: Path) -> None:
 
 
 def _facts(path: Path) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}

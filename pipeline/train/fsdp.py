@@ -69,19 +69,20 @@ class FsdpEngine(Engine):
     @contextmanager
     def whole(self) -> Iterator[None]:
         sharded = self._sharded()
-        hooks = [(m._state_dict_pre_hooks, dict(m._state_dict_pre_hooks)) for m in self.bare.modules()]
+        hooks = [m._state_dict_pre_hooks for m in self.bare.modules()]  # they cut the weights up before they are read
+        calls: list[Any] = [*sharded]
+        hooks += [part for m in calls for part in (m._forward_pre_hooks, m._forward_hooks)]  # or after every token
+        before = [dict(part) for part in hooks]
         for module in sharded:
             module.unshard()
-            module.set_reshard_after_forward(False, recurse=False)  # not after every token that is sampled
-        for now, _ in hooks:
-            now.clear()  # they cut the weights up before `state_dict` reads them
+        for part in hooks:
+            part.clear()
         try:
             yield
         finally:
-            for now, before in hooks:
-                now.update(before)
+            for part, own in zip(hooks, before, strict=True):
+                part.update(own)
             for module in sharded:
-                module.set_reshard_after_forward(module is not self.bare, recurse=False)
                 module.reshard()
 
     def state(self) -> dict[str, torch.Tensor]:

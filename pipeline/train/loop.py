@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from pipeline.data.forest import Forest, Group, build, cut, size
 from pipeline.flow.errors import Damaged, NonFinite, UserError
 from pipeline.llama.arithmetic import fast_products
+from pipeline.llama.virtual import refuse_checkpointing
 from pipeline.train import balance, optim
 from pipeline.train.batches import Plan, check_sizes
 from pipeline.train.metrics import Number, Sums, exact_sum, merge
@@ -351,8 +352,9 @@ def fit(
     """
     settings = trainer.settings
     if len(plan) < FEW_STEPS and trainer.strategy.main:
+        steps = "1 optimiser step" if len(plan) == 1 else f"{len(plan)} optimiser steps"
         workspace.say(
-            f"only {len(plan)} optimiser steps from {len(plan.groups)} records: hardly anything can be learnt; "
+            f"only {steps} from {len(plan.groups)} records: hardly anything can be learnt; "
             "give more data, more train.epochs, or a smaller train.batch"
         )
     due = evaluation_steps(len(plan), settings.evaluations) if evaluate or watch else set()
@@ -468,6 +470,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 def enable_checkpointing(module: nn.Module) -> None:
     """Recompute activations in every model of `module` that can (transformers' interface)."""
+    refuse_checkpointing(module)
     able = [m for m in module.modules() if hasattr(m, "gradient_checkpointing_enable")]
     inside = {id(child) for m in able for child in m.modules() if child is not m}
     for model in (m for m in able if id(m) not in inside):

@@ -15,7 +15,8 @@ from pipeline.estimate.memory import human, peak
 from pipeline.estimate.rows import ppo_work
 from pipeline.estimate.shape import Model, Shape
 from pipeline.flow.launch import launch_settings
-from pipeline.llama.adapters import TARGETS, LoraSettings, is_adapted
+from pipeline.llama.adapter_settings import LoraSettings, settings_of
+from pipeline.llama.adapters import BELOW, is_adapted
 from pipeline.llama.heads import ValueHead, unwrapped
 from pipeline.train.strategy import Strategy
 
@@ -34,14 +35,16 @@ def model_of(module: Any) -> Model:
     model = module.lm if hasattr(module, "lm") else module.classifier
     inner = unwrapped(model)
     shape = Shape.of(cast(Mapping[str, Any], inner.config.get_text_config().to_dict()))
-    adapter = None
-    if is_adapted(model):
-        config = model.active_peft_config
-        names = set(config.target_modules)
-        targets = next((name for name, modules in TARGETS.items() if set(modules) == names), "linear")
-        adapter = LoraSettings.model_validate({"rank": config.r, "targets": targets})
     base = str(inner.get_input_embeddings().weight.data_ptr())
-    return Model(shape, base, adapter, scalar=hasattr(module, "classifier"))
+    scalar = hasattr(module, "classifier")
+    if not is_adapted(model):
+        return Model(shape, base, scalar=scalar)
+    config = model.active_peft_config
+    found = settings_of(config.to_dict()) or LoraSettings(
+        rank=getattr(config, "r", 1)
+    )  # of layers that are none of ours
+    under = sum(p.numel() for name, p in model.named_parameters() if f".{BELOW}" in name)
+    return Model(shape, base, found, scalar, stored=config.is_prompt_learning and config.inference_mode, under=under)
 
 
 def statement(

@@ -24,10 +24,11 @@ def parameter_groups(
     Weight decay falls on matrices, embeddings and output head included (as LLaMA's authors and GPT-style
     codes do), and on nothing with fewer than two dimensions: no norm and no bias. `rates` multiplies the
     learning rate of parameters whose name starts with a prefix ({"value.": 2.0}); the longest prefix that
-    fits wins, and one that fits nothing is a ValueError. A group remembers its `prefix`.
+    fits wins, and one that fits nothing is a ValueError. A group remembers its `prefix`. A parameter may have a
+    `rate_factor` of its own beside that (pipeline/llama/adapters.py).
     """
     rates = dict(rates or {})
-    chosen: dict[tuple[float, str | None], list[nn.Parameter]] = {}
+    chosen: dict[tuple[float, str | None, float], list[nn.Parameter]] = {}
     used: set[str] = set()
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
@@ -35,14 +36,14 @@ def parameter_groups(
         prefix = max((p for p in rates if name.startswith(p)), key=len, default=None)
         used |= {prefix} if prefix is not None else set()
         decay = weight_decay if parameter.ndim >= 2 else 0.0
-        chosen.setdefault((decay, prefix), []).append(parameter)
+        chosen.setdefault((decay, prefix, getattr(parameter, "rate_factor", 1.0)), []).append(parameter)
     if unused := rates.keys() - used:
         raise ValueError(f"no trainable parameter's name starts with {sorted(unused)}")
     if not chosen:
         raise ValueError("the module has no trainable parameter")
     return [
-        {"params": parameters, "weight_decay": decay, "rate": rates.get(prefix or "", 1.0), "prefix": prefix}
-        for (decay, prefix), parameters in chosen.items()
+        {"params": parameters, "weight_decay": decay, "rate": factor * rates.get(prefix or "", 1.0), "prefix": prefix}
+        for (decay, prefix, factor), parameters in chosen.items()
     ]
 
 

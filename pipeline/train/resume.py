@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from pipeline.flow import stopping
-from pipeline.flow.errors import Damaged, RowFailed, UserError
+from pipeline.flow.errors import Damaged, RowFailed, UserError, anew
 from pipeline.train.checkpoints import Checkpoints, free_megabytes, megabytes
 
 if TYPE_CHECKING:
@@ -63,7 +63,8 @@ class Resume:
         self.trainer.load_state(found.tensors, state["updates"])
         for name, tensor in self.into.items():
             if name not in found.tensors:
-                raise Damaged(f"{self.checkpoints.directory}: the checkpoint holds no tensor {name}")
+                place = self.checkpoints.directory
+                raise Damaged(f"{place}: the checkpoint holds no tensor {name}; {anew(place)}")
             tensor.copy_(found.tensors[name])
         if self.best and state["best"]:
             self.best.load(state["best"], found.tensors)
@@ -150,4 +151,4 @@ class Stored(dict[str, Any]):
         self.place = place
 
     def __missing__(self, key: str) -> Any:
-        raise Damaged(f"{self.place}: the checkpoint's state holds no {key!r}; remove that directory to start anew")
+        raise Damaged(f"{self.place}: the checkpoint's state holds no {key!r}; {anew(self.place)}")

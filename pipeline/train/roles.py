@@ -9,9 +9,9 @@ from typing import cast
 from torch import Tensor, nn
 
 from pipeline.flow.artifacts import Policy, RewardModel
-from pipeline.llama.adapters import LoraSettings
+from pipeline.llama.adapter_settings import AnyAdapter
 from pipeline.llama.heads import ActorCritic, PolicyModel, ScalarModel, ValueHead, unwrapped
-from pipeline.llama.open import Trainable, open_frozen, open_trainable, open_trainable_classifier
+from pipeline.llama.open import Trainable, open_start, open_trainable, open_trainable_classifier
 from pipeline.train.average import Follower
 from pipeline.train.ppo_settings import PpoSettings
 from pipeline.train.reference import without_dropout
@@ -63,13 +63,13 @@ class Roles:
 
 
 def open_roles(
-    policy: Policy, reward: RewardModel | None, settings: PpoSettings, adapter: LoraSettings | None, seed: int
+    policy: Policy, reward: RewardModel | None, settings: PpoSettings, adapter: AnyAdapter | None, seed: int
 ) -> Roles:
     """The reference is exactly the policy that the row starts from; the critic starts as the settings say."""
     trained = open_trainable(policy, adapter, seed)
     actor = ActorCritic(cast(PolicyModel, trained.module), _critic(policy, reward, trained, settings, adapter, seed))
     moving = settings.reference.kind != "start"
-    reference = _follower_of(policy, adapter, seed) if moving else open_frozen(policy)
+    reference = _follower_of(policy, adapter, seed) if moving else open_start(policy, adapter, seed)
     roles = Roles(trained, reference, actor, settings, dropout_off=without_dropout(actor))
     if moving:
         decay = settings.reference.decay if settings.reference.kind == "average" else 0.0
@@ -85,7 +85,7 @@ def _critic(
     reward: RewardModel | None,
     trained: Trainable,
     settings: PpoSettings,
-    adapter: LoraSettings | None,
+    adapter: AnyAdapter | None,
     seed: int,
 ) -> ScalarModel | ValueHead | None:
     if not settings.has_critic:
@@ -99,7 +99,7 @@ def _critic(
     return critic
 
 
-def _follower_of(policy: Policy, adapter: LoraSettings | None, seed: int) -> Trainable:
+def _follower_of(policy: Policy, adapter: AnyAdapter | None, seed: int) -> Trainable:
     """The policy in the form in which it is trained, frozen: a new adapter starts without any effect."""
     follower = open_trainable(policy, adapter, seed)
     follower.module.requires_grad_(False).eval()

@@ -235,6 +235,8 @@ def build(
     found = int(os.environ.get("WORLD_SIZE", "1"))
     if found != processes:
         raise UserError(f"launch.processes: {processes} asked for, but this process is one of {found}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("launch.device: cuda, but PyTorch finds no such device here; set launch.device to auto or cpu")
     on_cpu = device == "cpu" or not torch.cuda.is_available()
     keywords: dict[str, Any] = {"gradient_accumulation_steps": 1, "mixed_precision": "no"}
     if strategy == "deepspeed":

@@ -18,6 +18,7 @@ import sys
 from importlib import import_module
 
 BENCHMARKS = {
+    "core": "a training step of the core, tokens a second, against transformers' LlamaForCausalLM",
     "sft": "SFT, tokens a second, against TRL's SFTTrainer",
     "generate": "sampling, tokens a second, against transformers.generate",
     "ppo": "PPO, episodes a second, against TRL 1.12's PPOTrainer",

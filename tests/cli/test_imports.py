@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import shutil
 import struct
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from pipeline.cli.exports import app as exports
 from pipeline.cli.imports import app
 from pipeline.flow.errors import UserError
 
@@ -94,3 +97,76 @@ def test_a_model_without_a_chat_template_is_given_one(weights: Path, tokenizer: 
     with pytest.raises(UserError, match="chat template of its own"):
         raise CliRunner().invoke(app, ["chat", str(out), str(tmp_path / "twice")]).exception
     assert not (tmp_path / "twice").exists()
+
+
+# Meta's layout, tokenizers
+
+
+def run(app: Any, *args: object) -> Any:
+    return CliRunner().invoke(app, list(map(str, args)))
+
+
+@pytest.fixture
+def stored(weights: Path, tokenizer: Path, tmp_path: Path) -> Path:
+    """A model directory without a chat template."""
+    call(weights, tokenizer, tmp_path / "stored")
+    return tmp_path / "stored"
+
+
+@pytest.fixture
+def ranks(tmp_path: Path) -> Path:
+    path = tmp_path / "ranks.model"
+    path.write_bytes(b"".join(base64.b64encode(bytes([b])) + f" {b}\n".encode() for b in range(256)))
+    return path
+
+
+def test_metas_layout_goes_out_and_comes_in_again(stored: Path, ranks: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    out, back = tmp_path / "meta", tmp_path / "back"
+    result = run(exports, "meta", stored, out)
+    assert result.exit_code == 0, result.output
+    assert {path.name for path in out.iterdir()} == {"params.json", "consolidated.00.safetensors"}
+    with pytest.raises(UserError, match="there is no file .*tokenizer.model; name the tokenizer with --tokenizer"):
+        raise run(app, "meta", out, back).exception
+    with pytest.raises(UserError, match="makes ids up to 511, the model's embedding has 260 rows"):
+        raise run(app, "meta", out, back, "--tokenizer", ranks).exception
+    with pytest.raises(UserError, match="does not divide num_key_value_heads 1"):
+        raise run(exports, "meta", stored, back, "--shards", 2).exception
+    with pytest.raises(UserError, match="holds no model"):
+        raise run(exports, "meta", out, back).exception
+    assert not back.exists()
+    pieces = tmp_path / "pieces.json"
+    shutil.copy(stored / "tokenizer.json", pieces)
+    with pytest.raises(UserError, match="does not say which token ends a text"):
+        raise run(app, "meta", out, back, "--tokenizer", pieces).exception
+    result = run(app, "meta", out, back, "--tokenizer", stored / "tokenizer.json")
+    assert result.exit_code == 0, result.output
+    assert "sft.template" in result.stdout
+    ours, again = (load_file(path / "model.safetensors") for path in (stored, back))
+    assert ours.keys() == again.keys() and all(again[key].equal(ours[key]) for key in ours)
+
+
+def test_a_tokenizer_is_imported_with_its_chat_format(ranks: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    out = tmp_path / "pieces"
+    result = run(app, "tokenizer", ranks, out, "--template", "llama-3")
+    assert result.exit_code == 0, result.output
+    assert f"{{kind: tokenizer, path: {out}}}" in result.stdout and "no chat template" not in result.stdout
+    opened = AutoTokenizer.from_pretrained(out)
+    ids = opened.apply_chat_template([{"role": "user", "content": " a "}], return_dict=True)["input_ids"]
+    assert ids == [256, 262, *b"user", 263, *b"\n\na", 265]
+    assert "--template" in run(app, "tokenizer", ranks, tmp_path / "plain").stdout
+    with pytest.raises(UserError, match="'llama3' is not known; did you mean 'llama-3'"):
+        raise run(app, "tokenizer", ranks, tmp_path / "x", "--template", "llama3").exception
+    with pytest.raises(UserError, match="names its own bos, eos and pad"):
+        raise run(app, "tokenizer", ranks, tmp_path / "x", "--eos", "x").exception
+
+
+def test_a_model_is_given_a_format_by_name(stored: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    result = run(app, "chat", stored, tmp_path / "chat", "--template", "llama-2")
+    assert result.exit_code == 0, result.output
+    assert "[INST]" in AutoTokenizer.from_pretrained(tmp_path / "chat").chat_template

@@ -114,8 +114,15 @@ main(["run", "toy.yaml", "--set", "first.seconds=30", "--json"])
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=20)
     assert process.returncode == 130, err
-    assert json.loads(out)["rows"][0]["status"] == "failed"
+    assert json.loads(out)["rows"][0]["status"] == "interrupted"
     assert "interrupted by SIGINT" in err and "Traceback" not in err
+    (partial,) = (cli.root / "store" / "partial").iterdir()
+    (partial / "checkpoints" / "step-000003").mkdir(parents=True)
+    goes_on = "stopped after step 3, its last checkpoint, and goes on from there"
+    assert "first  interrupted" in (shown := cli("show", "toy")[1]) and goes_on in shown
+    assert f"stale    {partial.name[:12]}  {goes_on}" in cli("plan", "toy.yaml", "--set", "first.seconds=30")[1]
+    assert "never run" in cli("plan", "toy.yaml")[1], "other settings are another row"
+    assert f"is not sealed ({partial.name[:12]}): {goes_on}; log: " in cli("show", "toy", "first")[2]
 
 
 RUN = """

@@ -169,7 +169,7 @@ MUTATIONS: list[tuple[str, tuple[str, ...]]] = [
     (setting("dpo.kl_budget", "1"), ("dpo.kl_budget", "`dev`")),
     (setting("ppo.kl_budget", "1"), ("ppo.kl_budget", "`dev`")),
     (setting("rejection.kl_budget", "1"), ("rejection.kl_budget", "`dev`")),
-    (setting("launch.processes", "2"), ("launch.processes is 2, but launch.strategy is single",)),
+    (setting("launch.processes", "2"), ("launch.processes: 2, but launch.strategy is single",)),
     (setting("ppo.kl.band", "[9, 4]"), ("band", "the lower first")),
     (setting("ppo.sampling.top_k", "5"), ("ppo.sampling", "ppo.importance.correct")),
     (setting("ppo.sampling.temperature", "0"), ("ppo.sampling.temperature: 0",)),

@@ -19,6 +19,12 @@ def test_why_a_row_is_stale(cli: Any) -> None:
     assert "  documents: a list of Documents" in out and "<- first.documents, pair.documents" in out
 
 
+def test_another_launch_reuses_a_sealed_row_and_says_so(cli: Any) -> None:
+    cli.json("run", "toy.yaml", "--until", "first")
+    _, out, _ = cli("plan", "toy.yaml", "--set", "launch.processes=2", "--set", "launch.strategy=ddp")
+    assert out.splitlines()[2].endswith("sealed with 1 process, reused: launch settings are no part of its identity")
+
+
 def test_planning_writes_no_row(cli: Any) -> None:
     cli.json("plan", "toy.yaml")
     assert not (cli.root / "store" / "rows").exists() and not (cli.root / "runs").exists()

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import pytest
+
 from pipeline.cli.run import headline, look_up
+from pipeline.flow import config
 from pipeline.flow.runner import RowResult
 
 
@@ -23,6 +27,13 @@ def test_a_run_ends_with_a_table_and_where_things_are(cli: Any) -> None:
     assert "runs/mine" in lines[-1]
     assert "first: started (never run)" in err and "first: toy said something" in err
     assert "reused" in cli("run", "toy.yaml", "--until", "pair", "--name", "mine")[1]
+
+
+def test_a_plan_file_is_read_once(cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, text_of = [], config._text
+    monkeypatch.setattr(config, "_text", lambda path: read.append(path) or text_of(path))
+    cli.json("run", "toy.yaml", "--until", "first")
+    assert read == [Path("toy.yaml")]
 
 
 def test_bad_files_are_told_before_any_row_runs(cli: Any) -> None:

@@ -4,6 +4,7 @@ reason."""
 from __future__ import annotations
 
 import random
+import sys
 from typing import Any
 
 import pytest
@@ -52,7 +53,8 @@ TOKENS = ["<|im_start|>", "<|im_end|>", "<|head|>", "<|body|>", "<|eot|>"]
 
 
 def chat_with(template: str, **variables: Any) -> ChatFormat:
-    tokenizer = train_tokenizer(["Mira lives in Dovan. user assistant"] * 20, 400, chat_template=template)
+    tokenizer = train_tokenizer(["Mira lives in Dovan. user assistant"] * 20, 400)
+    tokenizer.chat_template = template
     tokenizer.add_special_tokens({"additional_special_tokens": TOKENS})
     return ChatFormat(tokenizer, variables)
 
@@ -166,6 +168,21 @@ def test_a_template_that_never_ends_an_answer_is_refused() -> None:
 def test_a_tokenizer_without_a_template_is_refused() -> None:
     with pytest.raises(UserError, match="has no chat template"):
         chat_with("")
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% macro f(n) %}{% for i in range(9) %}{% if n %}{{ f(n - 1) }}{% endif %}{% endfor %}{% endmacro %}"
+        "{{ f(50) }}",
+    ],
+)
+def test_a_template_that_runs_on_is_ended(template: str) -> None:
+    before = sys.gettrace()
+    with pytest.raises(TemplateRefused, match="more than 1,000,000 lines of its program"):
+        chat_with(template + CHATML)
+    assert sys.gettrace() is before
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,12 @@ def test_each_malformed_row_is_named(tmp_path: Path, reason: str, row: bytes) ->
     assert [(p.line, p.reason) for p in left.bad] == [(2, reason)]
 
 
+def test_a_table_is_one_problem(tmp_path: Path) -> None:
+    (tmp_path / "pairs.csv").write_text("prompt,chosen,rejected\nq,a,b\n")
+    (problem,) = read_rows(tmp_path / "pairs.csv")
+    assert isinstance(problem, Problem) and problem.message.endswith("save it as JSON lines or Parquet")
+
+
 def test_all_malformed_rows_in_one_pass(tmp_path: Path) -> None:
     path, quarantine = tmp_path / "rows.jsonl", tmp_path / "deep" / "bad.jsonl"
     path.write_bytes(b"".join(row + b"\n" + GOOD + b"\n" for row in MALFORMED.values()))

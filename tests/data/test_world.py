@@ -254,7 +254,7 @@ def test_labellers_follow_bradley_and_terry() -> None:
 
 def test_the_stage_writes_what_readers_read(tmp_path: Path) -> None:
     sizes = {"documents": 30, "heldout_documents": 5, "conversations": 10, "comparisons": 12, "heldout_pairs": 8,
-             "prompts": 9, "dev": 7, "heldout": 6}  # fmt: skip
+             "prompts": 9, "dev": 7, "heldout": 6, "long_documents": 4, "heldout_long_documents": 2}  # fmt: skip
     request = Request(
         row="world", stage="world", target="pipeline.data.world_stage:WorldStage", fingerprint="f", seed=0,
         config={"seed": 2, **sizes}, inputs={}, identity={}, partial=str(tmp_path),

@@ -57,13 +57,13 @@ def kept_by_autograd(lora: LoraSettings | None, bf16: bool, tokens: int) -> tupl
     import torch
 
     from pipeline.data.forest import roots
-    from pipeline.llama.adapters import add_lora
+    from pipeline.llama.adapters import add_adapter
     from pipeline.llama.heads import hidden_states
     from tests import small
 
     made = small.policy(hidden_size=64, intermediate_size=192, num_hidden_layers=6)
     shape = Shape.of(made.model.config.to_dict())
-    model = made.model if lora is None else add_lora(made.model, lora, seed=0)
+    model = made.model if lora is None else add_adapter(made.model, lora, seed=0)
     lengths = torch.full((tokens // 64,), 64)
     forest = roots(torch.arange(tokens) % 97, lengths)
     own = {p.data_ptr() for p in model.parameters()}

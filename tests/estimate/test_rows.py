@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from pipeline.estimate.devices import DEVICES, device
+from pipeline.estimate.following import WORLD
 from pipeline.estimate.memory import states as states_of
 from pipeline.estimate.memory import whole_weights
 from pipeline.estimate.rows import Estimate, Wishes, estimate
@@ -68,6 +69,24 @@ def test_the_world_says_how_many_tokens_there_are():
     assert steps["pretrain"].cost.tokens == 10 * 2048
 
 
+def test_ppo_counts_what_a_run_of_it_recorded(monkeypatch: pytest.MonkeyPatch):
+    """Seed 0 of the quickstart drew 54,658 tokens and learnt from 146,196: 2 epochs of 1,024 prompts with answers."""
+    assert rows("quickstart.yaml")["ppo"].cost.tokens == 16 * 64 * (4 * 13 + 2 * (18 + 4 * 13))
+    monkeypatch.setattr("pipeline.estimate.rows.WORLD_ANSWER", 54_658 / 4096)
+    monkeypatch.setitem(WORLD, "prompts", (146_196 / 2 - 54_658) / 1024)
+    assert rows("quickstart.yaml")["ppo"].cost.tokens == pytest.approx(200_854)
+
+
+def test_ppo_counts_the_records_that_are_learnt_beside():
+    """32 documents of 37 tokens in each of 16 x 2 x 4 updates; none while the critic warms up."""
+    found = rows("ppo-variants.yaml")
+    plain, beside = found["ppo"], found["ppo@ptx"]
+    assert beside.cost.tokens - plain.cost.tokens == 128 * 32 * 37
+    assert beside.cost.computed / plain.cost.computed > 1.5
+    warmed = rows("ppo-variants.yaml", "ppo@ptx.critic.warmup=2")["ppo@ptx"]
+    assert warmed.cost.tokens - plain.cost.tokens == 112 * 32 * 37
+
+
 def test_files_of_a_user_are_not_counted():
     found = rows("own.yaml")
     assert found["pretrain"].cost.per_million and found["pretrain"].cost.tokens == 1e6
@@ -108,7 +127,7 @@ def test_an_adapter_directory_stands_over_its_base(tmp_path: Path):
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     base.mkdir(), adapter.mkdir()
     (base / "config.json").write_text(json.dumps({"model_type": "llama", **PRESETS["stories-15m"]}))
-    config = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     sets = [f"sources.base.path={adapter}", "sources.base.base=below"]
     sets.append(f"sources.below={{kind: policy, path: {base}}}")

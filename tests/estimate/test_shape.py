@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
+from pipeline.estimate.following import adapted
 from pipeline.estimate.operations import forward
-from pipeline.estimate.shape import Model, Shape, kv_bytes, lora_parameters
+from pipeline.estimate.shape import Model, Shape, adapter_parameters, kv_bytes, matching_parameters
 from pipeline.flow.errors import UserError
-from pipeline.llama.adapters import LoraSettings
+from pipeline.llama.adapter_settings import (
+    AnyAdapter,
+    Ia3Settings,
+    LoraSettings,
+    PrefixSettings,
+    PromptSettings,
+    PTuningSettings,
+    WeightsSettings,
+)
 from pipeline.llama.presets import PRESETS
 from tests import small
 from tests.architectures import CASES
@@ -39,9 +50,10 @@ def test_of_experts_all_are_held_and_two_compute():
     assert shape.computed == 32 * (41_943_040 + 2 * 176_160_768 + 8 * 4096)
     assert shape.computed + 2 * shape.table == 12_879_659_008
     assert forward(Model(shape, "a"), 10, 0) == 2 * 10 * shape.computed
-    assert lora_parameters(shape, 8, "attention") == 32 * 8 * (2 * 8192 + 2 * 5120)
-    with pytest.raises(UserError, match="set it to attention"):
-        lora_parameters(shape, 8, "linear")
+    assert adapter_parameters(shape, LoraSettings(rank=8, targets="attention")) == 32 * 8 * (2 * 8192 + 2 * 5120)
+    for adapter in (LoraSettings(rank=8), Ia3Settings(kind="ia3")):
+        with pytest.raises(UserError, match="would leave out the 8 experts .* targets?: attention|set it to attention"):
+            adapter_parameters(shape, adapter)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -54,9 +66,10 @@ def test_models_with_options_have_as_many_parameters(case: str):
 
 
 def test_what_lora_trains():
-    assert lora_parameters(SEVEN, 8, "query_value") == 4_194_304
-    assert lora_parameters(SEVEN, 16, "linear") == 39_976_960
-    assert lora_parameters(EIGHT, 8, "query_value") == 3_407_872
+    """correctness.md 4.8."""
+    assert adapter_parameters(SEVEN, LoraSettings(rank=8, targets="query_value")) == 4_194_304
+    assert adapter_parameters(SEVEN, LoraSettings(rank=16)) == 39_976_960
+    assert adapter_parameters(EIGHT, LoraSettings(rank=8, targets="query_value")) == 3_407_872
 
 
 @pytest.mark.parametrize(
@@ -75,14 +88,61 @@ def test_models_that_are_made_have_as_many_parameters(tied: bool):
     assert Model(shape, "a", scalar=True).parameters == sum(p.numel() for p in scalar.module.parameters())
 
 
-@pytest.mark.parametrize("shape", [{}, {"feed_forward": "relu"}, {"num_local_experts": 4}], ids=str)
 @pytest.mark.parametrize("scalar", [False, True])
-def test_adapters_that_are_made_train_as_many(scalar: bool, shape: dict):
-    from pipeline.llama.adapters import add_lora
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        LoraSettings(rank=3, targets="attention"),
+        LoraSettings(rank=3, dora=True),
+        LoraSettings(rank=3, initial="pissa"),
+        Ia3Settings(kind="ia3"),
+        PrefixSettings(kind="prefix", tokens=5),
+        PrefixSettings(kind="prefix", tokens=5, projection=7),
+        PromptSettings(kind="prompt", tokens=5),
+        PTuningSettings(kind="p_tuning", tokens=5, hidden=7),
+        PTuningSettings(kind="p_tuning", tokens=5, hidden=7, encoder="lstm"),
+        WeightsSettings(kind="weights", train=("model.layers.1.*", "*norm.weight", "lm_head*")),
+    ],
+    ids=lambda adapter: adapter.kind,
+)
+def test_adapters_that_are_made_train_as_many(scalar: bool, adapter: AnyAdapter):
+    from pipeline.llama.adapters import add_adapter
 
-    lora = LoraSettings(rank=3, targets="attention" if shape.get("num_local_experts") else "linear")
-    made = (small.scorer if scalar else small.policy)(**shape)
-    model = Model(Shape.of(made.model.config.to_dict()), "a", lora, scalar)
-    adapted = add_lora(made.model, lora, seed=0)
-    assert model.trained == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-    assert model.parameters == sum(p.numel() for p in adapted.parameters())
+    made = small.scorer() if scalar else small.policy()
+    start = Model(Shape.of(made.model.config.to_dict()), "a", scalar=scalar)
+    model = adapted(SimpleNamespace(name="row"), start, adapter)
+    found = add_adapter(made.model, adapter, seed=0)
+    assert model.trained == sum(p.numel() for p in found.parameters() if p.requires_grad)
+    assert model.parameters == sum(p.numel() for p in found.parameters())
+
+
+@pytest.mark.parametrize("options", [{"feed_forward": "relu"}, {"num_local_experts": 4}], ids=str)
+def test_adapters_of_models_with_options_train_as_many(options: dict):
+    from pipeline.llama.adapters import add_adapter
+
+    adapter = LoraSettings(rank=3, targets="attention" if "num_local_experts" in options else "linear")
+    made = small.policy(**options)
+    model = Model(Shape.of(made.model.config.to_dict()), "a", adapter)
+    found = add_adapter(made.model, adapter, seed=0)
+    assert model.trained == sum(p.numel() for p in found.parameters() if p.requires_grad)
+
+
+def test_a_model_whose_names_are_not_known_is_refused():
+    shape = Shape.of({**PRESETS["test"], "attention_bias": True})
+    with pytest.raises(UserError, match="other parameters than a plain LLaMA"):
+        matching_parameters(shape, ("*",), scalar=False)
+
+
+def test_what_the_next_row_finds():
+    """A saved PiSSA is a LoRA of twice the rank, a saved P-tuning its tokens; one merges or lies under another."""
+    start, row = Model(SEVEN, "sft"), SimpleNamespace(name="dpo")
+    pissa = adapted(row, start, LoraSettings(rank=16, initial="pissa")).saved()
+    assert pissa.trained == 2 * 39_976_960 and adapted(row, pissa, None) == pissa
+    tokens = adapted(row, start, PTuningSettings(kind="p_tuning", tokens=20)).saved()
+    assert tokens.trained == 20 * 4096
+    stacked = adapted(row, pissa, LoraSettings(rank=16, beneath="stack"))
+    assert (stacked.trained, stacked.whole) == (39_976_960, SEVEN.parameters + 2 * 39_976_960)
+    merged = adapted(row, pissa, LoraSettings(rank=16, beneath="merge"))
+    assert (merged.trained, merged.whole) == (39_976_960, SEVEN.parameters) and merged.base != pissa.base
+    part = adapted(row, start, WeightsSettings(kind="weights", train=("*.layers.0.*",)))
+    assert part.trained == SEVEN.layer_matrices + 2 * 4096 and part.saved().trained == SEVEN.parameters

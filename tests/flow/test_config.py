@@ -16,12 +16,12 @@ from pipeline.flow.config import (
     added,
     assign,
     load_document,
-    load_plan_file,
     merge,
     not_identity,
     parse_set,
     parse_settings,
     read_yaml,
+    with_sets,
 )
 from pipeline.flow.errors import UserError
 
@@ -164,11 +164,14 @@ def test_plans_are_bounded(tmp_path: Path, make: Any, told: str) -> None:
             load_document(tmp_path / "y.yaml")
 
 
-def test_load_plan_file_assigns_sets(tmp_path: Path) -> None:
+def test_sets_are_assigned_to_a_document_that_stays_as_it_is(tmp_path: Path) -> None:
     plan = tmp_path / "plan.yaml"
     plan.write_text("stages: {dpo: {beta: 0.1}}")
-    values = load_plan_file(plan, ["stages.dpo.beta=0.2", "sources.x.path=a.jsonl", "seed=3"])
-    assert values == {
+    document = load_document(plan)
+    changed = with_sets(document, ["stages.dpo.beta=0.2", "sources.x.path=a.jsonl", "seed=3"])
+    assert document.values == {"stages": {"dpo": {"beta": 0.1}}}
+    assert changed.places.of("stages", ["dpo", "beta"]) == "--set stages.dpo.beta=0.2: "
+    assert changed.values == {
         "stages": {"dpo": {"beta": 0.2}},
         "sources": {"x": {"path": str(Path.cwd() / "a.jsonl")}},
         "seed": 3,
@@ -254,7 +257,7 @@ def test_a_boolean_is_no_number() -> None:
         "settings.x.learning_rate: Input should be a valid number (given: True)",
         "settings.x.betas.1: Input should be a valid number (given: False)",
         "settings.x.token_budget: Input should be a valid integer (given: True)",
-        "settings.x.level: Input should be 1 or 2 (given: True)",
+        "settings.x.level: expected 1 or 2, found True",
         "settings.x.maybe: Input should be a valid integer (given: False)",
     ]
     found = parse_settings(More, {"either": True, "anything": {"a": True}, "betas": [0, 1]}, "settings.x")

@@ -62,6 +62,7 @@ def test_any_flipped_byte_is_refused(tmp_path: Path, kind: str, flips: int) -> N
         path.write_bytes(bytes(data))
         told = refused(tmp_path)
         assert path.name in told or str(path.parent) in told, told
+        assert f"; rm -rf {store.row_dir(FINGERPRINT)} and run the same command again" in told
         if path.name != "manifest.json":
             assert "its sha256 is" in told and "its manifest says" in told
         path.write_bytes(before)

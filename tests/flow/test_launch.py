@@ -14,6 +14,7 @@ import pytest
 from toy_stages import ask
 
 from pipeline.flow import launch as launching
+from pipeline.flow.config import Places
 from pipeline.flow.errors import UserError
 from pipeline.flow.launch import LaunchSettings, Workers, launch_settings, outcome, rank_environments
 
@@ -175,8 +176,15 @@ def test_hyperthreads_and_quotas_do_not_count_as_cores(monkeypatch: pytest.Monke
 
 
 def test_settings_that_contradict_each_other_name_the_key() -> None:
-    with pytest.raises(UserError, match="launch.strategy is single: set launch.strategy to ddp"):
-        launch_settings({"processes": 2})
+    said = {("launch",): "one.yaml:2", ("launch", "processes"): "--set launch.processes=2"}
+    with pytest.raises(UserError, match="^--set .*=2: launch.processes: 2, but launch.strategy is single: set launch"):
+        launch_settings({"processes": 2}, Places(said))
+    for idle in ({"zero_stage": 3}, {"offload": "all"}, {"deepspeed": {"zero_optimization": {}}}):
+        with pytest.raises(UserError, match=f"launch.{next(iter(idle))}: only strategy deepspeed reads it, and .* ddp"):
+            launch_settings({"processes": 2, "strategy": "ddp", **idle})
+        launch_settings({"processes": 2, "strategy": "deepspeed", **idle})
+    with pytest.raises(UserError, match="launch.threads: .*less than or equal to 1024"):
+        launch_settings({"threads": 1025})
     with pytest.raises(UserError, match="did you mean 'threads'"):
         launch_settings({"thread": 2})
 

@@ -324,6 +324,29 @@ def test_a_caller_that_trickles_is_not_waited_for_long(monkeypatch: pytest.Monke
     link.close()
 
 
+@pytest.mark.parametrize("answer", [b"", b"220 mail ready\r\n", b'{"hello": 1}\n'])
+def test_something_else_at_node_0s_port_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, answer: bytes) -> None:
+    monkeypatch.setattr(nodes_module, "ANSWER_SECONDS", 0.3)
+    launch = settings()
+    with socket.create_server(("127.0.0.1", launch.main_port)) as service:
+        thread, found = in_thread(lambda: call(launch, 1, lambda text: None, seconds=10))
+        connection, _ = service.accept()
+        connection.sendall(answer)
+        thread.join(10)
+        connection.close()
+    assert not thread.is_alive() and "is not node 0 of a run: set another launch.main_port" in str(found[0])
+
+
+def test_a_run_that_does_not_start_on_node_0_ends_on_the_others(nodes: Nodes) -> None:
+    """Its plan is wrong on node 0 alone; node 1 called before."""
+    other = nodes.start(1)
+    assert other.stderr is not None and "calling node 0" in other.stderr.readline()
+    code, said = ended(nodes.start(0, "first.word={}"))
+    assert code == 2 and "node 1 of 2 hear of it within 30 s" in said and "first.word" in said
+    code, said = ended(other, within=20)
+    assert code == 2 and "node 0 ended the run; its messages say why" in said
+
+
 def test_nodes_that_have_come_hear_of_an_interrupt() -> None:
     launch, said = settings(processes=3, nodes=3), []  # type: LaunchSettings, list[str]
 
@@ -421,9 +444,10 @@ def test_which_node_this_is(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"processes": 3}, "launch.processes is 3, which 2 nodes cannot share equally"),
-        ({"main_address": None}, "set launch.main_address"),
-        ({"node_rank": 2}, "launch.node_rank is 2, but launch.nodes is 2: nodes count from 0"),
+        ({"processes": 3}, "launch.nodes: 2 cannot share launch.processes equally: 3, over all nodes"),
+        ({"processes": 514}, "launch.processes: 514, but there are at most 256 on a node"),
+        ({"main_address": None}, "launch.nodes: 2 nodes: set launch.main_address"),
+        ({"node_rank": 2}, "launch.node_rank: 2, but launch.nodes is 2: nodes count from 0"),
         ({"main_port": 65535}, "main_port"),
     ],
 )

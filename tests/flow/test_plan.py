@@ -352,19 +352,20 @@ def test_sets_reach_sources_seed_and_worlds(folder: Path, monkeypatch: pytest.Mo
     ]
     plan = _plan(folder, PLAN, *sets)
     assert plan.sources["pairs"].paths == (folder / "pairs.jsonl",)
+    assert _plan(folder, PLAN, "pairs.path=../pairs.jsonl").sources == plan.sources
     assert (plan.seed, plan.row("sft").seed, plan.row("world").seed) == (9, 9, 4)
     assert plan.row("world").config.facts == 5  # type: ignore[attr-defined]
     assert plan.launch == {"threads": 2} and plan.skip_bad
     assert plan.document["sources"]["world"]["facts"] == 5
     for bad, message in (
-        ("pp.word=1", "--set pp.word=1: 'pp' is no row and no part of a plan; did you mean 'ppo'?"),
+        ("pp.word=1", "--set pp.word=1: 'pp' is no row, no source and no part of a plan; did you mean 'ppo'?"),
         ("rows=[]", "'rows' is no row"),
         ("ppo=1", "--set ppo=1: 'ppo' holds settings; name one of them: --set ppo.KEY=VALUE"),
         ("world=1", "--set world=1: 'world' holds settings; name one of them: --set world.KEY=VALUE"),
         ("name=x", "--set name=x: a run is named by --name, or by `name:` in the plan file"),
         ("launch.threads=-1", "--set launch.threads=-1: launch.threads: Input should be greater than or equal to 1"),
         ("launch.x=1", "--set launch.x=1: launch: unknown key 'x'"),
-        ("launch.processes=2", "launch.processes is 2, but launch.strategy is single"),
+        ("launch.processes=2", "--set launch.processes=2: launch.processes: 2, but launch.strategy is single"),
         ("seed=-1", f"--set seed=-1: seed: expected a number from 0 to {2**63 - 1}, found -1"),
         (f"seed={2**63}", f"seed: expected a number from 0 to {2**63 - 1}"),
         (f"world.seed={2**63}", f"sources.world.seed: expected a number from 0 to {2**63 - 1}"),

@@ -187,17 +187,18 @@ def test_a_run_directory_records_what_happened(finished: tuple[Place, RunResult]
 
 
 def test_another_environment_is_said_and_no_reason_to_run(done: Place) -> None:
-    manifest = {"environment": {"world": 2, "packages": {"pydantic": "0.0.1", "never-installed": "1"}}}
-    world, package = environment_differences(manifest, 1)
-    assert world == "2 processes, here it is 1" and package.startswith("pydantic 0.0.1, here it is 2")
-    built = {"environment": {"world": 1, "packages": {}, "kernel": has_kernel()}}
-    assert environment_differences(built, 1) == []
+    ddp = {"strategy": "ddp"}
+    manifest = {"environment": {"world": 2, "launch": ddp, "packages": {"pydantic": "0.0.1", "never-installed": "1"}}}
+    world, package = environment_differences(manifest, "1 process")
+    assert world == "2 processes (ddp), here it is 1 process" and package.startswith("pydantic 0.0.1, here it is 2")
+    built = {"environment": {"world": 1, "launch": {}, "packages": {}, "kernel": has_kernel()}}
+    assert environment_differences(built, "1 process") == []
     built["environment"]["kernel"] = not has_kernel()
-    (said,) = environment_differences(built, 1)
+    (said,) = environment_differences(built, "1 process")
     assert said.startswith("the compiled attention")
     result = done.run("launch.processes=2", "launch.strategy=ddp", last="first")
     assert statuses(result) == {"first": "reused"}
-    assert "first said: was computed with 1 processes, here it is 2" in done.heard.lines
+    assert "first said: was computed with 1 process, here it is 2 processes (ddp)" in done.heard.lines
 
 
 def test_progress_and_words_reach_the_listener(place: Place) -> None:
@@ -417,7 +418,7 @@ def test_a_signal_reaches_the_worker_and_ends_the_run(place: Place, number: int,
     stop.join()
     assert ended.value.exit_code == code and time.monotonic() - began < 15
     assert "it reuses the sealed rows and continues this one after" in str(ended.value)
-    assert statuses(runner.result) == {"first": "executed", "second": "failed"}
+    assert statuses(runner.result) == {"first": "executed", "second": "interrupted"}
 
 
 def _later(ready: Callable[[], bool], number: int) -> threading.Thread:

@@ -81,6 +81,21 @@ def test_a_sealed_row_opens_again(store: Store) -> None:
         again.open_output("aa", "policy")
 
 
+def test_what_an_interrupted_try_left_is_told(store: Store) -> None:
+    assert store.left("aa") is None
+    checkpoints = store.partial_dir("aa") / "checkpoints"
+    (checkpoints / ".tmp-step-000007").mkdir(parents=True)
+    assert store.left("aa") is None, "not whole: it begins anew"
+    (checkpoints / "drawn").mkdir()
+    (checkpoints / "drawn" / "rejection.000000.of1.0ab1.jsonl").touch()
+    assert "goes on with those that it has" in str(store.left("aa"))
+    for step in (90, 100):
+        (checkpoints / f"step-{step:06d}").mkdir()
+    assert "stopped after step 100, its last checkpoint" in str(store.left("aa"))
+    with store.lock("aa"):
+        assert store.left("aa") == "another process works on it"
+
+
 def test_a_row_is_sealed_once(store: Store) -> None:
     manifest = _seal(store, "aa", "first")
     (store.partial_dir("aa") / "out").mkdir(parents=True)
@@ -217,7 +232,7 @@ def test_a_manifest_that_was_forged_and_sealed_again_is_refused(store: Store, na
     _seal(store, "aa", "first")
     forge(store, "aa", FORGED[name])
     fresh = Store(store.root)
-    with pytest.raises(Damaged, match=r"aa/manifest.json: .*remove the row and run again"):
+    with pytest.raises(Damaged, match=r"aa/manifest.json: .*; rm -rf .*/store/rows/aa and run the same command again"):
         fresh.open_output("aa", "documents")
     assert fresh.manifests() == {}
 

@@ -13,7 +13,7 @@ import pytest
 from toy_stages import ask
 
 from pipeline.flow import worker
-from pipeline.flow.errors import RowFailed
+from pipeline.flow.errors import RowFailed, no_memory
 
 
 @pytest.fixture(autouse=True)
@@ -62,6 +62,14 @@ def test_a_crash_is_code_1_with_the_last_line_told_and_the_traceback_on_stderr(
     }  # fmt: skip
     assert "Traceback" in capsys.readouterr().err
     assert not (tmp_path / "partial" / worker.RESULT).exists()
+
+
+def test_too_little_memory_points_to_the_estimate(tmp_path: Path) -> None:
+    code, events = work(ask(tmp_path, fail="memory"))
+    assert code == 1 and events[-1]["message"].startswith("MemoryError")
+    assert events[-1]["message"].endswith("; rlhf estimate PLAN says what a row needs and what makes it fit")
+    assert no_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes"))
+    assert not no_memory(RuntimeError("seven is not eight"))
 
 
 def test_an_error_of_ours_keeps_its_exit_code(tmp_path: Path) -> None:

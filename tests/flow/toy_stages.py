@@ -63,6 +63,8 @@ class Toy(Stage):
             time.sleep(0.02)
         if fail == "crash":
             raise ValueError("seven is not eight")
+        if fail == "memory":
+            bytearray(1 << 62)
         if fail == "echo":
             raise ValueError(f"cannot do {os.environ['SOME_TOKEN']}")
         if fail == "nan":

@@ -16,8 +16,15 @@ from pipeline.data.forest import Segment, build
 from pipeline.flow.artifacts import Policy
 from pipeline.flow.errors import Damaged, UserError
 from pipeline.flow.store import Store
-from pipeline.llama.adapters import LoraSettings
-from pipeline.llama.heads import PolicyModel, ScalarModel
+from pipeline.llama import adapters
+from pipeline.llama.adapter_settings import (
+    Ia3Settings,
+    LoraSettings,
+    PrefixSettings,
+    PromptSettings,
+    PTuningSettings,
+)
+from pipeline.llama.heads import PolicyModel, ScalarModel, hidden_states
 from pipeline.llama.modeling import LlamaForCausalLM, LlamaForSequenceClassification
 from pipeline.llama.open import (
     fold_scale,
@@ -290,7 +297,7 @@ def test_an_adapter_is_saved_alone_and_opened_over_the_base_of_its_digest(stored
     assert on.base_digest == "base-digest"
     assert torch.equal(on.module(FOREST).logprobs_T, expected)
     assert any(p.requires_grad for p in on.model.parameters())
-    with pytest.raises(UserError, match="trained on as it is"):
+    with pytest.raises(UserError, match=r"\(kind lora, rank 4, alpha 8.0\).*\(kind lora, rank 2\).*adapter.beneath"):
         open_trainable(artifact, LoraSettings(rank=2), seed=0)
     with pytest.raises(UserError, match="digest of a model at hand"):
         open_policy(at(tmp_path / "a"))
@@ -351,6 +358,77 @@ def test_reward_adapters_carry_their_head(stored, tmp_path, tokenizer) -> None:
     save_model(plain.model, tokenizer, tmp_path / "a", base_digest="base-digest")
     with pytest.raises(UserError, match=r"score.*"):
         open_classifier(at(tmp_path / "a", base_digest=stored))
+
+
+KINDS = {
+    "lora": LORA,
+    "dora": LoraSettings(rank=4, dora=True),
+    "pissa": LoraSettings(rank=4, initial="pissa"),
+    "ia3": Ia3Settings(kind="ia3"),
+    "prefix": PrefixSettings(kind="prefix", tokens=3, projection=8),
+    "prompt": PromptSettings(kind="prompt", tokens=3),
+    "p-tuning": PTuningSettings(kind="p_tuning", tokens=3, hidden=8, encoder="lstm"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_head_beside_an_adapter_survives_save_load_and_merge(stored, tmp_path, tokenizer, kind: str) -> None:
+    critic = open_trainable_classifier(at(stored), KINDS[kind], seed=3)
+    moved(critic.model)
+    head, scores = score_layer(critic.model).weight.detach().clone(), critic.module(FOREST).detach()
+    save_model(critic.model, tokenizer, tmp_path, base_digest=critic.base_digest)
+    artifact = at(tmp_path, "reward_model", base_digest=stored)
+    opened, near = open_classifier(artifact).model, 1e-5 if kind == "pissa" else 0.0  # whose base was taken apart
+    assert torch.equal(score_layer(opened).weight, head)
+    assert (ScalarModel(opened)(FOREST) - scores).abs().max() <= near
+    assert (open_trainable_classifier(artifact, None, 9).module(FOREST) - scores).abs().max() <= near
+    if kind in ("prefix", "prompt", "p-tuning"):
+        return
+    plain = adapters.merged(opened)
+    assert type(plain) is LlamaForSequenceClassification and torch.equal(plain.score.weight, head)
+    assert (ScalarModel(plain)(FOREST) - scores).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("kind", ["prefix", "prompt", "p-tuning"])
+def test_stored_virtual_tokens_are_what_was_trained_and_train_on(stored, tmp_path, tokenizer, kind: str) -> None:
+    """The network that computed them is not saved; they go on by themselves, in a reward model over them too."""
+    trained = open_trainable(at(stored), KINDS[kind], seed=0)
+    moved(trained.model)
+    expected = trained.module(FOREST).logprobs_T.detach()
+    save_model(trained.model, tokenizer, tmp_path, base_digest=trained.base_digest)
+    assert list(load_file(tmp_path / "adapter_model.safetensors")) == ["prompt_embeddings"]
+    artifact = at(tmp_path, digest="adapter-digest", base_digest=stored)
+    assert torch.equal(PolicyModel(open_policy(artifact).model)(FOREST).logprobs_T, expected)
+    on = open_trainable(artifact, KINDS[kind], seed=9)
+    assert torch.equal(on.module(FOREST).logprobs_T, expected)
+    names = ["prompt_encoder.default.embedding.weight"]
+    assert [name for name, p in on.model.named_parameters() if p.requires_grad] == names
+    critic = open_trainable_classifier(artifact, None, seed=3)
+    states = hidden_states(trained.model, FOREST)
+    assert (critic.module(FOREST) - states @ score_layer(critic.model).weight[0]).abs().max() <= 1e-5
+    trainable = {name for name, p in critic.model.named_parameters() if p.requires_grad}
+    assert trainable == {*names, "base_model.score.modules_to_save.default.weight"}
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"peft_type": "LOHA"}, "peft_type is 'LOHA', expected one of LORA, IA3,"),
+        ({"num_virtual_tokens": 10**9}, r"prompt_embeddings of shape (3, 32), expected (1000000000, 32)"),
+        ({"token_dim": 10**9}, "prompt_embeddings of shape (3, 32), expected (3, 1000000000)"),
+        ({"num_virtual_tokens": "3"}, "num_virtual_tokens, token_dim and num_layers: whole numbers"),
+        ({"num_transformer_submodules": 2}, "prompt_embeddings of shape"),
+        ({"peft_type": "PREFIX_TUNING"}, "prompt_embeddings of shape (3, 32), expected (3, 128)"),
+    ],
+)
+def test_virtual_tokens_of_other_sizes_are_refused(stored, tmp_path, tokenizer, change: dict, told: str) -> None:
+    model = open_trainable(at(stored), KINDS["prompt"], seed=0).model
+    save_model(model, tokenizer, tmp_path, base_digest="base-digest")
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(UserError) as error:
+        open_policy(at(tmp_path, base_digest=stored))
+    assert told in str(error.value) and str(tmp_path) in str(error.value)
 
 
 def test_a_reward_model_over_an_adapted_policy_starts_from_its_adapter(stored, tmp_path, tokenizer) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pydantic
 import pytest
+import torch
 from transformers import LlamaConfig
 
 from pipeline.llama.modeling import LlamaForCausalLM
@@ -14,9 +15,13 @@ PUBLISHED = {
     "llama-13b": 13_015_864_320,
     "llama-33b": 32_528_943_616,
     "llama-65b": 65_285_660_672,
+    "llama-2-7b": 6_738_415_616,
+    "llama-2-13b": 13_015_864_320,
     "llama-2-70b": 68_976_648_192,
     "llama-3-8b": 8_030_261_248,
     "llama-3-70b": 70_553_706_496,
+    "llama-3.1-8b": 8_030_261_248,
+    "llama-3.1-70b": 70_553_706_496,
     "llama-3.1-405b": 405_853_388_800,
     "llama-3.2-1b": 1_235_814_400,
     "llama-3.2-3b": 3_212_749_824,
@@ -28,8 +33,51 @@ PUBLISHED = {
 }
 
 
+TINY = {"test", "million"}
+# multiple_of, ffn_dim_multiplier of Meta's params.json: the feed-forward's width follows from them.
+WIDTHS = {
+    "llama-7b": (256, 1), "llama-13b": (256, 1), "llama-33b": (256, 1), "llama-65b": (256, 1),
+    "llama-2-70b": (4096, 1.3), "llama-3-8b": (1024, 1.3), "llama-3-70b": (4096, 1.3), "llama-3.1-405b": (4096, 1.2),
+    "llama-3.2-1b": (256, 1.5), "llama-3.2-3b": (256, 1.0),
+}  # fmt: skip
+
+
 def test_parameter_counts_are_those_published() -> None:
+    assert PRESETS.keys() - TINY == PUBLISHED.keys()
     assert {name: parameter_count(PRESETS[name]) for name in PUBLISHED} == PUBLISHED
+
+
+def test_a_model_of_every_published_shape_has_that_many_parameters() -> None:
+    """One layer of each; the others are its copies."""
+    for name, published in PUBLISHED.items():
+        shape = PRESETS[name]
+        with torch.device("meta"):
+            one = LlamaForCausalLM(LlamaConfig(**{**shape, "num_hidden_layers": 1}))
+        layer = sum(p.numel() for p in one.model.layers[0].parameters())
+        rest = sum(p.numel() for p in one.parameters()) - layer
+        assert rest + shape["num_hidden_layers"] * layer == published, name
+
+
+def test_widths_follow_from_metas_formula() -> None:
+    for name, (multiple, factor) in WIDTHS.items():
+        width = int(factor * int(8 * PRESETS[name]["hidden_size"] / 3))
+        assert PRESETS[name]["intermediate_size"] == multiple * -(-width // multiple), name
+
+
+def test_the_later_ones_promise_128k_by_scaled_positions() -> None:
+    for name, factor in {"llama-3.1-8b": 8, "llama-3.1-70b": 8, "llama-3.1-405b": 8, "llama-3.2-1b": 32}.items():
+        scaling = {**PRESETS[name]["rope_parameters"]}
+        assert PRESETS[name]["max_position_embeddings"] == 131_072 == 16 * scaling["original_max_position_embeddings"]
+        assert (scaling["rope_type"], scaling["factor"], scaling["rope_theta"]) == ("llama3", factor, 500_000)
+        assert (scaling["low_freq_factor"], scaling["high_freq_factor"]) == (1, 4)
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_a_plan_names_a_preset(name: str) -> None:
+    from stages.pretrain import Pretrain
+
+    config = Pretrain.Config(model=name)
+    assert config.model.llama(PRESETS[name]["vocab_size"]).items() >= PRESETS[name].items()
 
 
 @pytest.mark.parametrize("settings", [

@@ -104,8 +104,29 @@ def test_what_was_not_measured_is_said():
     result = figures([empty], GATES)
     assert {r["status"] for r in result.rows} == {"not measured"} and len(result.rows) == len(GATES)
     assert all(r["note"] for r in result.rows)
+    assert {r["note"] for r in result.rows if r["gate"] in ("sft above pretrain", "reward model: clear pairs")} == {
+        "no evaluation row"
+    }
     bare = {"temperature": 1.0, "policies": {"sft": {"gold": 0.5}}}
     assert {r["status"] for r in figures([run(0, bare)], GATES).rows} == {"not measured", "met"}
+
+
+def test_what_an_evaluation_row_lacks_is_named():
+    """No judge, no pairs, one policy less, nothing drawn for the best of 8."""
+    found = evaluation()
+    del found["policies"]["sft@perfect"]
+    for policy in found["policies"].values():
+        del policy["gold"], policy["against"], policy["win_rate"]
+    found |= {"decided_by": None, "reward_model": None, "best_of_n": None}
+    notes = {r["gate"]: r["note"] for r in figures([run(0, found)], GATES).rows}
+    assert notes["sft@perfect above sft"] == "add sft@perfect to `policies`"
+    assert notes["ppo above sft"] == "wire a `judge` or a `reward`"
+    assert notes["dpo: wins on correctness"] == "make sft the `reference`, and wire a `judge`"
+    assert notes["reward model: clear pairs"] == "wire `reward`, `pairs` and a `judge`"
+    assert notes["best of 8 by reward: gain recovered"] == "set best_of: 8, with a `judge` and `reward`"
+    found |= {"decided_by": "proxy", "reward_model": {"labels": between(0.7), "clear": None}}
+    notes = {r["gate"]: r["note"] for r in figures([run(0, found)], GATES).rows}
+    assert notes["reward model: clear pairs"] == notes["reward model: correctness alone"] == "wire a `judge`"
 
 
 def test_one_reading_for_each_seed_and_temperature():

@@ -1,6 +1,16 @@
 from __future__ import annotations
 
-from pipeline.report.summary import best_of_n_grid, parts_grid, policies_grid, reward_grid, row_grids, summarise
+from pipeline.report.summary import (
+    best_of_n_grid,
+    parts_grid,
+    passkey_grid,
+    passkey_places_grid,
+    policies_grid,
+    positions_grid,
+    reward_grid,
+    row_grids,
+    summarise,
+)
 
 RATE = {"vs": "sft", "mean": 0.7, "low": 0.65, "high": 0.75}
 EVALUATION = {
@@ -115,3 +125,28 @@ def test_the_title_says_on_what_and_by_whom_wins_were_decided():
 def test_few_prompts_have_no_interval():
     few = policies_grid({**EVALUATION, "prompts": 19, "decided_by": "proxy"})
     assert few.rows[1][1] == "0.700" and few.note == "19 prompts are too few to say how others would go."
+
+
+def test_contexts_side_by_side() -> None:
+    def context(near: float, far: float | None) -> dict:
+        buckets = [{"from": 0, "to": 64, "tokens": 9, "perplexity": near}]
+        buckets += [{"from": 64, "to": 128, "tokens": 9, "perplexity": far}] if far else []
+        keys = [{"length": n, "depth": d, "trials": 4, "accuracy": a, "nll": 1.0}
+                for n, d, a in ((64, 0.0, 1.0), (64, 0.5, 0.5), (128, 0.0, 0.25), (128, 0.5, 0.0))]  # fmt: skip
+        return {"positions": buckets, "passkey": keys}
+
+    evaluation = {
+        "reference": "pretrain",
+        "untrained": {"yarn": context(3.0, 8.0)},
+        "policies": {"pretrain": {"context": context(2.5, None)}, "sft": {}},
+    }
+    grid = positions_grid(evaluation)
+    assert grid is not None and list(grid.head) == ["policy", "0 to 63", "64 to 127"]
+    assert grid.rows == [["pretrain as yarn", "3.00", "8.00"], ["pretrain", "2.50", "–"]]
+    grid = passkey_grid(evaluation)
+    assert grid is not None and list(grid.head) == ["policy", "64", "128"]
+    assert grid.rows[1] == ["pretrain", "0.75", "0.12"]
+    grid = passkey_places_grid(evaluation)
+    assert grid is not None
+    assert grid.rows[2:] == [["pretrain", "64", "1.00", "0.50"], ["pretrain", "128", "0.25", "0.00"]]
+    assert positions_grid(EVALUATION) is passkey_grid(EVALUATION) is passkey_places_grid(EVALUATION) is None

@@ -12,7 +12,7 @@ import torch
 from pipeline.data.groups import comparison_groups, continuations
 from pipeline.data.records import Prompt, Sample
 from pipeline.flow.errors import Damaged
-from pipeline.llama.adapters import LoraSettings, add_lora
+from pipeline.llama.adapters import LoraSettings, add_adapter
 from pipeline.llama.heads import ScalarModel
 from pipeline.llama.open import score_layer
 from pipeline.rollout.reward import Reward, open_reward, raw_scores, score_texts, verify_probe, write_probe
@@ -73,7 +73,7 @@ def test_without_its_probe_nothing_is_proven(tmp_path: Path):
 def test_scores_are_taken_without_dropout(tmp_path: Path):
     """A module comes from training in train mode: its stored scores must be those that others reproduce."""
     role = scorer(1)
-    module = ScalarModel(add_lora(role.model, LoraSettings(rank=2, dropout=0.5), 0)).train()
+    module = ScalarModel(add_adapter(role.model, LoraSettings(rank=2, dropout=0.5), 0)).train()
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             if "lora_B" in name:

@@ -77,11 +77,20 @@ class Row:
             base = entry["lineage"].get("base")
             self.out[slot] = KINDS[entry["kind"]](
                 partial / "out" / slot, tuple(entry["files"]), entry["digest"], entry["lineage"], entry,
-                bases={base: bases[base]} if base else {},
+                bases=chain(base, bases),
             )  # fmt: skip
 
     def rows(self, slot: str) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (self.out[slot].path / "data.jsonl").read_text().splitlines()]
+
+
+def chain(base: str | None, known: dict[str, Path]) -> dict[str, Path]:
+    """A base and what lies below it, nearest first, as the store would find them."""
+    if base is None:
+        return {}
+    config = known[base] / "adapter_config.json"
+    below = json.loads(config.read_text())["base_model_name_or_path"] if config.is_file() else None
+    return {base: known[base], **chain(below, known)}
 
 
 def train(**changes: Any) -> dict[str, Any]:

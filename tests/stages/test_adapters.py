@@ -207,7 +207,7 @@ def test_more_processes_than_groups_in_a_minibatch_are_refused(
 
 
 def test_another_adapter_than_the_one_at_hand_is_refused(place: Place, sft: Row, pairs: Any) -> None:
-    with pytest.raises(UserError, match="an adapter is trained on as it is"):
+    with pytest.raises(UserError, match="the plan asks for another"):
         place.run("dpo", {"policy": sft.out["policy"], "comparisons": pairs}, adapter={"rank": 2})
 
 
@@ -232,7 +232,7 @@ def test_a_reference_that_is_not_the_start_is_refused(
     """The base below an adapter is not where the row starts: asserted at run time, before the first update."""
     import pipeline.train.roles as roles
 
-    monkeypatch.setattr(roles, "open_frozen", lambda artifact: open_frozen(base))
+    monkeypatch.setattr(roles, "open_start", lambda *start: open_frozen(base))
     inputs = {"policy": sft.out["policy"], "reward": reward.out["model"], "prompts": prompts}
     with pytest.raises(RowFailed, match="the reference is not the policy that this row starts from"):
         place.run("ppo", inputs, iterations=1, prompts=4, sampling=SHORT, train=train())

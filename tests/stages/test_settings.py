@@ -36,7 +36,7 @@ def test_ppo_refuses_samplers_that_are_not_the_policy(sampling: dict[str, Any]) 
         ("dpo", {"beta": 0}, "beta"),
         ("dpo", {"label_smoothing": 0.5}, "label_smoothing"),
         ("dpo", {"loss": {"name": "simpo", "gamma": -1}}, r"dpo\.loss\.gamma"),
-        ("dpo", {"loss": {"name": "sompi"}}, "dpo.loss: Input tag 'sompi'"),
+        ("dpo", {"loss": {"name": "sompi"}}, "dpo.loss.name: expected .*, found 'sompi'; did you mean 'simpo'"),
         ("dpo", {"loss": {"name": "simpo", "lambda": 1}}, "simpo has no lambda; it has: beta, gamma, sft_coefficient"),
         ("dpo", {"loss": {"name": "kto"}, "sft_coefficient": 0.5}, "kto has no sft_coefficient"),
         ("dpo", {"loss": {"beta": 0.2}, "beta": 0.1}, "beta and loss.beta are the same setting"),
@@ -60,7 +60,13 @@ def test_ppo_refuses_samplers_that_are_not_the_policy(sampling: dict[str, Any]) 
             "must be less than batch_tokens",
         ),
         ("sft", {"train": {"schedule": "wsd", "final_fraction": 0}}, "final_fraction: must be above 0 under wsd"),
-        ("pretrain", {"objective": "fmi"}, "'fmi'.*'causal', 'prefix', 'fim', 'spans', 'ul2'"),
+        (
+            "pretrain",
+            {"objective": "fmi"},
+            "expected 'causal', .*'fim', 'spans', 'ul2', found 'fmi'; did you mean 'fim'",
+        ),
+        ("rejection", {"train": "no"}, "rejection.train: expected a mapping of settings, found 'no'"),
+        ("rejection", {"choose": {"by": "bst"}}, "expected 'best', 'fraction' or 'threshold', found 'bst'; did you"),
         ("pretrain", {"objective": {"name": "fim", "rate": 1.5}}, r"pretrain\.objective\.rate"),
     ],
 )
@@ -76,6 +82,15 @@ def test_values_out_of_range_are_named(stage: str, values: dict[str, Any], named
 def test_ppo_refuses_what_its_steps_do_not_have(name: str, train: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=rf"ppo\.train\.{name}: has no effect in PPO"):
         load_stage(STAGES["ppo"]).check(config("ppo", train=train), frozenset({"reward"}))
+
+
+@pytest.mark.parametrize("stage", ["reward", "ppo", "rejection", "dpo", "evaluate"])
+def test_answers_leave_room_for_a_prompt(stage: str) -> None:
+    longest = {"sampling": {"max_new_tokens": 600}} if stage in ("ppo", "rejection") else {"max_new_tokens": 600}
+    given = frozenset({"policy", "reward", "prompts", "comparisons", "dev"})
+    with pytest.raises(UserError, match=rf"^{stage}\..*max_new_tokens: answers of up to 600 .* max_tokens 512: lower"):
+        load_stage(STAGES[stage]).check(config(stage, **longest), given)
+    load_stage(STAGES[stage]).check(config(stage, **longest, max_tokens=601), given)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +116,8 @@ def test_losses_and_inputs_go_together(loss: str, given: list[str], message: str
 def test_short_settings_of_dpo_reach_whatever_loss_there_is() -> None:
     smooth = make_loss("sigmoid", beta=0.3, label_smoothing=0.1)
     assert config("dpo", beta=0.3, label_smoothing=0.1).loss.made() == smooth
-    assert config("dpo", beta=0.3, loss={"name": "ipo"}).loss.made() == make_loss("ipo", beta=0.3)
+    for ipo in ({"name": "ipo"}, "ipo"):
+        assert config("dpo", beta=0.3, loss=ipo).loss.made() == make_loss("ipo", beta=0.3)
     assert config("dpo", sft_coefficient=None, loss={"name": "kto"}).loss.made() == make_loss("kto")
     assert config("dpo", beta=0.3).identity()["loss"] == config("dpo", loss={"beta": 0.3}).identity()["loss"]
 

@@ -60,15 +60,18 @@ def test_balance_by_hand() -> None:
     s = torch.tensor(1.0).sigmoid()
     logits = torch.tensor([[1.0, 0.0]] * 3 + [[0.0, 1.0]])
     first = (3 * s + 1 - s) / 4
-    found = balance([logits], 1)
+    found = balance(logits[None], 1)
     assert found.loss.item() == pytest.approx(2 * (0.75 * first + 0.25 * (1 - first)).item())
     assert (found.busiest.item(), found.idlest.item()) == (0.75, 0.25)
-    even = balance([torch.eye(4), torch.eye(4)], 1)
-    assert even.loss.item() == pytest.approx(1.0)
+    even = balance(torch.stack([torch.eye(4), torch.eye(4)]), 1)
+    assert even.loss.item() == pytest.approx(1.0) and even.busiest.item() == even.idlest.item() == 0.25
     assert even.entropy.item() == pytest.approx(torch.tensor(4.0).log().item())
+    collapsed = balance(torch.eye(2)[:, None].expand(2, 5, 2) * 9, 1)  # each layer to an expert of its own
+    assert collapsed.loss.item() == pytest.approx(1.0, abs=1e-3)  # which the loss does not see, and the figures do
+    assert (collapsed.busiest.item(), collapsed.idlest.item()) == (1.0, 0.0) and collapsed.entropy < 0.01
     again = transformers.models.mixtral.modeling_mixtral.load_balancing_loss_func
-    drawn = tuple(torch.randn(9, 5, generator=torch.Generator().manual_seed(layer)) for layer in range(3))
-    assert balance(drawn, 2).loss.item() == pytest.approx(again(drawn, 5, 2).item(), rel=1e-6)
+    drawn = torch.randn(3, 9, 5, generator=torch.Generator().manual_seed(0))
+    assert balance(drawn, 2).loss.item() == pytest.approx(again(tuple(drawn), 5, 2).item(), rel=1e-6)
 
 
 def test_micro_batches_count_by_their_tokens() -> None:

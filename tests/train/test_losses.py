@@ -45,7 +45,10 @@ def test_a_loss_is_made_from_what_was_given() -> None:
     [
         ({"name": "simpo", "label_smoothing": 0.1}, "the loss simpo has no label_smoothing; it has: beta, gamma, sft_"),
         ({"gamma": 1.0}, "the loss sigmoid has no gamma; it has: beta, label_smoothing, sft_coefficient"),
-        ({"name": "dpo"}, "does not match any of the expected tags: 'sigmoid', 'robust', 'ipo'"),
+        (
+            {"name": "dpo"},
+            r"loss\.name: expected 'sigmoid', 'robust', 'ipo', .*'kto', found 'dpo'; did you mean 'ipo'\?$",
+        ),
         ({"name": "ipo", "beta": 0}, r"settings\.dpo\.loss\.beta: Input should be greater than 0 \(given: 0\)"),
         ({"name": "robust", "label_smoothing": 0.5}, r"loss\.label_smoothing: Input should be less than 0.5"),
         ({"name": "kto", "beta": True}, r"loss\.beta: Input should be a valid number \(given: True\)"),

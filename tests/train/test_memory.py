@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from pipeline.llama.adapters import LoraSettings, add_lora, share_frozen
+from pipeline.llama.adapters import LoraSettings, add_adapter, share_frozen
 from pipeline.llama.heads import PolicyModel, ScalarModel
 from pipeline.train import memory
 from stages.ppo import Ppo
@@ -29,8 +29,8 @@ def test_models_are_known_by_their_modules():
 
 def test_models_that_share_a_base_say_so():
     lora = LoraSettings(rank=2, targets="query_value")
-    one = PolicyModel(add_lora(small.policy(seed=3).model, lora, seed=0))
-    two = ScalarModel(add_lora(small.scorer(seed=3).model, lora, seed=1))
+    one = PolicyModel(add_adapter(small.policy(seed=3).model, lora, seed=0))
+    two = ScalarModel(add_adapter(small.scorer(seed=3).model, lora, seed=1))
     apart = [memory.model_of(m) for m in (one, two)]
     assert share_frozen(one, two)
     together = [memory.model_of(m) for m in (one, two)]

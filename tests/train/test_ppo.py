@@ -14,7 +14,7 @@ from pipeline.data.forest import Forest, build
 from pipeline.data.groups import continuations
 from pipeline.data.records import Prompt
 from pipeline.flow.errors import RowFailed
-from pipeline.llama.adapters import LoraSettings, add_lora
+from pipeline.llama.adapters import LoraSettings, add_adapter
 from pipeline.llama.heads import ActorCritic
 from pipeline.rollout.collect import EncodedPrompts, Rollout, Sampler
 from pipeline.rollout.engine import SamplingSettings
@@ -183,7 +183,7 @@ def test_a_ratio_off_one_is_refused(change: str):
     """T32: exactly 1, so that the least difference shows."""
     role = policy()
     if change == "dropout":
-        role.module.lm = add_lora(role.model, LoraSettings(rank=2, dropout=0.5), 0).eval()
+        role.module.lm = add_adapter(role.model, LoraSettings(rank=2, dropout=0.5), 0).eval()
         with torch.no_grad():
             for name, parameter in role.module.named_parameters():
                 if "lora_B" in name:
@@ -295,7 +295,7 @@ def test_dropout_does_not_stop_it():
     """T33: a policy trained with dropout is updated without, so its first ratio is 1 as well."""
     start, role = (policy(), policy())
     for one in (start, role):
-        one.module.lm = add_lora(one.model, LoraSettings(rank=2, dropout=0.5), 0)
+        one.module.lm = add_adapter(one.model, LoraSettings(rank=2, dropout=0.5), 0)
         with torch.no_grad():
             for name, parameter in one.module.named_parameters():
                 if "lora_B" in name:

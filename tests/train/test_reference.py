@@ -14,7 +14,7 @@ from pipeline.data.forest import Forest, build
 from pipeline.data.groups import comparison_groups, continuations, rated_groups
 from pipeline.data.records import Rated
 from pipeline.flow.errors import RowFailed
-from pipeline.llama.adapters import LoraSettings, add_lora
+from pipeline.llama.adapters import LoraSettings, add_adapter
 from pipeline.llama.heads import PolicyModel, TokenOutputs
 from pipeline.train.batches import Plan
 from pipeline.train.loop import Trainer
@@ -129,7 +129,7 @@ def test_dropout_does_not_reach_the_reference():
 def test_dropout_of_adapters_and_of_attention_is_found():
     role = policy()
     role.model.model.layers[1].self_attn.attention_dropout = 0.1
-    module = PolicyModel(add_lora(role.model, LoraSettings(rank=2, dropout=0.2), seed=0)).train()
+    module = PolicyModel(add_adapter(role.model, LoraSettings(rank=2, dropout=0.2), seed=0)).train()
     assert without_dropout(module) and not without_dropout(module)
     with torch.no_grad():
         for name, parameter in module.named_parameters():

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from pipeline.flow.errors import UserError
 from pipeline.train import zero
@@ -87,6 +88,12 @@ def test_four_ranks_train_like_one(tmp_path: Path, alone: dict[str, Any], strate
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_a_device_that_is_not_there_is_refused() -> None:
+    with pytest.raises(UserError, match="launch.device: cuda, but PyTorch finds no such device here"):
+        build(device="cuda")
+
+
 @pytest.mark.parametrize("offload", ["optimizer", "all"])
 @pytest.mark.parametrize("stage", ["2", "3"])
 def test_offloaded_zero_trains_like_one_process(

@@ -3,16 +3,15 @@
 The router is a softmax over the logits of the k chosen experts. Router and experts are transformers' own modules, so
 names, numbers and the choice of products on a GPU are Mixtral's.
 
-    balance(logits, k)     the load-balancing loss of Switch Transformer (Fedus et al. 2021, equations 4 to 6), over the
-                           tokens of all layers together as transformers has it: k where all experts get the same share
+    balance(logits_LTE, k)     the load-balancing loss of Switch Transformer (Fedus et al. 2021, equations 4 to 6), over
+                               the tokens of all layers together as transformers has it: k where all get the same share
 
 `pipeline/train/balance.py` adds it to every step of training.
-Shapes: T tokens, E experts.
+Shapes: L layers, T tokens, E experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -47,18 +46,25 @@ def initialise(module: nn.Module, spread: float) -> None:
 
 
 class Balance(NamedTuple):
+    """`loss` takes all layers together; the others are means over layers, where one that collapsed shows."""
+
     loss: Tensor
-    busiest: Tensor  # share of all assignments that the busiest expert got, 1 / E at best
+    busiest: Tensor  # share of a layer's assignments that its busiest expert got, 1 / E at best
     idlest: Tensor
-    entropy: Tensor  # nats, of the router's mean distribution, ln E at best
+    entropy: Tensor  # nats, of a router's mean distribution, ln E at best
 
 
-def balance(logits: Sequence[Tensor], each: int) -> Balance:
-    """Router logits [T, E] by layer -> E * sum over experts of (tokens that chose it / T) * (mean probability)."""
-    probs = torch.cat(tuple(logits)).float().softmax(-1)
-    experts = probs.shape[1]
-    assigned = torch.bincount(probs.topk(each, dim=-1).indices.flatten(), minlength=experts).float()
-    mean, share = probs.mean(0), assigned / assigned.sum()
-    spread = mean.detach()
-    entropy = -torch.xlogy(spread, spread).sum()
-    return Balance(experts * (assigned / len(probs) * mean).sum(), share.max(), share.min(), entropy)
+def balance(logits_LTE: Tensor, each: int) -> Balance:
+    """Router logits -> E * sum over experts of (tokens that chose it / tokens) * (mean probability), and figures."""
+    probs_LTE = logits_LTE.float().softmax(-1)
+    experts = probs_LTE.shape[-1]
+    chosen = probs_LTE.topk(each, dim=-1).indices
+    assigned_LE = torch.stack([torch.bincount(layer.flatten(), minlength=experts) for layer in chosen]).float()
+    per_token_LE, mean_LE = assigned_LE / probs_LTE.shape[1], probs_LTE.mean(1)
+    share_LE, spread_LE = per_token_LE / each, mean_LE.detach()
+    return Balance(
+        loss=experts * (per_token_LE.mean(0) * mean_LE.mean(0)).sum(),
+        busiest=share_LE.amax(1).mean(),
+        idlest=share_LE.amin(1).mean(),
+        entropy=-torch.xlogy(spread_LE, spread_LE).sum(1).mean(),
+    )
