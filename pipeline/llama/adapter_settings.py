@@ -20,7 +20,6 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from pipeline.flow.config import Settings, added
 from pipeline.flow.errors import UserError
-from pipeline.llama.options import MODEL_TYPE
 
 TARGETS = {
     "attention": ["q_proj", "k_proj", "v_proj", "o_proj"],
@@ -207,14 +206,8 @@ def adapter_field() -> Any:
     return Field(default=None, description="Train an adapter, or some weights, instead of all weights.")
 
 
-def require_reach(experts: int, settings: AnyAdapter, latent: bool = False) -> None:
-    """UserError where an adapter would quietly leave out most of a model: experts lie in one tensor, and latent
-    attention's projections are others."""
-    if latent and isinstance(settings, (LoraSettings, Ia3Settings, PrefixSettings)):
-        raise UserError(
-            f"adapter.kind: {settings.kind} is of queries, keys and values as plain attention projects them, and this "
-            "model's attention is latent; use prompt, p_tuning or weights, or set adapter to null"
-        )
+def require_reach(experts: int, settings: AnyAdapter) -> None:
+    """UserError where an adapter would quietly leave out most of a model: experts lie in one tensor."""
     if not experts:
         return
     if isinstance(settings, LoraSettings) and settings.targets == "linear":
@@ -229,18 +222,18 @@ def require_reach(experts: int, settings: AnyAdapter, latent: bool = False) -> N
     )
 
 
-def require_plain_attention(config: Any) -> None:
-    """UserError where our own core reads a text otherwise than plain LLaMA, with virtual tokens before it."""
-    if config.model_type != MODEL_TYPE:
-        return
-    if config.positions != "rotary":
-        other = f"positions: {config.positions}"
-    else:
-        keys = ("prefix_attention", "rerope_window")
-        other = next((key for key in keys if getattr(config, key, None)), "")
-    if other:
+def require_place(option: Mapping[str, Any], settings: AnyAdapter) -> None:
+    """UserError where a model's options (`pipeline/llama/options`) leave no place for an adapter."""
+    if option.get("attention") == "latent" and isinstance(settings, LoraSettings | Ia3Settings | PrefixSettings):
         raise UserError(
-            f"adapter: virtual tokens (prefix, prompt, p_tuning) were not tried with {other}; use lora, ia3 or weights"
+            f"adapter.kind: {settings.kind} changes keys and values or their projections, which "
+            "attention latent makes of other things; use prompt, p_tuning or weights, or leave adapter unset"
+        )
+    hiding = next((name for name in ("sliding_window", "prefix_attention") if option.get(name)), None)
+    if hiding and isinstance(settings, VirtualSettings):
+        raise UserError(
+            f"adapter.kind: {settings.kind} puts tokens before every text, of which {hiding} does not know; use lora, "
+            "ia3 or weights"
         )
 
 

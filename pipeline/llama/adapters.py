@@ -30,11 +30,12 @@ from pipeline.llama.adapter_settings import (
     PrefixSettings,
     PromptSettings,
     PTuningSettings,
-    VirtualSettings,
     WeightsSettings,
+    require_place,
     require_reach,
     settings_of,
 )
+from pipeline.llama.options import MODEL_TYPE
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -121,16 +122,6 @@ def peft_config(settings: AnyAdapter, *, classifier: bool) -> Any:
     raise ValueError(f"kind {settings.kind} is no adapter")
 
 
-def _require_sight(config: Any, settings: AnyAdapter) -> None:
-    """UserError where virtual tokens would fall out of sight: our own models' windows go by."""
-    kept = getattr(config, "first_tokens", None)
-    if kept is not None and config.sliding_window and isinstance(settings, VirtualSettings) and kept < settings.tokens:
-        raise UserError(
-            f"adapter.kind: {settings.kind}, but texts lose sight of its {settings.tokens} tokens behind a "
-            f"sliding_window of {config.sliding_window}; use lora, or a model whose first_tokens are at least as many"
-        )
-
-
 def add_adapter(model: nn.Module, settings: AnyAdapter, seed: int) -> Any:
     """Freeze `model` and put a trainable adapter over it; a classifier's head is trained whole. For `weights` the model
     itself, those parameters trainable that are meant.
@@ -144,9 +135,9 @@ def add_adapter(model: nn.Module, settings: AnyAdapter, seed: int) -> Any:
     if isinstance(settings, WeightsSettings):
         return train_weights(model, settings.train)
     config: Any = model.config
-    experts, latent = getattr(config, "num_local_experts", 0), getattr(config, "attention", "full") == "latent"
-    require_reach(experts, settings, latent=latent)
-    _require_sight(config, settings)
+    require_reach(getattr(config, "num_local_experts", 0), settings)
+    if config.model_type == MODEL_TYPE:
+        require_place(config.to_dict(), settings)
     with quiet(), torch.random.fork_rng(devices=[]):
         from peft import get_peft_model
 
