@@ -136,7 +136,14 @@ SHAPES = {**CASES, "rectified": {"rerope_window": 4}, "leaky": {"rerope_window":
 
 @pytest.mark.parametrize("case", SHAPES)
 def test_every_architecture_takes_them(case: str) -> None:
+    """But for latent attention with prefixes, and for what does not know of tokens before a text: those are refused."""
+    shape = SHAPES[case]
+    hiding = shape.get("sliding_window") or shape.get("prefix_attention")
     for kind in ("prefix", "prompt"):
+        if hiding or (kind == "prefix" and shape.get("attention") == "latent"):
+            with pytest.raises(UserError, match=f"adapter.kind: {kind} (puts tokens|changes keys)"):
+                adapters.add_adapter(small.policy(**shape).model, KINDS[kind], seed=0)
+            continue
         model = adapters.add_adapter(small.policy(spread=0.2, **SHAPES[case]).model, KINDS[kind], seed=0).eval()
         runner = decode.new_runner(model, decode.new_cache(model, 3, 10))
         with torch.no_grad():
