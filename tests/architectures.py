@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+LATENT = {"attention": "latent", "kv_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5}
+SIX = {"hidden_size": 24, "num_attention_heads": 6, "num_key_value_heads": 3}
+LAMBDA = {"sliding_window": 4, "first_tokens": 2}
+T5 = {"positions": "t5", "relative_attention_num_buckets": 8, "relative_attention_max_distance": 16}
+
 CASES: dict[str, dict[str, Any]] = {
     "layer norm": {"norm": "layer"},
     "post-norm": {"norm_placement": "post"},
@@ -22,5 +27,21 @@ CASES: dict[str, dict[str, Any]] = {
     "truncated basis": {"truncated_basis_high": 0.05, "truncated_basis_low": 0.005, "truncated_basis_value": 0.01},
     "ReRoPE": {"rerope_window": 4, "rerope_trained": 6},
     "leaky ReRoPE": {"rerope_window": 3, "rerope_factor": 2.0, "norm": "layer"},
+    "alibi": {"positions": "alibi", **SIX},
+    "alibi, window": {"positions": "alibi", "sliding_window": 6},
+    "t5": {**T5, "norm": "layer"},
+    "t5, first tokens": {**T5, **LAMBDA},
+    "learned": {"positions": "learned", "max_position_embeddings": 256},
+    "sinusoidal": {"positions": "sinusoidal"},
+    "no positions": {"positions": "none"},
+    "no positions, window": {"positions": "none", "sliding_window": 5},
+    "window": {"sliding_window": 5},
+    "window, relu": {"sliding_window": 5, "feed_forward": "relu"},
+    "first tokens": LAMBDA,
+    "prefix": {"prefix_attention": True},
+    "prefix, t5": {**T5, "prefix_attention": True},
+    "latent": LATENT,
+    "latent, first tokens": {**LATENT, "q_lora_rank": 10, "attention_bias": True, **LAMBDA},
 }
-FAST = ("deep norm", "sandwich", "experts")  # of the whole chain, in the fast suite
+# Of the whole chain, in the fast suite:
+FAST = ("deep norm", "sandwich", "experts", "prefix, t5", "latent, first tokens")

@@ -26,13 +26,15 @@ from pipeline.llama.adapter_settings import (
     require_reach,
 )
 from pipeline.llama.options import GATED, chosen
-from pipeline.llama.presets import head_dim, parameter_count
+from pipeline.llama.presets import attention_projections, cached_numbers, head_dim, parameter_count
 
 
 @dataclass(frozen=True)
 class Shape:
     """Widths and counts. `queries` and `keys` are widths of all heads together; `inner` is that of one feed-forward.
 
+    attention name, inputs and outputs of its linear layers
+    cached    numbers that a token puts into the cache, all layers
     experts   feed-forwards of a layer that a router chooses among, 0 where there is one; `active` compute each token
     gated     two products read a feed-forward's input, otherwise one
     """
@@ -46,6 +48,8 @@ class Shape:
     keys: int
     tied: bool
     parameters: int  # of the causal LM, a tied head once
+    attention: tuple[tuple[str, int, int], ...]
+    cached: int
     experts: int = 0
     active: int = 1
     gated: bool = True
@@ -57,19 +61,25 @@ class Shape:
         heads = shape["num_attention_heads"]
         full = {**shape, "num_key_value_heads": shape.get("num_key_value_heads") or heads}
         size = head_dim(full)
+        queries, keys = heads * size, full["num_key_value_heads"] * size
+        if option["attention"] == "latent":  # keys and values as they are multiplied, half of both together
+            size = option["qk_nope_head_dim"] + option["qk_rope_head_dim"]
+            queries, keys = heads * size, heads * (size + option["v_head_dim"]) // 2
         return cls(
             vocabulary=full["vocab_size"],
             hidden=full["hidden_size"],
             inner=full["intermediate_size"],
             layers=full["num_hidden_layers"],
             heads=heads,
-            queries=heads * size,
-            keys=full["num_key_value_heads"] * size,
+            queries=queries,
+            keys=keys,
             tied=bool(full.get("tie_word_embeddings")),
             parameters=parameter_count(full),
             experts=option["num_local_experts"],
             active=option["num_experts_per_tok"] if option["num_local_experts"] else 1,
             gated=option["feed_forward"] in GATED,
+            attention=tuple((name, *sizes) for name, sizes in attention_projections(full).items()),
+            cached=cached_numbers(full),
         )
 
     @property
@@ -85,12 +95,7 @@ class Shape:
     @property
     def projections(self) -> dict[str, tuple[int, int]]:
         """(inputs, outputs) of the linear layers of a decoder layer, by name; experts are none."""
-        attention = {
-            "q_proj": (self.hidden, self.queries),
-            "k_proj": (self.hidden, self.keys),
-            "v_proj": (self.hidden, self.keys),
-            "o_proj": (self.queries, self.hidden),
-        }
+        attention = {name: (inputs, outputs) for name, inputs, outputs in self.attention}
         gate = {"gate_proj": (self.hidden, self.inner)} if self.gated else {}
         feed_forward = gate | {"up_proj": (self.hidden, self.inner), "down_proj": (self.inner, self.hidden)}
         return attention | ({} if self.experts else feed_forward)
@@ -124,7 +129,7 @@ def adapter_parameters(shape: Shape, adapter: AnyAdapter, stored: bool = False) 
     each output beside; IA3 a factor for each key, value and inner activation; the others as peft makes them.
     """
     hidden, keys, layers = shape.hidden, shape.keys, shape.layers
-    require_reach(shape.experts, adapter)
+    require_reach(shape.experts, adapter, latent="kv_b_proj" in shape.projections)
     if isinstance(adapter, LoraSettings):
         sides = [shape.projections[name] for name in TARGETS[adapter.targets] if name in shape.projections]
         return layers * sum(adapter.rank * (a + b) + (b if adapter.dora else 0) for a, b in sides)
@@ -173,8 +178,8 @@ def matching_parameters(shape: Shape, patterns: tuple[str, ...], scalar: bool) -
 
 
 def kv_bytes(shape: Shape, width: float = 2) -> float:
-    """Keys and values of one token in all layers, `width` bytes a number."""
-    return 2 * shape.layers * shape.keys * width
+    """What one token puts into the cache, all layers, `width` bytes a number."""
+    return shape.cached * width
 
 
 @dataclass(frozen=True)

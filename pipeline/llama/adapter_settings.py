@@ -20,6 +20,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from pipeline.flow.config import Settings, added
 from pipeline.flow.errors import UserError
+from pipeline.llama.options import MODEL_TYPE
 
 TARGETS = {
     "attention": ["q_proj", "k_proj", "v_proj", "o_proj"],
@@ -206,19 +207,41 @@ def adapter_field() -> Any:
     return Field(default=None, description="Train an adapter, or some weights, instead of all weights.")
 
 
-def require_reach(experts: int, settings: AnyAdapter) -> None:
-    """UserError where an adapter would quietly leave out most of a model: experts lie in one tensor."""
+def require_reach(experts: int, settings: AnyAdapter, latent: bool = False) -> None:
+    """UserError where an adapter would quietly leave out most of a model: experts lie in one tensor, and latent
+    attention's projections are others."""
+    if latent and isinstance(settings, (LoraSettings, Ia3Settings, PrefixSettings)):
+        raise UserError(
+            f"adapter.kind: {settings.kind} is of queries, keys and values as plain attention projects them, and this "
+            "model's attention is latent; use prompt, p_tuning or weights, or set adapter to null"
+        )
     if not experts:
         return
     if isinstance(settings, LoraSettings) and settings.targets == "linear":
-        key, mends = "adapter.targets: linear", "set it to attention"
+        key, mends = "targets: linear", "set it to attention"
     elif isinstance(settings, Ia3Settings):
-        key, mends = "adapter.kind: ia3", "use lora with targets: attention"
+        key, mends = "kind: ia3", "use lora with targets: attention"
     else:
         return
     raise UserError(
-        f"{key} would leave out the {experts} experts of every layer, whose weights are no linear layers; {mends}"
+        f"adapter.{key} would leave out the {experts} experts of every layer, whose weights are no linear layers; "
+        f"{mends}"
     )
+
+
+def require_plain_attention(config: Any) -> None:
+    """UserError where our own core reads a text otherwise than plain LLaMA, with virtual tokens before it."""
+    if config.model_type != MODEL_TYPE:
+        return
+    if config.positions != "rotary":
+        other = f"positions: {config.positions}"
+    else:
+        keys = ("prefix_attention", "rerope_window")
+        other = next((key for key in keys if getattr(config, key, None)), "")
+    if other:
+        raise UserError(
+            f"adapter: virtual tokens (prefix, prompt, p_tuning) were not tried with {other}; use lora, ia3 or weights"
+        )
 
 
 def settings_of(config: Mapping[str, Any]) -> AnyAdapter | None:

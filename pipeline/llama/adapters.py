@@ -30,7 +30,9 @@ from pipeline.llama.adapter_settings import (
     PrefixSettings,
     PromptSettings,
     PTuningSettings,
+    VirtualSettings,
     WeightsSettings,
+    require_plain_attention,
     require_reach,
     settings_of,
 )
@@ -120,6 +122,16 @@ def peft_config(settings: AnyAdapter, *, classifier: bool) -> Any:
     raise ValueError(f"kind {settings.kind} is no adapter")
 
 
+def _require_sight(config: Any, settings: AnyAdapter) -> None:
+    """UserError where virtual tokens would fall out of sight: our own models' windows go by."""
+    kept = getattr(config, "first_tokens", None)
+    if kept is not None and config.sliding_window and isinstance(settings, VirtualSettings) and kept < settings.tokens:
+        raise UserError(
+            f"adapter.kind: {settings.kind}, but texts lose sight of its {settings.tokens} tokens behind a "
+            f"sliding_window of {config.sliding_window}; use lora, or a model whose first_tokens are at least as many"
+        )
+
+
 def add_adapter(model: nn.Module, settings: AnyAdapter, seed: int) -> Any:
     """Freeze `model` and put a trainable adapter over it; a classifier's head is trained whole. For `weights` the model
     itself, those parameters trainable that are meant.
@@ -132,7 +144,12 @@ def add_adapter(model: nn.Module, settings: AnyAdapter, seed: int) -> Any:
         raise UserError("this policy is an adapter already: say in adapter.beneath what becomes of it (merge, stack)")
     if isinstance(settings, WeightsSettings):
         return train_weights(model, settings.train)
-    require_reach(getattr(model.config, "num_local_experts", 0), settings)
+    config: Any = model.config
+    experts, latent = getattr(config, "num_local_experts", 0), getattr(config, "attention", "full") == "latent"
+    require_reach(experts, settings, latent=latent)
+    _require_sight(config, settings)
+    if settings.virtual:
+        require_plain_attention(config)
     with quiet(), torch.random.fork_rng(devices=[]):
         from peft import get_peft_model
 
@@ -258,7 +275,7 @@ def assembled(plain: Any, parts: Sequence[Part]) -> Any:
     """
     import copy
 
-    from peft import PeftModel, TaskType, get_peft_model, set_peft_model_state_dict
+    from peft import PeftModel, TaskType, get_peft_model
 
     *below, own = parts
     if below and {part.config.peft_type.value for part in parts} != {"LORA"}:
@@ -276,11 +293,11 @@ def assembled(plain: Any, parts: Sequence[Part]) -> Any:
             name, lower = f"{BELOW}{number}", copy.deepcopy(part.config)
             lower.modules_to_save, lower.inference_mode = None, True
             PeftModel.add_adapter(model, name, lower)  # a classifier's own way would give each a head
-            set_peft_model_state_dict(model, part.state, adapter_name=name)
+            _fill(model, part.state, name)
     if own.state:
         prefix = "base_model." if config.is_prompt_learning else "base_model.model."
         head = {f"{prefix}score.weight": plain.score.original_module.weight.detach()} if classifier else {}
-        set_peft_model_state_dict(model, {**head, **own.state})
+        _fill(model, {**head, **own.state}, OWN)
     if below:
         model.base_model.set_adapter([f"{BELOW}{number}" for number in range(len(below))] + [OWN])
         for key, parameter in model.named_parameters():
@@ -289,6 +306,18 @@ def assembled(plain: Any, parts: Sequence[Part]) -> Any:
     if config.inference_mode:
         train_tokens(model)
     return model
+
+
+def _fill(model: Any, state: dict[str, Tensor], name: str) -> None:
+    """UserError where an adapter brings more than its layers and a head, which would be saved nowhere."""
+    from peft import set_peft_model_state_dict
+
+    if left_out := state.keys() - state_of(model, name).keys():
+        raise UserError(
+            f"an adapter holds {min(left_out)}, trained whole beside it, which can neither lie under another one nor "
+            "go over to a model with a scalar head: use adapter.beneath: merge"
+        )
+    set_peft_model_state_dict(model, state, adapter_name=name)
 
 
 def train_tokens(model: Any) -> None:

@@ -59,7 +59,9 @@ MORE: dict[str, set[str]] = {
         "num_local_experts", "num_experts_per_tok", "router_aux_loss_coef", "sliding_window", "output_router_logits",
         "router_jitter_noise",
     },
+    "mistral": {"sliding_window"},
 }  # fmt: skip
+MISTRAL_WINDOW = 4096  # where its config.json says nothing
 # Say nothing about what is computed.
 HARMLESS = {
     "architectures", "transformers_version", "torch_dtype", "dtype", "_name_or_path", "use_cache", "return_dict",
@@ -112,7 +114,8 @@ def check_config(config: Mapping[str, Any], where: str = "config.json") -> Verdi
         value = config.get(key)
         if value is not None and (type(value) is not int or not 1 <= value <= most):
             raise UserError(f"{where}: {key} is {value!r}, a whole number from 1 to {most} was expected")
-    if kind != "llama" and kind not in MORE:
+    whole = kind == "mistral" and config.get("sliding_window", MISTRAL_WINDOW) is None
+    if whole or (kind != "llama" and kind not in MORE):
         return Verdict(False, (f"model_type {kind}",), ())
     _check_heads(config, where)
     known = KNOWN | HARMLESS | MORE.get(kind, set())

@@ -54,8 +54,15 @@ class CoreConfig(LlamaConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         refuse(vars(self))
+        if self.attention == "latent":
+            self.head_dim = self.qk_rope_head_dim  # what rotary positions turn
         self.hidden_act = ACTIVATIONS[self.feed_forward]
         super().__post_init__(**kwargs)
+
+    @property
+    def layer_types(self) -> list[str] | None:
+        """For transformers' caches, which drop what a window hides: first tokens stay visible."""
+        return ["full_attention"] * self.num_hidden_layers if self.first_tokens else None
 
     def plain(self) -> Any:
         """The config under which plain transformers computes the same, or this one."""

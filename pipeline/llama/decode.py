@@ -40,6 +40,8 @@ from pipeline.llama import kernel, virtual
 from pipeline.llama.arithmetic import fast_products
 from pipeline.llama.attention import filled
 from pipeline.llama.choosing import NEVER
+from pipeline.llama.options import MODEL_TYPE
+from pipeline.llama.presets import cached_numbers
 
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # transformers' angles that depend on the position alone
 IN_ONE_UP_TO = 1024  # hidden size up to which a CPU computes a step in one call: faster up to there on two cores
@@ -51,6 +53,8 @@ MATMUL_UP_TO = 192  # tokens of a prompt up to which a CPU uses plain products i
 
 class SlotLayer(CacheLayerMixin):
     """Keys [R, H, W, C] and values [R, H, C, W] of one layer, allocated when the first prompt shows their shape.
+
+    Of latent attention the compressed vectors and the rotary keys, which are single heads of two widths.
 
     Columns lie side by side where they are what a sum runs over or what is added up lane by lane: over W for scores.
     """
@@ -70,16 +74,16 @@ class SlotLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         _, heads, _, width = key_states.shape
-        self.allocate(heads, width, key_states, value_states)
+        self.allocate(heads, width, key_states, value_states, value_states.shape[-1])
 
-    def allocate(self, heads: int, width: int, key: Tensor, value: Tensor) -> None:
+    def allocate(self, heads: int, width: int, key: Tensor, value: Tensor, value_width: int | None = None) -> None:
         """Room for keys and values of the types of these tensors, unless there is room already."""
         if self.is_initialized:
             return
         rows, columns = self.cache.rows, rounded(self.cache.columns)  # zeros: a masked column may be anything finite
         self.keys, self.values = (
             key.new_zeros(rows, heads, width, columns),
-            value.new_zeros(rows, heads, columns, width),
+            value.new_zeros(rows, heads, columns, value_width or width),
         )
         self.is_initialized = True
 
@@ -191,9 +195,10 @@ class ForwardRunner:
         self.autocast = linear_dtype
         accepted = inspect.signature(base.forward).parameters
         self.options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+        self.reads_whole = getattr(base.config, "prefix_attention", False)  # prompts, in both directions
         _refuse_windows(base.config, cache.columns)
 
-    def _logits(self, ids: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+    def _logits(self, ids: Tensor, positions: Tensor, mask: Tensor, **more: Tensor) -> Tensor:
         with self._precision(ids.device):
             out = self.model(
                 input_ids=ids,
@@ -202,6 +207,7 @@ class ForwardRunner:
                 past_key_values=self.cache,
                 use_cache=True,
                 **self.options,
+                **more,
             )
         return out.logits[:, -1].float()
 
@@ -211,10 +217,14 @@ class ForwardRunner:
     def prefill(self, ids_PT: Tensor, lengths_P: Tensor, slots_PK: Tensor) -> Tensor:
         at, (prompts, tokens) = self.cache, ids_PT.shape
         positions = torch.arange(tokens, device=ids_PT.device).expand(prompts, tokens)
-        mask = causal(tokens, torch.empty(0, dtype=self.dtype, device=ids_PT.device))
+        last_P = lengths_P - 1
+        if self.reads_whole:
+            mask, more = visible(last_P, tokens, self.dtype), {"prefix_lengths": lengths_P}
+        else:
+            mask, more = causal(tokens, torch.empty(0, dtype=self.dtype, device=ids_PT.device)), {}
         at.slots_PK, at.seen = slots_PK, 0
-        self._logits(ids_PT, positions, mask.expand(prompts, 1, tokens, tokens))
-        return self._again(ids_PT.gather(1, lengths_P[:, None] - 1), lengths_P - 1, slots_PK, tokens)
+        self._logits(ids_PT, positions, mask.expand(prompts, 1, tokens, tokens), **more)
+        return self._again(ids_PT.gather(1, last_P[:, None]), last_P, slots_PK, tokens)
 
     def _again(self, ids_P1: Tensor, last_P: Tensor, slots_PK: Tensor, columns: int) -> Tensor:
         """The forward gives the logits of one column for all rows. The last tokens of prompts stand in different
@@ -242,7 +252,8 @@ class VirtualRunner(ForwardRunner):
     def prefill(self, ids_PT: Tensor, lengths_P: Tensor, slots_PK: Tensor) -> Tensor:
         before, (prompts, tokens) = self.cache.before, ids_PT.shape
         positions = torch.arange(tokens, device=ids_PT.device).expand(prompts, tokens)
-        inputs = virtual.with_tokens(self.adapted, ids_PT, torch.ones_like(ids_PT), positions)
+        whole = lengths_P if self.reads_whole else None
+        inputs = virtual.with_tokens(self.adapted, ids_PT, torch.ones_like(ids_PT), positions, whole)
         base = self.adapted.get_base_model()
         filled = inputs.pop("past_key_values", None) or DynamicCache(config=base.config)
         with self._precision(ids_PT.device):
@@ -570,15 +581,14 @@ def rounded(columns: int) -> int:
 def row_bytes(model: nn.Module, columns: int) -> int:
     """Bytes of one row of the cache, all layers."""
     base = base_model(model)
-    config = base.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     itemsize = next(p.element_size() for p in base.parameters() if p.is_floating_point())
-    return 2 * config.num_hidden_layers * heads * width * itemsize * rounded(columns)
+    return cached_numbers(base.config.get_text_config().to_dict()) * itemsize * rounded(columns)
 
 
 def _refuse_windows(config: Any, columns: int) -> None:
     config = config.get_text_config()
+    if config.model_type == MODEL_TYPE:  # our own, whose mask says what is visible
+        return
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     window = getattr(config, "sliding_window", None)
     if kinds - {"full_attention", "sliding_attention"}:

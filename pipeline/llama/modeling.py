@@ -144,6 +144,8 @@ def _eager(
 
 
 class LlamaAttention(nn.Module):
+    window: int | None = None  # tokens that a query sees, itself among them
+
     def __init__(self, config: LlamaConfig, layer_idx: int) -> None:
         super().__init__()
         self.config = config
@@ -195,6 +197,7 @@ class LlamaAttention(nn.Module):
             heads=self.heads,
             kv_heads=self.kv_heads,
             scale=self.scaling,
+            window=self.window,
             backend=forest.cache.get("backend", "kernel"),
         )
         return self.o_proj(out.reshape(1, len(rows), -1))
@@ -312,7 +315,7 @@ class LlamaModel(LlamaPreTrainedModel):
             if position_ids is None:
                 seen = past_key_values.get_seq_length() if past_key_values is not None else 0
                 position_ids = torch.arange(x.shape[1], device=x.device)[None] + seen
-            x, layer_inputs = self._on_rows(x, position_ids, attention_mask, past_key_values)
+            x, layer_inputs = self._on_rows(x, position_ids, attention_mask, past_key_values, **kwargs)
             layer_inputs |= {"past_key_values": past_key_values, **kwargs}
         states = [x]
         for layer in self.layers:
@@ -330,7 +333,7 @@ class LlamaModel(LlamaPreTrainedModel):
         return x, {"forest": forest, "forest_factors": self.rotary.factors(forest, positions)}
 
     def _on_rows(
-        self, x: Tensor, positions: Tensor, mask: Tensor | None, cache: Cache | None
+        self, x: Tensor, positions: Tensor, mask: Tensor | None, cache: Cache | None, **_: Any
     ) -> tuple[Tensor, dict[str, Any]]:
         """The same for rows [B, L, D] and positions [B, L]."""
         causal = create_causal_mask(

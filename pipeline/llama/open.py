@@ -375,7 +375,9 @@ def open_trainable_classifier(
         opened = _open(artifact, classifier=True, dtype=dtype, trainable=True)
     else:
         opened = _open(artifact, classifier=False, dtype=dtype, trainable=True)
-        opened = Opened(new_classifier(opened.model, seed), opened.tokenizer, opened.record)
+        merge = adapter is not None and adapter.beneath == "merge" and adapters.is_adapted(opened.model)
+        trunk = adapters.merged(opened.model) if merge else opened.model
+        opened = Opened(new_classifier(trunk, seed), opened.tokenizer, opened.record)
     model, below = _adapted(opened.model, artifact, adapter, seed)
     return _trainable(ScalarModel(model), model, opened, below)
 

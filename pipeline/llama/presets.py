@@ -156,6 +156,43 @@ class ModelSettings(PositionSettings):
         le=1,
     )
 
+    positions: Literal["rotary", "alibi", "t5", "learned", "sinusoidal", "none"] | None = added(
+        None,
+        "Where a token stands: rotary (Su et al. 2021), ALiBi (Press et al. 2022), T5's relative bias (Raffel et al. "
+        "2020), learned, sinusoidal (Vaswani et al. 2017, section 3.5), or the causal order alone (Kazemnejad et al. "
+        "2023).",
+    )
+    relative_attention_num_buckets: int | None = added(
+        None, "Of t5: distances that have a bias of their own, half of them in growing steps; 32 by default.", ge=2
+    )
+    relative_attention_max_distance: int | None = added(
+        None, "Of t5: all distances from here on share one bias; 128 by default.", ge=2
+    )
+    attention: Literal["full", "latent"] | None = added(
+        None,
+        "Keys and values of each key head, or of all heads out of one compressed vector, with decoupled rotary keys "
+        "(DeepSeek-V2: DeepSeek-AI 2024, section 2.1).",
+    )
+    q_lora_rank: int | None = added(None, "Of latent: width of the compressed queries; whole without it.", ge=1)
+    kv_lora_rank: int | None = added(None, "Of latent: width of the compressed keys and values, as cached.", ge=1)
+    qk_nope_head_dim: int | None = added(None, "Of latent: numbers of a head's keys without positions.", ge=1)
+    qk_rope_head_dim: int | None = added(None, "Of latent: numbers of the rotary key that all heads share.", ge=2)
+    v_head_dim: int | None = added(None, "Of latent: numbers of a head's values.", ge=1)
+    sliding_window: int | None = added(
+        None, "Tokens that a query sees, itself among them (Beltagy et al. 2020; as Mistral's); all without it.", ge=1
+    )
+    first_tokens: int | None = added(
+        None,
+        "First tokens that stay visible beside the window, at StreamingLLM's distances: those within a cache of both "
+        "(Xiao et al. 2024, section 3.2).",
+        ge=0,
+    )
+    prefix_attention: bool | None = added(
+        None,
+        "Prompts are read in both directions, answers from left to right (Raffel et al. 2020, section 3.2.1); a text's "
+        "prompt is what stands before its first trained token.",
+    )
+
     @model_validator(mode="before")
     @classmethod
     def _by_name(cls, values: Any) -> Any:
@@ -173,6 +210,11 @@ class ModelSettings(PositionSettings):
             raise ValueError(f"hidden_size {shape['hidden_size']} is no multiple of num_attention_heads {heads}")
         if self.rope_parameters and self.rope_parameters.rope_theta and self.rope_theta:
             raise ValueError("rope_theta is given twice, here and in rope_parameters; keep one")
+        if (shape.get("positions") or "rotary") != "rotary" and (self.rope_theta or self.rope_parameters):
+            given = "rope_theta" if self.rope_theta else "rope_parameters"
+            raise ValueError(f"{given} does nothing under positions {self.positions}: leave one out")
+        if self.attention == "latent" and self.head_dim:
+            raise ValueError("head_dim: attention latent has qk_nope_head_dim, qk_rope_head_dim and v_head_dim instead")
         if head_dim(shape) % 2:
             raise ValueError(f"head_dim {head_dim(shape)} is odd: rotary positions turn pairs")
         options.refuse(shape)
@@ -190,6 +232,11 @@ class ModelSettings(PositionSettings):
             base["rope_parameters"] = {**base["rope_parameters"], "rope_theta": own["rope_theta"]}
         if self.norm == "deep":
             base["norm_placement"] = "post"
+        if self.positions not in (None, "rotary"):  # what the preset says of rotary ones
+            base = {k: v for k, v in base.items() if k not in ("rope_theta", "rope_parameters")}
+        if self.attention == "latent":
+            base["num_key_value_heads"] = own.get("num_attention_heads", base["num_attention_heads"])
+            base["head_dim"] = own.get("qk_rope_head_dim")
         found = {**base, **own, "vocab_size": vocab_size}
         if self.rope_parameters:
             theta = found.pop("rope_theta", base.get("rope_parameters", {}).get("rope_theta", ROPE_THETA))
@@ -204,12 +251,14 @@ def head_dim(shape: Mapping[str, Any]) -> int:
 
 def parameter_count(shape: Mapping[str, Any]) -> int:
     """Weights of a causal LM of this shape; a tied head counts once, and every expert."""
-    hidden, inner, size = shape["hidden_size"], shape["intermediate_size"], head_dim(shape)
+    hidden, inner = shape["hidden_size"], shape["intermediate_size"]
     option = options.chosen(shape)
-    queries, keys = shape["num_attention_heads"] * size, shape["num_key_value_heads"] * size
-    attention = 2 * hidden * queries + 2 * hidden * keys
+    projections = attention_projections(shape)
+    attention = sum(inputs * outputs for inputs, outputs in projections.values())
     if shape.get("attention_bias"):
-        attention += queries + 2 * keys + hidden
+        attention += sum(projections[name][1] for name in projections if name not in UNBIASED[option["attention"]])
+    if option["attention"] == "latent":
+        attention += option["kv_lora_rank"] + (option["q_lora_rank"] or 0)  # their norms
     inputs = 2 if option["feed_forward"] in options.GATED else 1  # products that read the block's input
     mlp = (inputs + 1) * hidden * inner + ((inputs * inner + hidden) if shape.get("mlp_bias") else 0)
     if experts := option["num_local_experts"]:
@@ -218,4 +267,41 @@ def parameter_count(shape: Mapping[str, Any]) -> int:
     norms = {"pre": 2, "post": 2, "sandwich": 4}[option["norm_placement"]]
     last = 0 if option["norm_placement"] == "post" else norm
     embeddings = shape["vocab_size"] * hidden * (1 if shape.get("tie_word_embeddings") else 2)
+    if option["positions"] == "learned":
+        embeddings += shape.get("max_position_embeddings", MAX_POSITIONS) * hidden
+    if option["positions"] == "t5":
+        embeddings += option["relative_attention_num_buckets"] * shape["num_attention_heads"]
     return shape["num_hidden_layers"] * (attention + mlp + norms * norm) + last + embeddings
+
+
+UNBIASED = {"full": (), "latent": ("q_proj", "q_b_proj", "kv_b_proj")}  # whatever attention_bias says
+
+
+def attention_projections(shape: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """(inputs, outputs) of the linear layers of one attention, by name."""
+    hidden, heads, option = shape["hidden_size"], shape["num_attention_heads"], options.chosen(shape)
+    if option["attention"] != "latent":
+        queries, keys = heads * head_dim(shape), (shape.get("num_key_value_heads") or heads) * head_dim(shape)
+        widths = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
+        return {**{name: (hidden, width) for name, width in widths.items()}, "o_proj": (queries, hidden)}
+    rank, nope, rope, values = (option[name] for name in options.LATENT)
+    queries, small = heads * (nope + rope), option["q_lora_rank"]
+    first = {"q_a_proj": (hidden, small), "q_b_proj": (small, queries)} if small else {"q_proj": (hidden, queries)}
+    return {
+        **first,
+        "kv_a_proj_with_mqa": (hidden, rank + rope),
+        "kv_b_proj": (rank, heads * (nope + values)),
+        "o_proj": (heads * values, hidden),
+    }
+
+
+def cached_numbers(shape: Mapping[str, Any]) -> int:
+    """Numbers that one token puts into the cache, all layers: keys and values, or what latent attention makes them of.
+
+    Times the size of a number it is the cache's bytes a token: 524,288 of LLaMA 7B in 16 bits.
+    """
+    option, layers = options.chosen(shape), shape["num_hidden_layers"]
+    if option["attention"] == "latent":
+        return layers * (option["kv_lora_rank"] + option["qk_rope_head_dim"])
+    kv_heads = shape.get("num_key_value_heads") or shape["num_attention_heads"]
+    return layers * 2 * kv_heads * head_dim(shape)

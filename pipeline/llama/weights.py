@@ -18,6 +18,7 @@ from typing import Any
 
 from pipeline.flow.artifacts import read_object
 from pipeline.flow.errors import UserError
+from pipeline.llama.options import MODEL_TYPE
 
 MOST_HEADER = 100_000_000  # bytes, the library's own bound
 BITS = {
@@ -29,6 +30,7 @@ SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 PICKLES = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")  # bare, or inside torch.save's archive
 SHARD = re.compile(r"[\w.-]+\.safetensors")
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -137,11 +139,11 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _require_fit(directory: Path, found: Mapping[str, Entry], config: Mapping[str, Any]) -> None:
     """A config that asks for more than the weights are would be allocated first and found out afterwards."""
-    layers = len({int(match[1]) for name in found if (match := LAYER.search(name))})
-    asked = config.get("num_hidden_layers")
-    if isinstance(asked, int) and 0 < layers < asked:
-        raise UserError(f"{directory / 'config.json'}: num_hidden_layers is {asked}, the weights have {layers}")
-    if config.get("model_type") != "llama":
+    for key, pattern in (("num_hidden_layers", LAYER), ("num_local_experts", EXPERT)):
+        held, asked = len({int(match[1]) for name in found if (match := pattern.search(name))}), config.get(key)
+        if isinstance(asked, int) and 0 < held < asked:
+            raise UserError(f"{directory / 'config.json'}: {key} is {asked}, the weights have {held}")
+    if config.get("model_type") not in ("llama", "mistral", "mixtral", MODEL_TYPE):
         return  # other families may keep embeddings of another width
     table = next((e.shape for name, e in found.items() if name.endswith("embed_tokens.weight")), None)
     expected = (config.get("vocab_size"), config.get("hidden_size"))

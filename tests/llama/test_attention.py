@@ -58,15 +58,20 @@ def example() -> list[list[Segment]]:
 
 
 def alone(model: nn.Module, groups: list[list[Segment]]) -> Tensor:
-    """Logits [T, V] with every segment's whole path computed by itself as an ordinary sequence."""
+    """Logits [T, V] with every segment's whole path computed by itself as an ordinary sequence.
+
+    For a model that reads prompts as a whole, a root that others continue is one.
+    """
     logits = []
     for group in groups:
         paths: list[list[int]] = []
+        prompt = torch.tensor([len(group[0].ids) if len(group) > 1 else 0])
+        whole = {"prefix_lengths": prompt} if getattr(model.config, "prefix_attention", False) else {}
         for segment in group:
             path = (paths[segment.parent] if segment.parent >= 0 else []) + list(segment.ids)
             paths.append(path)
             if segment.ids:
-                logits.append(model(torch.tensor([path]), use_cache=False).logits[0, -len(segment.ids) :])
+                logits.append(model(torch.tensor([path]), use_cache=False, **whole).logits[0, -len(segment.ids) :])
     return torch.cat(logits)
 
 

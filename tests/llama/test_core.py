@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from transformers import DynamicCache
 
 from pipeline.data.forest import build
 from pipeline.flow.errors import UserError
@@ -17,14 +18,15 @@ from pipeline.llama.core import CoreForCausalLM, CoreForSequenceClassification
 from pipeline.llama.core_config import CoreConfig, new_config
 from pipeline.llama.modeling import LlamaForCausalLM
 from pipeline.llama.open import new_classifier, open_classifier, open_policy
-from pipeline.llama.presets import ModelSettings, parameter_count
+from pipeline.llama.presets import ModelSettings, cached_numbers, parameter_count
 from tests.architectures import CASES
 from tests.llama.test_attention import alone, example, gradients, grouped, on_forest
 from tests.llama.test_decode import PROMPTS, full_logits, padded
 from tests.small import policy, save, scorer
 
 # What others can say; all else has our own model type.
-KINDS = {"geglu": "llama", "experts": "mixtral"} | dict.fromkeys(("interpolation", "dynamic NTK", "YaRN"), "llama")
+KINDS = {"geglu": "llama", "experts": "mixtral", "window": "mistral"}
+KINDS |= dict.fromkeys(("interpolation", "dynamic NTK", "YaRN"), "llama")
 
 
 def model(case: str, seed: int = 0):
@@ -65,7 +67,7 @@ def test_cached_decoding_equals_the_full_forward(case: str) -> None:
             sequences = [[*s, t] for s, t in zip(sequences, fed, strict=True)]
             got.append(runner.step(torch.tensor(fed), at, int(at.max()) + 1))
         for row, sequence in enumerate(sequences):
-            whole = full_logits(made, sequence)[-5:]
+            whole = full_logits(made, sequence, len(PROMPTS[row]))[-5:]
             torch.testing.assert_close(torch.stack([g[row] for g in got]), whole, atol=1e-5, rtol=1e-5)
         first = made(torch.tensor([sequences[0][:6]]), use_cache=True)
         rest = made(torch.tensor([sequences[0][6:]]), past_key_values=first.past_key_values)
@@ -115,6 +117,23 @@ def test_a_reward_model_over_it_keeps_its_layers(case: str, tmp_path: Path) -> N
     assert type(opened.model) is type(made)
     with torch.no_grad():
         assert torch.equal(opened.model(ids).logits, made(ids).logits) and made(ids).logits.shape == (1, 1)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_caches_hold_as_many_bytes_a_token_as_the_formula_says(case: str) -> None:
+    """Our own, and transformers', which lets go of what a window hides."""
+    made = model(case)
+    shape = made.config.to_dict()
+    token = 4 * cached_numbers(shape)
+    cache = decode.new_cache(made, rows=4, columns=16)
+    theirs = DynamicCache(config=made.config)
+    with torch.no_grad():
+        decode.new_runner(made, cache).prefill(*padded(PROMPTS), torch.arange(4)[:, None])
+        made(torch.randint(4, 97, (1, 24)), past_key_values=theirs, use_cache=True)
+    taken = [sum(x.nbytes for at in held.layers for x in (at.keys, at.values)) for held in (cache, theirs)]
+    assert taken[0] == 4 * 16 * token == 4 * decode.row_bytes(made, 16)
+    window = shape.get("sliding_window")
+    assert taken[1] == (window - 1 if window and not shape["first_tokens"] else 24) * token
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -47,10 +47,12 @@ def new_model(kind: str = "core", **changes):
     return model.eval()
 
 
-def full_logits(model, ids):
-    """The plain forward of one sequence, no cache, no padding: [T, V]."""
+def full_logits(model, ids, prompt=0):
+    """The plain forward of one sequence, no cache, no padding: [T, V]. `prompt` tokens are read as a whole, if any."""
+    whole = prompt and getattr(model.config, "prefix_attention", False)
+    more = {"prefix_lengths": torch.tensor([prompt])} if whole else {}
     with torch.no_grad():
-        return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float()
+        return model(input_ids=torch.tensor([ids]), use_cache=False, **more).logits[0].float()
 
 
 def padded(prompts):

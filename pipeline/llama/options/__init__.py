@@ -43,11 +43,8 @@ NUMBERS: dict[str, Any] = {
     "rerope_trained": None,
 }
 DEFAULTS: dict[str, Any] = {**{name: values[0] for name, values in CHOICES.items()}, **NUMBERS}
-NOT_BUILT = (
-    "positions", "relative_attention_num_buckets", "relative_attention_max_distance", "attention", "q_lora_rank",
-    "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "sliding_window", "first_tokens",
-    "prefix_attention",
-)  # fmt: skip
+LATENT = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")  # what latent attention needs
+MOST = 1 << 26  # of any size here
 
 # feed_forward -> the activation of its gate (Shazeer 2020, equation 6: GLU has a sigmoid, GEGLU the exact GELU) ...
 GATED = {"swiglu": "silu", "geglu": "gelu", "glu": "sigmoid"}
@@ -90,16 +87,92 @@ def refuse(shape: Mapping[str, Any]) -> None:
     for name, values in CHOICES.items():
         if options[name] not in values:
             raise ValueError(f"{name} is {options[name]!r}, expected one of {', '.join(values)}")
-    for name in NOT_BUILT:
-        if options[name] != DEFAULTS[name]:
-            raise ValueError(f"{name}: {options[name]} is not built yet; leave it at {DEFAULTS[name]}")
     if options["norm"] == "deep" and options["norm_placement"] != "post":
         raise ValueError(
             f"norm_placement is {options['norm_placement']}, but norm deep scales the residual of a post-norm: set "
             "norm_placement to post, or norm to layer"
         )
     _refuse_experts(shape, options)
+    _refuse_positions(shape, options)
+    _refuse_windows(options)
+    _refuse_latent(shape, options)
     _refuse_rotary(shape, options)
+
+
+def _refuse_positions(shape: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    positions, rope = options["positions"], shape.get("rope_parameters") or {}
+    if positions != "rotary" and rope.get("rope_type", "default") != "default":
+        raise ValueError(
+            f"rope_parameters of type {rope['rope_type']} do nothing under positions {positions}: leave them out, or "
+            "set positions to rotary"
+        )
+    count, furthest = (options[f"relative_attention_{name}"] for name in ("num_buckets", "max_distance"))
+    if positions != "t5":
+        for name in ("relative_attention_num_buckets", "relative_attention_max_distance"):
+            if options[name] != DEFAULTS[name]:
+                raise ValueError(f"{name} does nothing under positions {positions}: set positions to t5")
+        return
+    sides = 2 if options["prefix_attention"] else 1  # of a query
+    if type(count) is not int or not 2 * sides <= count <= MOST or count % sides:
+        kind = f"{'an even' if sides == 2 else 'a whole'} number from {2 * sides}"
+        raise ValueError(f"relative_attention_num_buckets is {count!r}, {kind} was expected")
+    exact = count // sides // 2
+    if type(furthest) is not int or not exact < furthest <= MOST:
+        raise ValueError(
+            f"relative_attention_max_distance is {furthest!r}, a whole number above {exact} was expected: so many "
+            f"distances have one of {count} buckets each"
+        )
+
+
+def _refuse_windows(options: Mapping[str, Any]) -> None:
+    window, first, prefix = (options[name] for name in ("sliding_window", "first_tokens", "prefix_attention"))
+    if window is not None and (type(window) is not int or not 1 <= window <= MOST):
+        raise ValueError(f"sliding_window is {window!r}, a whole number of tokens from 1 was expected")
+    if type(first) is not int or not 0 <= first <= MOST:
+        raise ValueError(f"first_tokens is {first!r}, a whole number of tokens from 0 was expected")
+    if first and window is None:
+        raise ValueError("first_tokens stay visible beside a window, but there is none: set sliding_window")
+    if type(prefix) is not bool:
+        raise ValueError(f"prefix_attention is {prefix!r}, true or false was expected")
+    if prefix and window is not None:
+        raise ValueError("prefix_attention reads a prompt as a whole, sliding_window hides parts of it: leave one out")
+
+
+def _refuse_latent(shape: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    given = {name: options[name] for name in (*LATENT, "q_lora_rank")}
+    if options["attention"] != "latent":
+        for name, value in given.items():
+            if value is not None:
+                raise ValueError(f"{name} does nothing under attention {options['attention']}: set attention to latent")
+        return
+    for name, value in given.items():
+        if value is None and name in LATENT:
+            raise ValueError(f"attention latent needs {name}: set {', '.join(LATENT)}, and q_lora_rank if you like")
+        if value is not None and (type(value) is not int or not 1 <= value <= MOST):
+            raise ValueError(f"{name} is {value!r}, a whole number from 1 was expected")
+    if given["qk_rope_head_dim"] % 2:
+        raise ValueError(f"qk_rope_head_dim {given['qk_rope_head_dim']} is odd: rotary positions turn pairs")
+    if options["positions"] != "rotary":
+        raise ValueError(
+            f"positions is {options['positions']}, but attention latent carries positions in rotary keys of their own: "
+            "set positions to rotary, or attention to full"
+        )
+    if options["norm"] == "deep":
+        raise ValueError(
+            "norm deep says how queries, keys and values begin, which attention latent compresses: set norm to layer, "
+            "or attention to full"
+        )
+    heads = shape.get("num_attention_heads")
+    if shape.get("num_key_value_heads", heads) not in (None, heads):
+        raise ValueError(
+            f"num_key_value_heads is {shape['num_key_value_heads']}, but under attention latent every head has keys of "
+            "its own out of one vector: leave it out"
+        )
+
+
+def only_kernels(shape: Mapping[str, Any]) -> bool:
+    """Whether attention is such that every implementation of transformers' computes it: LLaMA's own."""
+    return not changed(shape) & {"positions", "attention", "sliding_window", "prefix_attention", "rerope_window"}
 
 
 def _refuse_rotary(shape: Mapping[str, Any], options: Mapping[str, Any]) -> None:

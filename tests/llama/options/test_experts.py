@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 
+from pipeline.flow.errors import UserError
 from pipeline.llama.adapters import quiet
 from pipeline.llama.core import CoreForCausalLM
 from pipeline.llama.core_config import CoreConfig
@@ -68,6 +69,14 @@ def test_a_mixtral_beyond_the_core_goes_to_transformers(change: dict, tmp_path: 
     (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
     opened = open_policy(artifact(tmp_path, "policy"))
     assert opened.record["implementation"] == "MixtralForCausalLM" and next(iter(change)) in opened.record["why"][0]
+
+
+def test_more_experts_than_the_weights_have_are_refused_before_they_are_made(tmp_path: Path) -> None:
+    mixtral(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_local_experts": 4096}))
+    with pytest.raises(UserError, match="num_local_experts is 4096, the weights have 4"):
+        open_policy(artifact(tmp_path, "policy"))
 
 
 def test_one_expert_of_two_by_hand() -> None:
