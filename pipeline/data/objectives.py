@@ -44,8 +44,8 @@ class Prefix(Layout):
 
     name: Literal["prefix"] = Field(
         default="prefix",
-        description="Loss on the suffix of a window alone; attention stays causal over the prefix, where that of "
-        "Raffel et al. 2020 (section 3.2.1) looks both ways.",
+        description="Loss on the suffix of a window alone; the prefix is read in both directions by a model with "
+        "prefix_attention (Raffel et al. 2020, section 3.2.1), from left to right by any other.",
     )
     share: float = Field(
         default=0.5,
@@ -135,8 +135,8 @@ class Ul2(Layout):
 
     name: Literal["ul2"] = Field(
         default="ul2",
-        description="Mixture of denoisers, drawn for every window (Tay et al. 2022); attention stays causal over what "
-        "is given.",
+        description="Mixture of denoisers, drawn for every window (Tay et al. 2022); what is given is read in both "
+        "directions by a model with prefix_attention, from left to right by any other.",
     )
     denoisers: tuple[Denoiser, ...] = Field(
         default=(
