@@ -1,4 +1,4 @@
-"""Weights in few bits by the published formulas: absmax int8 with its outliers kept apart, NF4 with double quantisation.
+"""Weights in few bits by the published formulas: int8 with outliers kept apart, NF4 with double quantisation.
 
 For tests and for reading: rows quantise by bitsandbytes (pipeline/llama/quantised.py), which gives the same codes.
 Sources: Dettmers et al. 2022 (LLM.int8()), Dettmers et al. 2023 (QLoRA), Dettmers et al. 2022b (8-bit optimizers).
