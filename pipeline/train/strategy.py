@@ -86,6 +86,11 @@ class Strategy:
         return [i for turn, i in enumerate(order) if there_and_back[turn % len(there_and_back)] == self.rank]
 
     def engine(self, module: nn.Module, optimizer: torch.optim.Optimizer, precision: str) -> Engine:
+        if self.sharded and any(hasattr(m, "quantisation") for m in module.modules()):
+            raise UserError(
+                "adapter.quantise: weights of few bits are not cut up over ranks: use launch.strategy ddp, or "
+                "deepspeed with zero_stage 1 or 2"
+            )
         if self.fsdp:
             from pipeline.train.fsdp import FsdpEngine
 
