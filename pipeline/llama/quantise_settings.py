@@ -44,7 +44,7 @@ class Int8Settings(Settings):
     threshold: float = Field(
         default=6.0,
         ge=0,
-        description="Features that reach it in some token are multiplied apart, in full precision (section 3.2); 0: none.",
+        description="Features that reach it in some token are multiplied in full precision (section 3.2); 0: none.",
     )
 
     @property
