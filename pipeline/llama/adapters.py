@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from pipeline.flow.errors import UserError
+from pipeline.llama import quantise_settings
 from pipeline.llama.adapter_settings import (
     IA3_INPUTS,
     IA3_TARGETS,
@@ -193,14 +194,19 @@ def _told(settings: AnyAdapter | None) -> str:
     return ", ".join(f"{k} {v}" for k, v in {"kind": settings.kind, **shown}.items())
 
 
-def told_share(model: nn.Module, settings: AnyAdapter | None, workspace: Workspace) -> dict[str, int]:
+def told_share(model: nn.Module, settings: AnyAdapter | None, workspace: Workspace) -> dict[str, float]:
     """How much of a model is trained, said and as figures; nothing where all of it is because nobody said otherwise."""
     if settings is None and not is_adapted(model):
         return {}
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    whole = sum(p.numel() for p in model.parameters())
+    whole = sum(map(quantise_settings.weights_of, model.parameters()))
     workspace.say(f"trains {trained:,} of {whole:,} parameters of the model ({100 * trained / whole:.3g} %)")
-    return {"trained_parameters": trained, "parameters": whole}
+    figures: dict[str, float] = {"trained_parameters": trained, "parameters": whole}
+    inner = cast(Any, model).get_base_model() if is_adapted(model) else model
+    if (error := inner.__dict__.get("merge_error")) is None:
+        return figures
+    workspace.say(f"merged into restored weights: outputs differ by {error:.3g} at most from those over quantised ones")
+    return figures | {"merge_error": error}
 
 
 # --------------------------------------------------------------------------------------- one over another, and merging
@@ -231,8 +237,27 @@ def merged(model: Any) -> Any:
             "adapter.beneath: the row starts from virtual tokens (prefix, prompt, P-tuning), which do not merge into "
             "weights: leave `adapter` unset to train them on, or start from the policy below them"
         )
+    quantisation = quantise_settings.of(model)
+    if quantisation is None:
+        with quiet():
+            return model.merge_and_unload(safe_merge=True)
+    from pipeline.llama.quantised import restore
+
+    before = _probed(model)
+    restore(model)  # what is added to weights of few bits and rounded again would be lost in part (peft#2321)
     with quiet():
-        return model.merge_and_unload(safe_merge=True)
+        plain = model.merge_and_unload(safe_merge=True)
+    plain.__dict__["merge_error"] = float((_probed(plain) - before).abs().max())
+    return plain
+
+
+def _probed(model: Any) -> Tensor:
+    """What a model gives for a few tokens."""
+    import torch
+
+    ids = torch.arange(min(64, model.config.get_text_config().vocab_size), device=model.device)[None]
+    with torch.no_grad():
+        return model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float()
 
 
 def taken_apart(model: Any) -> tuple[Any, list[Part]]:
