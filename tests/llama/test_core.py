@@ -25,7 +25,7 @@ from tests.llama.test_decode import PROMPTS, full_logits, padded
 from tests.small import policy, save, scorer
 
 # What others can say; all else has our own model type:
-KINDS = {"geglu": "llama", "experts": "mixtral", "window": "mistral"}
+KINDS = {"geglu": "llama", "experts": "mixtral", "experts, window": "mixtral", "window": "mistral"}
 
 
 def model(case: str, seed: int = 0):
