@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as jsonlib
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -42,7 +43,8 @@ def show(
 
     grids = row_grids(document["metrics"], row)
     shown = {k: v for k, v in document["metrics"].items() if k != "best_of_n" or not grids}
-    for key, value in {**document, "metrics": shown}.items():
+    times = {k: time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(document[k])) for k in ("started", "finished")}
+    for key, value in {**document, "metrics": shown, **times}.items():
         _print_item(key, value)
     if grids:
         from rich.console import Console

@@ -1,9 +1,9 @@
 """Keys that a text states and asks for again: what long documents are made of, and what retrieval is measured with.
 
-    The pass key is 4 8 2. [a long text] The pass key is       -> 4 8 2
+    The pass key is plum saw goat. [a long text] The pass key is       -> plum saw goat
 
-After Mohtashami and Jaggi 2023 (section 4.2, passkey retrieval), in words that a tokenizer of a small
-world knows. Digits stand apart, so that every tokenizer sees them one by one.
+After Mohtashami and Jaggi 2023 (section 4.2, passkey retrieval). Keys are words of the small world in place of digits,
+because its tokenizer and its models are too small for many digits.
 
 No torch, no tokenizer: texts and lists of ids.
 """
@@ -14,12 +14,15 @@ import random
 import re
 from collections.abc import Sequence
 
+from pipeline.data.world_text import GOODS, PETS, WORDS
+
 PASS = "pass"
+KEY_WORDS = (*WORDS, *PETS, *GOODS)
 _SENTENCE = re.compile(r"[^.!?]+[.!?]+\s*")
 
 
-def draw_key(rng: random.Random, digits: int) -> str:
-    return " ".join(str(rng.randrange(10)) for _ in range(digits))
+def draw_key(rng: random.Random, words: int) -> str:
+    return " ".join(rng.choice(KEY_WORDS) for _ in range(words))
 
 
 def statement(name: str, key: str) -> str:

@@ -51,7 +51,8 @@ class Piece(NamedTuple):
     answer: bool = False
 
 
-LayOut = Callable[[Conversation, str, str], Iterator[Piece]]  # of whole turns; with bos and eos, "" where there is none
+# Of whole turns, with bos and eos, which are "" where a tokenizer has none.
+LayOut = Callable[["Template", Conversation, str, str], Iterator[Piece]]
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Template:
         """The turns, and with `prompt` the assistant's header behind them. UserError for what it has no words for."""
         if not self.tools:
             self._refuse_tools(conversation)
-        turns = [piece for piece in self.lay_out(conversation, bos, eos) if piece.text]
+        turns = [piece for piece in self.lay_out(self, conversation, bos, eos) if piece.text]
         return [*turns, *self.header] if prompt else turns
 
     def answer(self, text: str) -> str:
@@ -128,7 +129,7 @@ def _turns(conversation: Conversation) -> list[tuple[int, str, str]]:
     return [(-1, "system", tools), *turns]
 
 
-def _own(conversation: Conversation, bos: str, eos: str) -> Iterator[Piece]:
+def _own(template: Template, conversation: Conversation, bos: str, eos: str) -> Iterator[Piece]:
     yield Piece(bos, -1, True)
     for turn, role, text in _turns(conversation):
         answer = role == "assistant"
@@ -140,7 +141,7 @@ def _own(conversation: Conversation, bos: str, eos: str) -> Iterator[Piece]:
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 
 
-def _chatml(conversation: Conversation, bos: str, eos: str) -> Iterator[Piece]:
+def _chatml(template: Template, conversation: Conversation, bos: str, eos: str) -> Iterator[Piece]:
     for turn, role, text in _turns(conversation):
         yield Piece(IM_START, turn, True)
         yield from _spoken(turn, role, f"{role}\n", text)
@@ -180,13 +181,13 @@ def _llama3_turn(turn: int, role: str, text: str) -> Iterator[Piece]:
     yield Piece(EOT, turn, True, role == "assistant")
 
 
-def _llama3(conversation: Conversation, bos: str, eos: str) -> Iterator[Piece]:
+def _llama3(template: Template, conversation: Conversation, bos: str, eos: str) -> Iterator[Piece]:
     yield Piece(bos, -1, True)
     for turn, message in enumerate(conversation.messages):
         yield from _llama3_turn(turn, message.role, message_text(message))
 
 
-def _llama31(conversation: Conversation, bos: str, eos: str) -> Iterator[Piece]:
+def _llama31(template: Template, conversation: Conversation, bos: str, eos: str) -> Iterator[Piece]:
     """Tools are offered by a turn before the first; a call ends with <|eom_id|>, and its result is said by ipython."""
     yield Piece(bos, -1, True)
     messages = list(enumerate(conversation.messages))
@@ -222,10 +223,10 @@ def _one_call(conversation: Conversation, turn: int) -> str:
 # ----------------------------------------------------------------------------- formats of rounds: a question, an answer
 
 
-def _rounds(ask: Callable[[str, str, int], str], every: bool, template: Template) -> LayOut:
+def _rounds(ask: Callable[[str, str, int], str], every: bool = False) -> LayOut:
     """`ask(system, question, round)` is the text before an answer. every: bos at each round, not only at the first."""
 
-    def lay_out(conversation: Conversation, bos: str, eos: str) -> Iterator[Piece]:
+    def lay_out(template: Template, conversation: Conversation, bos: str, eos: str) -> Iterator[Piece]:
         system, number = "", 0
         for turn, message in enumerate(conversation.messages):
             text = message_text(message)
@@ -353,13 +354,6 @@ _ALPACA_JINJA = _rounds_jinja(
 # -------------------------------------------------------------------------------------------------------------- by name
 
 
-def _of_rounds(
-    name: str, jinja: str, ask: Callable[[str, str, int], str], every: bool = False, **more: Any
-) -> Template:
-    shell = Template(name, jinja, _own, apart=False, **more)
-    return replace(shell, lay_out=_rounds(ask, every, shell))
-
-
 def _header(*pieces: tuple[str, bool]) -> tuple[Piece, ...]:
     return tuple(Piece(text, -1, control) for text, control in pieces)
 
@@ -374,13 +368,15 @@ _ALL: Sequence[Template] = (
         "chatml", _CHATML_JINJA, _chatml, _header((IM_START, True), ("assistant\n", False)), (IM_START, IM_END), IM_END,
         tools=True,
     ),
-    _of_rounds("llama-2", _LLAMA2_JINJA, _llama2_question, every=True, lead=" ", tail=" ", trims=True),
+    Template(
+        "llama-2", _LLAMA2_JINJA, _rounds(_llama2_question, every=True), lead=" ", tail=" ", trims=True, apart=False,
+    ),
     Template("llama-3", _LLAMA3_JINJA, _llama3, _LLAMA3_ASKS, _LLAMA3_TOKENS, EOT, trims=True),
     Template(
         "llama-3.1", _LLAMA31_JINJA, _llama31, _LLAMA3_ASKS, (*_LLAMA3_TOKENS, EOM, PYTHON_TAG), EOT, stops=(EOM,),
         trims=True, tools=True,
     ),
-    _of_rounds("chatglm", _CHATGLM_JINJA, _chatglm_question),
-    _of_rounds("alpaca", _ALPACA_JINJA, _alpaca_question),
+    Template("chatglm", _CHATGLM_JINJA, _rounds(_chatglm_question), apart=False),
+    Template("alpaca", _ALPACA_JINJA, _rounds(_alpaca_question), apart=False),
 )  # fmt: skip
 TEMPLATES: dict[str, Template] = {template.name: template for template in _ALL}

@@ -12,9 +12,9 @@ from pipeline.data import world_text as text
 from pipeline.data.passkey import PASS, draw_key, statement
 from pipeline.data.records import Document
 
-KEYS = (PASS, *text.COLOURS)
-DIGITS = 3
-STATED, NAMED = 0.2, 0.3  # shares of new keys and of keys named again; the rest is text
+KEYS = (PASS, *text.COLOURS[:3])
+KEY_LENGTH = 3  # words
+STATED, NAMED = 0.35, 0.6  # shares of new keys and of keys named again; the rest, little, is text
 
 
 def long_document(rng: random.Random, words: int, write: Callable[[random.Random], str]) -> Document:
@@ -26,7 +26,7 @@ def long_document(rng: random.Random, words: int, write: Callable[[random.Random
         kind = rng.random()
         if kind < STATED and len(known) < len(KEYS):
             name = rng.choice([k for k in KEYS if k not in known])
-            known[name] = draw_key(rng, DIGITS)
+            known[name] = draw_key(rng, KEY_LENGTH)
             said.append(statement(name, known[name]))
         elif kind < STATED + NAMED and known:
             name = rng.choice(sorted(known))

@@ -497,6 +497,19 @@ def _rejection(seen: Following, row: Row) -> tuple[Work, Cost]:
     return work, cost
 
 
+def _read_far(seen: Following, cost: Cost, models: list[Model], row: Row) -> None:
+    """Adds one pass of each model over the texts of `evaluate.context`: those with a pass key, and documents."""
+    context, documents = row.config.context, seen.read(row, "documents")  # type: ignore[attr-defined]
+    texts = [(context.depths * context.trials, length, context.words) for length in context.passkey]
+    if documents.count and documents.tokens:
+        length = min(documents.tokens, context.max_tokens)
+        texts.append((documents.count * documents.tokens / length, length, length))
+    for model in models:
+        for count, length, scored in texts:
+            pairs = count * operations.pairs([length])
+            cost.computed += operations.forward(model, count * length, pairs, count * scored)
+
+
 def _evaluate(seen: Following, row: Row) -> tuple[Work, Cost]:
     config: Any = row.config
     policies = seen.many(row, "policies")
@@ -518,6 +531,9 @@ def _evaluate(seen: Following, row: Row) -> tuple[Work, Cost]:
         asks=True,
     )
     cost = Cost()
+    if config.context:
+        work = replace(work, longest=max(work.longest, config.context.max_tokens, *config.context.passkey))
+        _read_far(seen, cost, [*policies, *[reference] * len(config.context.untrained)], row)
     if count is None:
         seen.notes.append("nobody has counted its prompts: set prompts")
         return work, cost

@@ -91,7 +91,7 @@ def passkeys(
     for length in measures.passkey:
         for depth in measures.places:
             groups = [
-                passkey_group(role.chat, sentences, measures.digits, length, depth, f"{seed}/{length}/{depth}/{trial}")
+                passkey_group(role.chat, sentences, measures.words, length, depth, f"{seed}/{length}/{depth}/{trial}")
                 for trial in range(measures.trials)
             ]
             right, nll = _retrieved(role, groups, token_budget)
@@ -100,11 +100,11 @@ def passkeys(
 
 
 def passkey_group(
-    chat: ChatFormat, sentences: Sequence[Sequence[int]], digits: int, length: int, depth: float, draw: str
+    chat: ChatFormat, sentences: Sequence[Sequence[int]], words: int, length: int, depth: float, draw: str
 ) -> Group:
     """A text of `length` tokens that ends with the key, whose tokens alone have weight."""
     rng = random.Random(draw)
-    key = draw_key(rng, digits)
+    key = draw_key(rng, words)
     needle, asked, answer = encode_texts(chat.tokenizer, [f" {statement(PASS, key)}", f" {question(PASS)}", f" {key}"])
     head = [] if chat.bos_id is None else [chat.bos_id]
     room = length - len(head) - len(asked) - len(answer)

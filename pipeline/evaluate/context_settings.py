@@ -21,7 +21,7 @@ class ContextMeasures(Settings):
     )
     depths: int = Field(default=5, ge=1, description="Places of the key, evenly from the beginning to before the end.")
     trials: int = Field(default=20, ge=1, description="Keys at each length and place.")
-    digits: int = Field(default=3, ge=1, le=32, description="Digits of a key; one of 10 to this power by chance.")
+    words: int = Field(default=3, ge=1, le=16, description="Words of a key; one of 36 to this power by chance.")
 
     untrained: dict[str, ContextSettings] = Field(
         default={}, description="By name other rotary positions, under which the reference is measured as it is."

@@ -53,10 +53,19 @@ class Settings(pydantic.BaseModel):
             valid = list(cls.model_fields)
             unknown = [str(key) for key in values if key not in valid]
             if unknown:
-                words = "; ".join(f"unknown key {key!r}{nearest(key, valid)}" for key in unknown)
+                words = "; ".join(f"unknown key {key!r}{cls._inside(key) or nearest(key, valid)}" for key in unknown)
                 raise PydanticCustomError(UNKNOWN, "{words}", {"words": words, "keys": unknown})
             return cls._without_booleans(cls._over_defaults(values))
         return values
+
+    @classmethod
+    def _inside(cls, key: str) -> str:
+        """The end of an error message where a group inside this one has a key of that name."""
+        for name, info in cls.model_fields.items():
+            groups = [kind for kind in _kinds(info.annotation) if isinstance(kind, type) and issubclass(kind, Settings)]
+            if any(key in group.model_fields for group in groups):
+                return f"; did you mean '{name}.{key}'?"
+        return ""
 
     @classmethod
     def _over_defaults(cls, values: Mapping[Any, Any]) -> dict[Any, Any]:

@@ -142,23 +142,22 @@ def processes_of(stage: type, launch: LaunchSettings) -> int:
     return 1 if getattr(stage, "one_process", False) else launch.processes
 
 
-def sharing(world: int, strategy: str) -> str:
+def sharing(world: int, strategy: str = "") -> str:
     """
-    >>> sharing(1, "single"), sharing(2, "ddp")
-    ('1 process', '2 processes (ddp)')
+    >>> sharing(1, "ddp"), sharing(2, "ddp"), sharing(2)
+    ('1 process', '2 processes (ddp)', '2 processes')
     """
-    return f"{world} process{'es' if world > 1 else ''}" + (f" ({strategy})" if strategy != "single" else "")
+    return "1 process" if world == 1 else f"{world} processes" + (f" ({strategy})" if strategy else "")
 
 
 def sharing_of(stage: type, launch: LaunchSettings) -> str:
     """How a row of this stage is shared among processes."""
-    processes = processes_of(stage, launch)
-    return sharing(processes, "single" if getattr(stage, "one_process", False) else launch.strategy)
+    return sharing(processes_of(stage, launch), launch.strategy)
 
 
 def sharing_then(environment: Mapping[str, Any]) -> str:
     """The same of a row that was sealed."""
-    return sharing(environment["world"], environment["launch"].get("strategy", "single"))
+    return sharing(environment["world"], environment["launch"].get("strategy", ""))
 
 
 def free_port() -> int:

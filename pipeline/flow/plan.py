@@ -64,6 +64,8 @@ class Source:
             what = "DIRECTORY" if self.kind.is_model else "FILE"
             return f"sources.{name}.path is not given; add --set sources.{name}.path={what}"
         gone = [str(path) for path in self.paths if not path.exists()]
+        if not gone and self.kind.is_model and not self.paths[0].is_dir():
+            return f"sources.{name}.path: {self.paths[0]} is no directory, as a model is"
         return f"sources.{name}.path: there is no file {', '.join(gone)}" if gone else None
 
 

@@ -165,7 +165,9 @@ class _Loading:
     def _check_top(self) -> None:
         for key in self.values:
             if key not in TOP:
-                raise self._fail((key,), f"unknown key {key!r}{nearest(key, TOP)}")
+                where = "; settings of all its rows stand under `stages`, of one row under `settings`"
+                known = where if key.partition("@")[0] in self.stages else nearest(key, TOP)
+                raise self._fail((key,), f"unknown key {key!r}{known}")
 
     def _row_names(self) -> list[str]:
         rows = self.values.get("rows")
@@ -199,7 +201,8 @@ class _Loading:
         """Where in the document a `--set` goes. A stage-wide one also overrides the rows in the file."""
         first, sources = keys[0], [name for name in self._mapping("sources") if name not in SETTABLE]
         if first in (*names, *sources) and len(keys) == 1:
-            raise UserError(f"--set {text}: {first!r} holds settings; name one of them: --set {first}.KEY=VALUE")
+            named = "KEY=VALUE" if first in (*names, *self._worlds()) else "path=FILE"
+            raise UserError(f"--set {text}: {first!r} holds settings; name one of them: --set {first}.{named}")
         if first in names:
             return [("settings", *keys)]
         if first in sources:

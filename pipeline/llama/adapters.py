@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from pipeline.flow.errors import UserError
+from pipeline.llama import quantise_settings
 from pipeline.llama.adapter_settings import (
     IA3_INPUTS,
     IA3_TARGETS,
@@ -193,14 +194,19 @@ def _told(settings: AnyAdapter | None) -> str:
     return ", ".join(f"{k} {v}" for k, v in {"kind": settings.kind, **shown}.items())
 
 
-def told_share(model: nn.Module, settings: AnyAdapter | None, workspace: Workspace) -> dict[str, int]:
+def told_share(model: nn.Module, settings: AnyAdapter | None, workspace: Workspace) -> dict[str, float]:
     """How much of a model is trained, said and as figures; nothing where all of it is because nobody said otherwise."""
     if settings is None and not is_adapted(model):
         return {}
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    whole = sum(p.numel() for p in model.parameters())
+    whole = sum(map(quantise_settings.weights_of, model.parameters()))
     workspace.say(f"trains {trained:,} of {whole:,} parameters of the model ({100 * trained / whole:.3g} %)")
-    return {"trained_parameters": trained, "parameters": whole}
+    figures: dict[str, float] = {"trained_parameters": trained, "parameters": whole}
+    inner = cast(Any, model).get_base_model() if is_adapted(model) else model
+    if (error := inner.__dict__.get("merge_error")) is None:
+        return figures
+    workspace.say(f"merged into restored weights: outputs differ by {error:.3g} at most from those over quantised ones")
+    return figures | {"merge_error": error}
 
 
 # --------------------------------------------------------------------------------------- one over another, and merging
@@ -231,8 +237,27 @@ def merged(model: Any) -> Any:
             "adapter.beneath: the row starts from virtual tokens (prefix, prompt, P-tuning), which do not merge into "
             "weights: leave `adapter` unset to train them on, or start from the policy below them"
         )
+    quantisation = quantise_settings.of(model)
+    if quantisation is None:
+        with quiet():
+            return model.merge_and_unload(safe_merge=True)
+    from pipeline.llama.quantised import restore
+
+    before = _probed(model)
+    restore(model)  # what is added to weights of few bits and rounded again would be lost in part (peft#2321)
     with quiet():
-        return model.merge_and_unload(safe_merge=True)
+        plain = model.merge_and_unload(safe_merge=True)
+    plain.__dict__["merge_error"] = float((_probed(plain) - before).abs().max())
+    return plain
+
+
+def _probed(model: Any) -> Tensor:
+    """What a model gives for a few tokens."""
+    import torch
+
+    ids = torch.arange(min(64, model.config.get_text_config().vocab_size), device=model.device)[None]
+    with torch.no_grad():
+        return model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float()
 
 
 def taken_apart(model: Any) -> tuple[Any, list[Part]]:
@@ -263,7 +288,7 @@ def assembled(plain: Any, parts: Sequence[Part]) -> Any:
     """
     import copy
 
-    from peft import PeftModel, TaskType, get_peft_model, set_peft_model_state_dict
+    from peft import PeftModel, TaskType, get_peft_model
 
     *below, own = parts
     if below and {part.config.peft_type.value for part in parts} != {"LORA"}:
@@ -281,11 +306,11 @@ def assembled(plain: Any, parts: Sequence[Part]) -> Any:
             name, lower = f"{BELOW}{number}", copy.deepcopy(part.config)
             lower.modules_to_save, lower.inference_mode = None, True
             PeftModel.add_adapter(model, name, lower)  # a classifier's own way would give each a head
-            set_peft_model_state_dict(model, part.state, adapter_name=name)
+            _fill(model, part.state, name)
     if own.state:
         prefix = "base_model." if config.is_prompt_learning else "base_model.model."
         head = {f"{prefix}score.weight": plain.score.original_module.weight.detach()} if classifier else {}
-        set_peft_model_state_dict(model, {**head, **own.state})
+        _fill(model, {**head, **own.state}, OWN)
     if below:
         model.base_model.set_adapter([f"{BELOW}{number}" for number in range(len(below))] + [OWN])
         for key, parameter in model.named_parameters():
@@ -294,6 +319,18 @@ def assembled(plain: Any, parts: Sequence[Part]) -> Any:
     if config.inference_mode:
         train_tokens(model)
     return model
+
+
+def _fill(model: Any, state: dict[str, Tensor], name: str) -> None:
+    """UserError where an adapter brings more than its layers and a head, which would be saved nowhere."""
+    from peft import set_peft_model_state_dict
+
+    if left_out := state.keys() - state_of(model, name).keys():
+        raise UserError(
+            f"an adapter holds {min(left_out)}, trained whole beside it, which can neither lie under another one nor "
+            "go over to a model with a scalar head: use adapter.beneath: merge"
+        )
+    set_peft_model_state_dict(model, state, adapter_name=name)
 
 
 def train_tokens(model: Any) -> None:

@@ -510,8 +510,7 @@ def use_forest(model: nn.Module) -> bool:
         if virtual.count(model):
             return False
     config = inner.config
-    alone = getattr(config, "rerope_window", None)  # two products of queries and keys, which no backend computes
-    if config.model_type not in TRIED or alone or not getattr(inner, "_supports_attention_backend", False):
+    if config.model_type not in TRIED or not getattr(inner, "_supports_attention_backend", False):
         return False
     if config._attn_implementation != NAME:
         inner.set_attn_implementation(NAME)

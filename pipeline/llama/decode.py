@@ -252,7 +252,8 @@ class VirtualRunner(ForwardRunner):
     def prefill(self, ids_PT: Tensor, lengths_P: Tensor, slots_PK: Tensor) -> Tensor:
         before, (prompts, tokens) = self.cache.before, ids_PT.shape
         positions = torch.arange(tokens, device=ids_PT.device).expand(prompts, tokens)
-        inputs = virtual.with_tokens(self.adapted, ids_PT, torch.ones_like(ids_PT), positions)
+        whole = lengths_P if self.reads_whole else None
+        inputs = virtual.with_tokens(self.adapted, ids_PT, torch.ones_like(ids_PT), positions, whole)
         base = self.adapted.get_base_model()
         filled = inputs.pop("past_key_values", None) or DynamicCache(config=base.config)
         with self._precision(ids_PT.device):

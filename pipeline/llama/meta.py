@@ -19,14 +19,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor
 from transformers import LlamaConfig
 
+from pipeline.flow.config import Settings, parse_settings
 from pipeline.flow.errors import UserError
 from pipeline.llama.config import SIZES, check_config, read_json
 from pipeline.llama.llama2c import to_half_split, to_interleaved
@@ -34,12 +36,8 @@ from pipeline.llama.modeling import LlamaForCausalLM
 from pipeline.llama.open import ADAPTER_CONFIG, give_chat, save_model
 from pipeline.llama.presets import PRESETS
 from pipeline.llama.tokenizer import open_pieces, require_vocabulary
-from pipeline.llama.weights import header, require_weights
+from pipeline.llama.weights import Entry, header, require_weights
 
-PARAMS = {
-    "dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier", "norm_eps",
-    "rope_theta", "use_scaled_rope", "max_seq_len", "max_batch_size",
-}  # fmt: skip
 FILE = re.compile(r"consolidated(?:\.(\d\d))?\.safetensors")
 UNUSED = {"rope.freqs"}  # a table that Meta's first releases stored beside the weights
 SCALED = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}  # Meta's constants
@@ -63,6 +61,47 @@ AROUND: dict[str, tuple[str, int | None]] = {
 }
 
 
+class Params(Settings):
+    """params.json; what is not there is Meta's default (ModelArgs in model.py)."""
+
+    dim: int = Field(ge=2, le=SIZES["hidden_size"])
+    n_layers: int = Field(ge=1, le=SIZES["num_hidden_layers"])
+    n_heads: int = Field(ge=1, le=SIZES["num_attention_heads"])
+    n_kv_heads: int | None = Field(None, ge=1)
+    vocab_size: int = Field(-1, le=SIZES["vocab_size"])  # -1: that of the tokenizer, so of the embedding
+    multiple_of: int = Field(256, ge=1, le=SIZES["intermediate_size"])
+    ffn_dim_multiplier: float | None = Field(None, gt=0, le=64)
+    norm_eps: float = Field(1e-5, gt=0, lt=1)
+    rope_theta: float = Field(10000.0, gt=0)
+    use_scaled_rope: bool = False
+    max_seq_len: int | None = None  # of a server, not of the model
+    max_batch_size: int | None = None
+
+    @property
+    def keys(self) -> int:
+        return self.n_kv_heads or self.n_heads
+
+    @property
+    def width(self) -> int:
+        return _width(self.dim, self.multiple_of, self.ffn_dim_multiplier)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Params:
+        if self.n_heads % self.keys or self.dim % self.n_heads or self.dim // self.n_heads % 2:
+            raise ValueError(f"dim {self.dim}, n_heads {self.n_heads}, n_kv_heads {self.keys} do not fit together")
+        return self
+
+    def shape(self, theirs: str, vocab: int) -> tuple[int, ...]:
+        """Of a whole tensor."""
+        dim, width, keys = self.dim, self.width, self.dim // self.n_heads * self.keys
+        kinds: dict[str, tuple[int, ...]] = {
+            "wk": (keys, dim), "wv": (keys, dim), "w1": (width, dim), "w2": (dim, width), "w3": (width, dim),
+            "tok_embeddings": (vocab, dim), "output": (vocab, dim), "norm": (dim,), "attention_norm": (dim,),
+            "ffn_norm": (dim,),
+        }  # fmt: skip
+        return kinds.get(theirs.split(".")[-2], (dim, dim))
+
+
 def names(layers: int) -> Iterator[tuple[str, str, int | None]]:
     """(Meta's name, transformers' name, the axis along which files share it)."""
     for theirs, (ours, axis) in AROUND.items():
@@ -83,12 +122,9 @@ def _turned(name: str, weight: Tensor, turn: Callable[[Tensor, int], Tensor], he
 
 def import_meta(directory: Path, pieces: Path, out: Path, *, template: str | None = None, seed: int = 0) -> None:
     """Write an ordinary model directory. `template` gives it a chat format by name, with rows for tokens it lacks."""
-    params_path = directory / "params.json"
-    params = read_json(params_path)
-    if unknown := sorted(params.keys() - PARAMS):
-        raise UserError(f"{params_path}: {', '.join(unknown)}: another model than LLaMA, or a quantised one")
+    params = parse_settings(Params, read_json(directory / "params.json"), str(directory / "params.json"))
     state = read_weights(directory, params)
-    config = _config(params, state, params_path)
+    config = _config(params, state)
     tokenizer = open_pieces(pieces)
     require_vocabulary(tokenizer, config.vocab_size)
     config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -101,52 +137,52 @@ def import_meta(directory: Path, pieces: Path, out: Path, *, template: str | Non
     save_model(model, tokenizer, out)
 
 
-def read_weights(directory: Path, params: Mapping[str, Any]) -> dict[str, Tensor]:
+def read_weights(directory: Path, params: Params) -> dict[str, Tensor]:
     """Every tensor whole, under transformers' names and in its order of rotary pairs, in the precision of the files."""
     from safetensors import safe_open
 
     files = _files(directory)
     headers = [header(path) for path in files]
-    layers, heads = _whole_number(directory, params, "n_layers"), _whole_number(directory, params, "n_heads")
-    dim, kv_heads = _whole_number(directory, params, "dim"), params.get("n_kv_heads") or heads
-    if type(kv_heads) is not int or heads % kv_heads or dim % heads or dim // heads % 2:
-        sizes = f"dim {dim}, n_heads {heads}, n_kv_heads {kv_heads}"
-        raise UserError(f"{directory / 'params.json'}: {sizes} do not fit together")
-    wanted = {theirs: (ours, axis) for theirs, ours, axis in names(layers)}
+    wanted = {theirs: (ours, axis) for theirs, ours, axis in names(params.n_layers)}
     for path, found in zip(files, headers, strict=True):
         missing = wanted.keys() - found.keys() - {"output.weight"}  # absent where the head is the embedding
         if odd := sorted(missing) or sorted(found.keys() - wanted.keys() - UNUSED):
             what = "lacks" if missing else "holds beside the weights of LLaMA"
-            raise UserError(f"{path}: {what} {', '.join(odd[:3])}; params.json says n_layers {layers}")
+            raise UserError(f"{path}: {what} {', '.join(odd[:3])}; params.json says n_layers {params.n_layers}")
+    kept = {theirs: wanted[theirs] for theirs in wanted if theirs in headers[0]}
+    table = headers[0]["tok_embeddings.weight"].shape
+    if table[-1] == params.dim:  # whole rows: shared by rows, or not shared
+        kept["tok_embeddings.weight"] = (kept["tok_embeddings.weight"][0], ROWS)
+    vocab = params.vocab_size if params.vocab_size > 0 else table[0] * (len(files) if table[-1] == params.dim else 1)
+    for theirs, (_, axis) in kept.items():
+        _require_shares(directory, [found.get(theirs) for found in headers], theirs, axis, params.shape(theirs, vocab))
     opened = [safe_open(path, "pt") for path in files]
     state = {}
-    for theirs, (ours, axis) in wanted.items():
-        if theirs not in headers[0]:
-            continue
+    for theirs, (ours, axis) in kept.items():
         parts = [file.get_tensor(theirs) for file in opened]
-        if theirs == "tok_embeddings.weight" and parts[0].shape[1] == dim:
-            axis = ROWS
         if axis is WHOLE and not all(torch.equal(part, parts[0]) for part in parts[1:]):
             raise UserError(f"{directory}: {theirs} differs between its files, which belong to different models")
         whole = parts[0] if axis is WHOLE or len(parts) == 1 else torch.cat(parts, axis)
-        expected = _rows(theirs, dim, heads, kv_heads)
-        if whole.shape[0] != (expected or whole.shape[0]) or (axis == ROWS and whole.shape[1] != dim):
-            raise UserError(
-                f"{directory}: {theirs} is {tuple(whole.shape)} over {len(files)} files, which params.json does not "
-                f"say (dim {dim}, n_heads {heads}, n_kv_heads {kv_heads})"
-            )
-        state[ours] = _turned(ours, whole, to_half_split, heads, kv_heads)
+        state[ours] = _turned(ours, whole, to_half_split, params.n_heads, params.keys)
     if len({tensor.dtype for tensor in state.values()}) > 1:
         raise UserError(f"{directory}: weights of several precisions: it is quantised, or put together of two models")
     state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
     return state
 
 
-def _rows(theirs: str, dim: int, heads: int, kv_heads: int) -> int | None:
-    """How many a tensor must have, where params.json alone says so."""
-    if ".wk." in theirs or ".wv." in theirs:
-        return dim // heads * kv_heads
-    return None if theirs.endswith((".w1.weight", ".w3.weight", "output.weight", "tok_embeddings.weight")) else dim
+def _require_shares(
+    directory: Path, entries: Sequence[Entry | None], theirs: str, axis: int | None, whole: tuple[int, ...]
+) -> None:
+    """Every file holds an equal share of the tensor that params.json makes one expect."""
+    share = tuple(n // len(entries) if at == axis else n for at, n in enumerate(whole))
+    divides = axis is WHOLE or whole[axis] % len(entries) == 0
+    found = {None if entry is None else (entry.shape, entry.dtype) for entry in entries}
+    (first, *others) = found
+    if others or first is None or first[0] != share or not divides:
+        shapes = ", ".join(sorted({"nothing" if entry is None else str(entry.shape) for entry in entries}))
+        raise UserError(
+            f"{directory}: {theirs} is {shapes} in {len(entries)} files; what params.json says makes {whole} in all"
+        )
 
 
 def _files(directory: Path) -> list[Path]:
@@ -164,47 +200,25 @@ def _files(directory: Path) -> list[Path]:
     return files
 
 
-def _whole_number(directory: Path, params: Mapping[str, Any], key: str) -> int:
-    most = {
-        "dim": SIZES["hidden_size"],
-        "n_layers": SIZES["num_hidden_layers"],
-        "n_heads": SIZES["num_attention_heads"],
+def _config(params: Params, state: Mapping[str, Tensor]) -> LlamaConfig:
+    head, table = state["lm_head.weight"], state["model.embed_tokens.weight"]
+    shape: dict[str, Any] = {
+        "vocab_size": len(table),
+        "hidden_size": params.dim,
+        "intermediate_size": params.width,
+        "num_hidden_layers": params.n_layers,
+        "num_attention_heads": params.n_heads,
+        "num_key_value_heads": params.keys,
     }
-    value, where = params.get(key), directory / "params.json"
-    if type(value) is not int or not 1 <= value <= most[key]:
-        raise UserError(f"{where}: {key} is {value!r}, a whole number from 1 to {most[key]} was expected")
-    return value
-
-
-def _config(params: Mapping[str, Any], state: Mapping[str, Tensor], where: Path) -> LlamaConfig:
-    vocab, dim = state["model.embed_tokens.weight"].shape
-    if params.get("vocab_size", -1) not in (-1, vocab):
-        raise UserError(f"{where}: vocab_size is {params['vocab_size']}, the embedding has {vocab} rows")
-    inner = state["model.layers.0.mlp.gate_proj.weight"].shape[0]
-    stated = _width(dim, params.get("multiple_of", 256), params.get("ffn_dim_multiplier"))
-    if inner != stated:
-        raise UserError(
-            f"{where}: multiple_of and ffn_dim_multiplier make a width of {stated}, the weights have {inner}"
-        )
-    shape = {
-        "vocab_size": vocab,
-        "hidden_size": dim,
-        "intermediate_size": inner,
-        "num_hidden_layers": params["n_layers"],
-        "num_attention_heads": params["n_heads"],
-        "num_key_value_heads": params.get("n_kv_heads") or params["n_heads"],
-    }
-    theta, scaled = float(params.get("rope_theta", 10000.0)), bool(params.get("use_scaled_rope", False))
-    eps = params.get("norm_eps", 1e-5)
-    known = _preset(shape, theta, scaled, eps)
+    theta, scaled = params.rope_theta, params.use_scaled_rope
+    known = _preset(shape, theta, scaled, params.norm_eps)
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
     if scaled:
         factor = known.get("rope_parameters", {}).get("factor", 8.0)
         rope = {"rope_type": "llama3", "rope_theta": theta, "factor": factor, **SCALED}
-    head, table = state["lm_head.weight"], state["model.embed_tokens.weight"]
     return LlamaConfig(
         **shape,
-        rms_norm_eps=eps,
+        rms_norm_eps=params.norm_eps,
         max_position_embeddings=known.get("max_position_embeddings", 131072 if scaled else 2048),
         rope_parameters=rope,
         tie_word_embeddings=head is table or torch.equal(head, table),

@@ -23,7 +23,8 @@ from pipeline.report.summary import summarise
 from pipeline.report.tables import NONE, Grid, interval, markdown, value_of
 
 MET, MISSED, UNMEASURED = "met", "missed", "not measured"
-NO_ROW = "no evaluation row"
+NO_ROW, NO_GAP = "no evaluation row", "no gap to the best of {} by gold"
+BEST_OF = "set best_of: {}, with a `judge`"
 SCORED = "wire a `judge` or a `reward`"  # what a comparison between policies needs
 
 
@@ -159,19 +160,20 @@ def _gap(gate: Gate, seen: Evidence) -> Reading:
     """
     recorded = (seen.policy(gate.policy) or {}).get("gap_closed")
     if recorded is not None:
-        return _reading(recorded, lambda i: i["mean"] >= gate.target, f"no gap to the best of {gate.n} by gold")
+        return _reading(recorded, lambda i: i["mean"] >= gate.target, NO_GAP.format(gate.n))
     gold = value_of((seen.policy(gate.policy) or {}).get("gold"))
     start = value_of((seen.policy(gate.other) or {}).get("gold"))
     top = value_of((seen.best_of(gate.n) or {}).get("by_gold"))
     if gold is None or start is None or top is None or top <= start:
-        return Reading(note=_lacking(gate, seen, f"set best_of: {gate.n}, with a `judge`"))
+        drawn = seen.best_of(gate.n) is not None
+        return Reading(note=_lacking(gate, seen, NO_GAP.format(gate.n) if drawn else BEST_OF.format(gate.n)))
     share = (gold - start) / (top - start)
     return Reading(share, met=share >= gate.target)
 
 
 def _recovered(gate: Gate, seen: Evidence) -> Reading:
     found = (seen.best_of(gate.n) or {}).get("recovered")
-    return _reading(found, lambda i: i["mean"] >= gate.target, f"set best_of: {gate.n}, with a `judge` and `reward`")
+    return _reading(found, lambda i: i["mean"] >= gate.target, f"{BEST_OF.format(gate.n)} and `reward`")
 
 
 def _reward_clear(gate: Gate, seen: Evidence) -> Reading:

@@ -282,6 +282,8 @@ def check_prompts(
         raise UserError("sampling: a prompt without tokens; a prompt needs at least its begin token")
     columns = virtual_tokens + max(map(len, prompts)) + settings.max_new_tokens
     limit = getattr(config, "max_position_embeddings", columns)
+    if (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "dynamic":  # says what it was trained at
+        limit = columns
     if columns > limit:
         raise UserError(
             f"sampling: the longest prompt and {settings.max_new_tokens} new tokens need {columns} positions"

@@ -249,7 +249,7 @@ class Checkpoints:
 
         if manifest["world"] != self.ranks.world:
             raise UserError(
-                f"checkpoint {place}: written by {sharing(manifest['world'], 'single')}, now there are "
+                f"checkpoint {place}: written by {sharing(manifest['world'])}, now there are "
                 f"{self.ranks.world}: go on with launch.processes={manifest['world']}, or {anew(self.directory)}"
             )
         if manifest.get("layout") != self.layout:

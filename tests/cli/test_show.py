@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ def test_show_and_lineage_for_people(cli: Any) -> None:
     assert out.splitlines()[2].startswith("first  executed") and out.splitlines()[2].endswith("bytes 10")
     _, out, _ = cli("show", "runs/toy", "pair")
     assert "  word: word" in out.splitlines() and "  loss: 0.25" in out.splitlines()
+    assert re.search(r"^started: \d{4}-\d\d-\d\d \d\d:\d\d:\d\d$", out, re.MULTILINE)
     _, out, _ = cli("lineage", "toy", "last")
     shapes = [line.rsplit("  ", 1)[0] if "shown" not in line else line for line in out.splitlines()]
     assert shapes[0].startswith("last")

@@ -46,7 +46,7 @@ def role(module: Any) -> Trainable:
 
 def measures(**changes: Any) -> ContextMeasures:
     return ContextMeasures(
-        **{"max_tokens": 64, "bucket": 16, "passkey": [64, 128], "depths": 2, "trials": 3, **changes}
+        **{"max_tokens": 64, "bucket": 16, "passkey": [112, 200], "depths": 2, "trials": 3, **changes}
     )
 
 
@@ -67,22 +67,21 @@ def test_a_passkey_text_has_its_length_and_ends_with_the_key() -> None:
     text = chat().tokenizer.decode(segment.ids)
     assert len(segment.ids) == 90 and segment.ids[0] == chat().bos_id
     assert text.count("The pass key is") == 2
-    key = text[-6:]
-    assert f"The pass key is{key}." in text and text.endswith(f"The pass key is{key}")
-    assert [i for i, w in enumerate(segment.weights or ()) if w] == list(range(84, 90))  # " 4 8 2"
+    key = text[text.rindex("is") + 2 :]
+    assert f"The pass key is{key}." in text and len(key.split()) == 3
+    assert [i for i, w in enumerate(segment.weights or ()) if w] == list(range(90 - len(key), 90))
     assert passkey_group(chat(), sentences, 3, 90, 0.5, "0/90/0.5/1") == [segment]
     assert passkey_group(chat(), sentences, 3, 90, 0.5, "0/90/0.5/2") != [segment]
 
 
 def test_retrieval_by_length_and_place() -> None:
-    """A reader of 80 tokens finds what stands in the middle of 128 characters, and not what stands at the beginning."""
-    found = passkeys(role(Fake(reach=80)), DOCUMENTS, measures(), 0, 256)
+    """A reader of 130 tokens finds what stands in the middle of 200 characters, not at the beginning."""
+    found = passkeys(role(Fake(reach=130)), DOCUMENTS, measures(), 0, 256)
     assert [(r["length"], r["depth"], r["accuracy"]) for r in found] == [
-        (64, 0.0, 1.0), (64, 0.5, 1.0), (128, 0.0, 0.0), (128, 0.5, 1.0),
+        (112, 0.0, 1.0), (112, 0.5, 1.0), (200, 0.0, 0.0), (200, 0.5, 1.0),
     ]  # fmt: skip
-    last = sum(range(122, 128)) / 6 / 100
-    assert found[3]["nll"] == pytest.approx(last) and found[3]["trials"] == 3
-    assert found == passkeys(role(Fake(reach=80)), DOCUMENTS, measures(), 0, 10_000)  # however it is cut up
+    assert 1.75 < found[3]["nll"] < 2.0 and found[3]["trials"] == 3  # the last places of 200
+    assert found == passkeys(role(Fake(reach=130)), DOCUMENTS, measures(), 0, 10_000)  # however it is cut up
 
 
 def test_a_model_is_measured_and_under_other_positions_too() -> None:

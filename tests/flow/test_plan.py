@@ -17,7 +17,7 @@ from pipeline.flow import wiring
 from pipeline.flow.artifacts import Comparisons, Documents, Policy, RewardModel
 from pipeline.flow.config import Settings, module_names, not_identity
 from pipeline.flow.errors import Damaged, UserError
-from pipeline.flow.plan import Plan, check_sources, load_plan, request, state_of, survey
+from pipeline.flow.plan import Plan, Source, check_sources, load_plan, request, state_of, survey
 from pipeline.flow.stage import OneOrMore, Stage, run_stage
 from pipeline.flow.store import Store
 
@@ -295,6 +295,9 @@ def test_what_cannot_be_shared_is_refused(folder: Path, same: str, message: str)
         ("kind: world, seed: 4", "kind: world, sed: 4", "plan.yaml:3: sources.world: unknown key 'sed'; did"),
         ("\nsources:", "\nsource:\n  a: 1\nsources:",
          "plan.yaml:2: unknown key 'source'; did you mean 'sources'?"),
+        ("\nsources:", "\nppo: {word: x}\nsources:",
+         "unknown key 'ppo'; settings of all its rows stand under `stages`, of one row under `settings`"),
+        ("\nsources:", "\nstages: {ppo: {beta: 1}}\nsources:", "ppo: unknown key 'beta'; did you mean 'loss.beta'?"),
         ("\nsources:", "\nseed: x\nsources:", "plan.yaml:2: seed: expected int, found 'x'"),
         ("\nsources:", "\nsettings: {dppo: {}}\nsources:",
          "settings.dppo: there is no such row; did you mean 'ppo'?"),
@@ -361,6 +364,7 @@ def test_sets_reach_sources_seed_and_worlds(folder: Path, monkeypatch: pytest.Mo
         ("pp.word=1", "--set pp.word=1: 'pp' is no row, no source and no part of a plan; did you mean 'ppo'?"),
         ("rows=[]", "'rows' is no row"),
         ("ppo=1", "--set ppo=1: 'ppo' holds settings; name one of them: --set ppo.KEY=VALUE"),
+        ("pairs=x.jsonl", "'pairs' holds settings; name one of them: --set pairs.path=FILE"),
         ("world=1", "--set world=1: 'world' holds settings; name one of them: --set world.KEY=VALUE"),
         ("name=x", "--set name=x: a run is named by --name, or by `name:` in the plan file"),
         ("launch.threads=-1", "--set launch.threads=-1: launch.threads: Input should be greater than or equal to 1"),
@@ -391,6 +395,8 @@ def test_a_source_without_a_file_plans_and_does_not_run(folder: Path) -> None:
             act()
     with pytest.raises(UserError, match="there is no file"):
         check_sources(_plan(folder, PLAN, "sources.pairs.path=gone.jsonl"))
+    model = Source("base", Policy, (folder / "pairs.jsonl",))
+    assert model.missing() == f"sources.base.path: {folder}/pairs.jsonl is no directory, as a model is"
 
 
 # ---------------------------------------------------------------------------------- fingerprints and survey

@@ -193,6 +193,8 @@ def test_another_environment_is_said_and_no_reason_to_run(done: Place) -> None:
     assert world == "2 processes (ddp), here it is 1 process" and package.startswith("pydantic 0.0.1, here it is 2")
     built = {"environment": {"world": 1, "launch": {}, "packages": {}, "kernel": has_kernel()}}
     assert environment_differences(built, "1 process") == []
+    built["environment"]["launch"] = ddp  # a stage of one process in a run of several
+    assert environment_differences(built, "1 process") == []
     built["environment"]["kernel"] = not has_kernel()
     (said,) = environment_differences(built, "1 process")
     assert said.startswith("the compiled attention")

@@ -9,12 +9,20 @@ import transformers
 from pipeline.data.forest import Segment, build
 from pipeline.flow.errors import UserError
 from pipeline.llama import adapters
-from pipeline.llama.adapter_settings import AnyAdapter, Ia3Settings, LoraSettings, PromptSettings, WeightsSettings
+from pipeline.llama.adapter_settings import (
+    AnyAdapter,
+    Ia3Settings,
+    LoraSettings,
+    PrefixSettings,
+    PromptSettings,
+    WeightsSettings,
+)
 from pipeline.llama.adapters import adapters_off, add_adapter, copy_adapter, share_frozen, using_adapter
 from pipeline.llama.heads import PolicyModel, ScalarModel
 from pipeline.llama.modeling import LlamaForCausalLM, LlamaForSequenceClassification
 from pipeline.llama.presets import PRESETS
 from pipeline.train.optim import parameter_groups
+from tests.architectures import LATENT
 from tests.small import Listener
 
 SHAPE = {**PRESETS["test"], "initializer_range": 0.1}
@@ -306,9 +314,19 @@ def test_other_bits_are_not_shared() -> None:
     assert share_frozen(policy(), policy()) == 0  # both are trained
 
 
-def test_experts_are_not_left_out_quietly() -> None:
-    from pipeline.flow.errors import UserError
+@pytest.mark.parametrize(
+    ("shape", "adapter", "said"),
+    [
+        ({"num_local_experts": 4}, LoraSettings(), "set it to attention"),
+        ({"num_local_experts": 4}, Ia3Settings(kind="ia3"), "use lora with targets: attention"),
+        (LATENT, LoraSettings(), "adapter.kind: lora changes keys and values"),
+        (LATENT, PrefixSettings(kind="prefix"), "adapter.kind: prefix changes keys and values"),
+        ({"prefix_attention": True}, PromptSettings(kind="prompt"), "of which prefix_attention does not know"),
+        ({"sliding_window": 4}, PrefixSettings(kind="prefix"), "of which sliding_window does not know"),
+    ],
+)
+def test_adapters_that_would_leave_out_most_of_a_model_are_refused(shape, adapter, said) -> None:
     from tests import small
 
-    with pytest.raises(UserError, match="set it to attention"):
-        add_adapter(small.policy(num_local_experts=4).model, LoraSettings(), seed=0)
+    with pytest.raises(UserError, match=said):
+        add_adapter(small.policy(**shape).model, adapter, seed=0)

@@ -26,8 +26,9 @@ from tests.llama.test_decode import PROMPTS, full_logits, padded
 from tests.small import policy, save, scorer
 
 MIXTRAL = ("mlp.gate.weight", "experts.gate_up_proj", "experts.down_proj")
-# What others can say; all else has our own model type:
+# What others can say; all else has our own model type.
 KINDS = {"geglu": "llama", "experts": "mixtral", "experts, window": "mixtral", "window": "mistral"}
+KINDS |= dict.fromkeys(("interpolation", "dynamic NTK", "YaRN"), "llama")
 
 
 def model(case: str, seed: int = 0):

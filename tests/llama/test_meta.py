@@ -213,19 +213,25 @@ def test_what_is_not_whole_or_not_llama_is_refused(ranks: Path, tmp_path: Path) 
         with pytest.raises(UserError, match=words):
             import_meta(place, ranks, tmp_path / "never")
 
-    refused("quantization_args: another model than LLaMA", quantization_args={"scheme": "int4"})
-    refused("n_layers is '2', a whole number from 1", n_layers="2")
+    refused("unknown key 'quantization_args'", quantization_args={"scheme": "int4"})
+    refused("n_layers", n_layers="two")
+    refused("multiple_of: .*greater than or equal to 1", multiple_of=0)
+    refused("norm_eps", norm_eps="small")
     refused("lacks layers.2.attention.wk.weight", n_layers=3)
     refused("holds beside .* layers.1.attention.wk.weight", n_layers=1)
-    refused("do not fit together", n_kv_heads=3)
-    refused("wk.weight is .16, 32. over 1 files, which params.json does not say", n_kv_heads=4)
-    refused("make a width of 96, the weights have 112", ffn_dim_multiplier=None)
-    refused("vocab_size is 500, the embedding has 512", vocab_size=500)
+    refused("n_kv_heads 3 do not fit together", n_kv_heads=3)
+    refused(r"wk.weight is .16, 32. in 1 files; .* makes .32, 32. in all", n_kv_heads=4)
+    refused(r"w1.weight is .112, 32. in 1 files; .* makes .96, 32. in all", ffn_dim_multiplier=None)
+    refused(r"tok_embeddings.weight is .512, 32. in 1 files; .* makes .500, 32. in all", vocab_size=500)
+    refused(r"attention_norm.weight is .31,. in", change=lambda w: w.update(_cut_norm(w)))
+    refused(
+        r"wo.weight is .32, 16., .32, 8. in 2 files", 2, lambda p: _edit(p / "consolidated.01.safetensors", _without_wo)
+    )
     refused(
         "has consolidated files .1., one of them is missing", 2, lambda p: (p / "consolidated.00.safetensors").unlink()
     )
-    refused("wq.weight is .16, 32. over 1 files", 2, lambda p: (p / "consolidated.01.safetensors").unlink())
-    refused("differs between its files", 2, lambda p: _norm_of_another(p / "consolidated.01.safetensors"))
+    refused(r"in 1 files; .* in all", 2, lambda p: (p / "consolidated.01.safetensors").unlink())
+    refused("differs between its files", 2, lambda p: _edit(p / "consolidated.01.safetensors", _other_norm))
     refused("several precisions", change=lambda w: w.update({"norm.weight": w["norm.weight"].half()}))
     refused("ends|bytes", spoil=lambda p: _cut(p / "consolidated.00.safetensors"))
     place = _made(tmp_path / "pickled")
@@ -237,9 +243,22 @@ def test_what_is_not_whole_or_not_llama_is_refused(ranks: Path, tmp_path: Path) 
         import_meta(place, ranks, tmp_path / "never")
 
 
-def _norm_of_another(path: Path) -> None:
+def _edit(path: Path, change: Any) -> None:
     state = load_file(path)
-    save_file({**state, "norm.weight": state["norm.weight"] + 1}, path)
+    change(state)
+    save_file(state, path)
+
+
+def _other_norm(state: dict[str, Tensor]) -> None:
+    state["norm.weight"] += 1
+
+
+def _without_wo(state: dict[str, Tensor]) -> None:
+    state["layers.0.attention.wo.weight"] = state.pop("layers.0.attention.wo.weight")[:, :8].contiguous()
+
+
+def _cut_norm(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {"layers.1.attention_norm.weight": weights["layers.1.attention_norm.weight"][:31].clone()}
 
 
 def _cut(path: Path) -> None:

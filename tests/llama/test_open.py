@@ -431,6 +431,28 @@ def test_virtual_tokens_of_other_sizes_are_refused(stored, tmp_path, tokenizer, 
     assert told in str(error.value) and str(tmp_path) in str(error.value)
 
 
+def test_what_was_trained_whole_beside_an_adapter_is_not_left_out(stored, tmp_path, tokenizer) -> None:
+    """An embedding that somebody trained with a LoRA: merged with it, refused where it would be dropped."""
+    import peft
+
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"], task_type="CAUSAL_LM")
+    theirs = peft.get_peft_model(open_policy(at(stored)).model, config)
+    moved(theirs)
+    save_model(theirs, tokenizer, tmp_path, base_digest="base-digest")
+    artifact = at(tmp_path, digest="adapter-digest", base_digest=stored)
+    expected = PolicyModel(theirs)(FOREST).logprobs_T.detach()
+    assert torch.equal(PolicyModel(open_policy(artifact).model)(FOREST).logprobs_T, expected)
+    with pytest.raises(UserError, match=r"embed_tokens.*trained whole beside it"):
+        open_trainable_classifier(artifact, None, seed=3)
+    with pytest.raises(UserError, match=r"embed_tokens.*trained whole beside it"):
+        open_trainable(artifact, LoraSettings(rank=2, beneath="stack"), seed=3)
+    over = open_trainable(artifact, LoraSettings(rank=2, beneath="merge"), seed=3)
+    assert (over.module(FOREST).logprobs_T - expected).abs().max() <= 1e-5
+    critic = open_trainable_classifier(artifact, LoraSettings(rank=2, beneath="merge"), seed=3)
+    states = hidden_states(theirs, FOREST)
+    assert (critic.module(FOREST) - states @ score_layer(critic.model).weight[0]).abs().max() <= 1e-5
+
+
 def test_a_reward_model_over_an_adapted_policy_starts_from_its_adapter(stored, tmp_path, tokenizer) -> None:
     trainable = open_trainable(at(stored), LORA, seed=0)
     moved(trainable.model)

@@ -25,6 +25,8 @@ from pipeline.rollout.engine import SamplingSettings
 from pipeline.rollout.native import NativeEngine
 from pipeline.rollout.noise import NoiseKey
 from pipeline.train.loop import enable_checkpointing
+from tests import small
+from tests.architectures import CASES
 
 SHAPE: dict[str, Any] = {**PRESETS["test"], "initializer_range": 0.1}
 PROMPT, ANSWERS = [5, 6, 7, 8], [[9, 10], [11], [12, 13, 14]]
@@ -127,6 +129,34 @@ def test_cached_decoding_is_the_full_forward(kind: str, family: str) -> None:
             found = runner.step(tokens, positions, int(positions.max()) + 1)
             for logits, text in zip(found, texts, strict=True):
                 torch.testing.assert_close(logits, peft_logits(model, text)[-1], atol=1e-5, rtol=1e-5)
+
+
+SHAPES = {**CASES, "rectified": {"rerope_window": 4}, "leaky": {"rerope_window": 4, "rerope_factor": 4.0}}
+
+
+@pytest.mark.parametrize("case", SHAPES)
+def test_every_architecture_takes_them(case: str) -> None:
+    """But for latent attention with prefixes, and for what does not know of tokens before a text: those are refused."""
+    shape = SHAPES[case]
+    hiding = shape.get("sliding_window") or shape.get("prefix_attention")
+    for kind in ("prefix", "prompt"):
+        if hiding or (kind == "prefix" and shape.get("attention") == "latent"):
+            with pytest.raises(UserError, match=f"adapter.kind: {kind} (puts tokens|changes keys)"):
+                adapters.add_adapter(small.policy(**shape).model, KINDS[kind], seed=0)
+            continue
+        model = adapters.add_adapter(small.policy(spread=0.2, **SHAPES[case]).model, KINDS[kind], seed=0).eval()
+        runner = decode.new_runner(model, decode.new_cache(model, 3, 10))
+        with torch.no_grad():
+            found = PolicyModel(model)(FOREST).logprobs_T
+            runner.prefill(
+                torch.tensor([path[:5] for path in PATHS]), torch.tensor([5, 4, 5]), torch.arange(3)[:, None]
+            )
+            stepped = runner.step(torch.tensor([20, 21, 22]), torch.tensor([5, 4, 5]), 6)
+        for row, (path, at) in enumerate(zip(PATHS, FOREST.start_S[1:].tolist(), strict=True)):
+            logp = peft_logits(model, path).log_softmax(-1)[:-1].gather(1, torch.tensor(path)[1:, None])[:, 0]
+            assert (found[at : at + len(path) - 4] - logp[3:]).abs().max() <= 1e-5
+            text = [*path[: (5, 4, 5)[row]], 20 + row]
+            torch.testing.assert_close(stepped[row], peft_logits(model, text)[-1], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["prefix", "prompt"])

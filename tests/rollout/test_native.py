@@ -347,6 +347,18 @@ def test_prompts_that_cannot_be_answered_are_refused():
         engine.generate([[5] * 81], SamplingSettings(max_new_tokens=48), KEY)
 
 
+def test_dynamic_positions_go_on_beyond_the_trained_length():
+    """What is drawn has the log-probs of the whole row under the same model."""
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    model = new_model(rope_parameters=rope, max_position_embeddings=16)
+    (group,) = NativeEngine(model, STOPS, 0).generate([list(range(5, 25))], SamplingSettings(max_new_tokens=12), KEY)
+    ids = torch.tensor([[*range(5, 25), *group[0].ids]])
+    with torch.no_grad():
+        logits = model(ids).logits[0, 19:-1].log_softmax(-1)
+    same = logits.gather(1, ids[0, 20:, None]).squeeze(1)
+    assert (torch.tensor(group[0].logprobs) - same).abs().max() <= 1e-5
+
+
 def test_the_cache_is_kept_and_given_back():
     model, settings = new_model(), SamplingSettings(max_new_tokens=8)
     engine = NativeEngine(model, STOPS, 0)

@@ -12,11 +12,14 @@ import torch
 from pipeline.data.chat import ChatFormat
 from pipeline.data.records import Document, Prompt
 from pipeline.data.templates import TEMPLATES
+from pipeline.flow.config import parse_settings
 from pipeline.flow.errors import UserError
 from pipeline.llama.open import open_frozen, open_policy, open_tokenizer
 from pipeline.rollout.collect import Sampler, encode_prompts
 from pipeline.rollout.engine import SamplingSettings
 from pipeline.rollout.noise import NoiseKey
+from stages.pretrain import Pretrain
+from stages.sft import Sft
 from tests.small import ask, policy, save
 from tests.stages.rows import ANSWERS, QUESTIONS, Place, train
 
@@ -118,6 +121,23 @@ def test_new_rows_under_an_adapter_are_refused(place: Place, base: Any) -> None:
             place.run("sft", inputs, train=train(), adapter={"rank": 2}, **change)
     row = place.run("sft", inputs, train=train(), adapter={"rank": 2}, template="alpaca")  # has no tokens of its own
     assert ChatFormat(open_tokenizer(row.out["policy"])).template is TEMPLATES["alpaca"]
+
+
+def test_the_settings_are_no_part_of_a_rows_identity_at_their_defaults() -> None:
+    """Rows that were sealed before there were these settings keep their fingerprints."""
+    new = {"tokenizer", "template", "add_tokens"}
+    assert not new & {*Pretrain.Config().identity(), *Sft.Config().identity()}
+    chosen = {**Pretrain.Config(tokenizer="bpe", template="own").identity(), **Sft.Config(add_tokens=["a"]).identity()}
+    assert new <= chosen.keys()
+
+
+def test_settings_that_do_not_go_together_are_refused() -> None:
+    with pytest.raises(UserError, match="pretrain.tokenizer: none is trained where one is given"):
+        Pretrain.check(Pretrain.Config(tokenizer="bpe"), frozenset({"documents", "tokenizer"}))
+    with pytest.raises(UserError, match="pretrain.vocab_size: 264, .* are 265; raise it"):
+        Pretrain.check(Pretrain.Config(tokenizer="unigram", vocab_size=264), frozenset({"documents"}))
+    with pytest.raises(UserError, match="sft.template.*'own', 'chatml'"):
+        parse_settings(Sft.Config, {"template": "vicuna"}, "sft")
 
 
 def test_a_given_tokenizer_is_given_the_format_that_is_named(place: Place, base: Any) -> None:

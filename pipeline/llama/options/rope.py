@@ -13,6 +13,7 @@ Shapes: B rows, L queries, N keys, H query heads, D head size, h half of it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
@@ -66,11 +67,10 @@ class Rectified:
         return grown.clamp(min=1.0)[:, None, :, None]
 
     def keys(self, count: int, cache: Cache | None) -> tuple[Any, ...]:
-        """The turns of keys within the window and beyond it, and the distances [B, 1, L, N]."""
+        """Positions of keys [B, N], and their turns within the window and beyond it."""
         if count not in self._keys:
             at = self._key_positions(count, cache)
-            distance = self.positions[:, :, None] - at[:, None]
-            self._keys[count] = (self._turn(at), self._turn(at.float() * self.leak), distance[:, None])
+            self._keys[count] = (at, self._turn(at), self._turn(at.float() * self.leak))
         return self._keys[count]
 
     def _key_positions(self, count: int, cache: Cache | None) -> Tensor:
@@ -83,16 +83,20 @@ class Rectified:
 
 
 class RectifiedRotary:
-    """Stands where a `Rotary` does; no forest is computed with it (`attention.use_forest`)."""
+    """Stands where a `Rotary` does."""
 
     def __init__(self, rotary: rope.Rotary, config: Any) -> None:
         self.rotary, self.config = rotary, config
+        self.key = (*rotary.key, config.rerope_window, config.rerope_factor, config.rerope_trained)
 
     def cos_sin(self, positions: Tensor, dtype: torch.dtype) -> Any:
         return Rectified(self.rotary, self.config, positions)
 
-    def factors(self, forest: Forest, positions: Tensor) -> Tensor:
-        raise ValueError("distances beyond a window are rectified row by row: use the padded computation")
+    def factors(self, forest: Forest, positions: Tensor) -> Any:
+        key = ("rectified", *self.key, len(positions))
+        if key not in forest.cache:
+            forest.cache[key] = Rectified(self.rotary, self.config, positions[None])
+        return forest.cache[key]
 
 
 class RectifiedAttention(LlamaAttention):
@@ -111,19 +115,62 @@ class RectifiedAttention(LlamaAttention):
         )
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
-        near_q, far_q = turns.queries
-        near_k, far_k, distance = turns.keys(k.shape[2], past_key_values)
-        q, k, v = q.float(), k.float().repeat_interleave(self.num_key_value_groups, 1), v.float()
-        if turns.growth is not None:
-            q = q * turns.growth
-        scores = _rotate_half_split(q, *near_q) @ _rotate_half_split(k, *near_k).transpose(2, 3)
-        far = _rotate_half_split(q, *far_q) @ _rotate_half_split(k, *far_k).transpose(2, 3)
-        scores = torch.where(distance < turns.window, scores, far) * self.scaling
-        scores = _masked(scores, attention_mask, distance)
-        weights = scores.softmax(-1)
-        out = weights @ v.repeat_interleave(self.num_key_value_groups, 1)
-        out = out.transpose(1, 2).reshape(*hidden_states.shape[:-1], -1).to(hidden_states.dtype)
-        return self.o_proj(out), weights
+        at = turns.keys(k.shape[2], past_key_values)
+        near_q, far_q, near_k, far_k, v = self._turned(turns, q, k, v, *at)
+        distance = turns.positions[:, None, :, None] - at[0][:, None, None]
+        scores = torch.where(distance < turns.window, near_q @ near_k, far_q @ far_k)
+        weights = _masked(scores, attention_mask, distance).softmax(-1)
+        out = (weights @ v).transpose(1, 2).reshape(*hidden_states.shape[:-1], -1)
+        return self.o_proj(out.to(hidden_states.dtype)), weights
+
+    def _turned(self, turns: Rectified, q: Tensor, k: Tensor, v: Tensor, _: Tensor, near: Any, far: Any) -> Any:
+        """Queries [B, H, L, D], scaled, and keys [B, H, D, N], turned for both distances; values [B, H, N, D]."""
+        k, v = (x.float().repeat_interleave(self.num_key_value_groups, 1) for x in (k, v))
+        q = q.float() * (self.scaling if turns.growth is None else self.scaling * turns.growth)
+        queries = (_rotate_half_split(q, *turn) for turn in turns.queries)
+        return *queries, *(_rotate_half_split(k, *turn).transpose(2, 3) for turn in (near, far)), v
+
+    def on_forest(self, x: Tensor, factors: Any, forest: Forest) -> Tensor:
+        """x [1, T, D] -> [1, T, D], tree by tree."""
+        shape, tokens = (1, x.shape[1], -1, self.head_dim), x.shape[1]
+        q, k, v = (project(x).view(shape).transpose(1, 2) for project in (self.q_proj, self.k_proj, self.v_proj))
+        at = factors.keys(tokens, None)
+        near_q, far_q, near_k, far_k, values = self._turned(factors, q, k, v, *at)
+        parts = []
+        for part, seen in _trees(forest):
+            scores = near_q[..., part, :] @ near_k[..., part]
+            positions = forest.positions_T[part]
+            if int(positions.max()) >= factors.window:
+                near = positions[:, None] - positions < factors.window
+                scores = torch.where(near, scores, far_q[..., part, :] @ far_k[..., part])
+            parts.append(scores.masked_fill(~seen, float("-inf")).softmax(-1) @ values[..., part, :])
+        filling = values.new_zeros(1, self.heads, tokens - len(forest), self.head_dim)
+        out = torch.cat((*parts, filling), 2).transpose(1, 2).reshape(1, tokens, -1)
+        return self.o_proj(out.to(x.dtype))
+
+
+def _trees(forest: Forest) -> list[tuple[slice, Tensor]]:
+    """The tokens of each group, and which of them [n, n] each of them sees."""
+    if "trees" not in forest.cache:
+        forest.cache["trees"] = list(_each_tree(forest))
+    return forest.cache["trees"]
+
+
+def _each_tree(forest: Forest) -> Iterator[tuple[slice, Tensor]]:
+    counts = torch.bincount(forest.group_S, minlength=forest.groups).tolist()
+    first = 0
+    for count in counts:
+        own = slice(first, first + count)
+        related = torch.eye(count, dtype=torch.bool, device=forest.ids_T.device)
+        for s, up in enumerate(forest.parent_S[own].tolist()):
+            if up >= 0:
+                related[s] |= related[up - first]
+        begin, tokens = int(forest.start_S[first]), int(forest.length_S[own].sum())
+        part = slice(begin, begin + tokens)
+        segment, positions = forest.segment_T[part] - first, forest.positions_T[part]
+        if tokens:
+            yield part, related[segment][:, segment] & (positions <= positions[:, None])
+        first += count
 
 
 def _masked(scores: Tensor, mask: Tensor | None, distance: Tensor) -> Tensor:
