@@ -111,8 +111,8 @@ class Pretrain(Stage):
         learned = shape.get("max_position_embeddings", MAX_POSITIONS) if config.model.positions == "learned" else None
         if learned and config.max_tokens > learned and "policy" not in given:
             raise UserError(
-                f"pretrain.max_tokens: {config.max_tokens}, but the model learns {learned} positions; lower it, or "
-                "raise pretrain.model.max_position_embeddings"
+                f"pretrain.max_tokens: {config.max_tokens}, but the model learns {learned} positions; lower it, "
+                "or raise pretrain.model.max_position_embeddings"
             )
         if {"tokenizer", "policy"} <= given:
             raise UserError("pretrain.tokenizer: the policy that the row starts from has its own; wire one of the two")

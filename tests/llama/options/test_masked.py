@@ -86,6 +86,21 @@ def test_bfloat16_autocast_stays_near_float32(option: str) -> None:
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("option", OPTIONS)
+def test_half_precision_keeps_biases_and_padding_sane(option: str, dtype: torch.dtype) -> None:
+    model = policy(**OPTIONS[option]).model
+    ids, mask = torch.randint(4, 97, (2, 9)), torch.ones(2, 9, dtype=torch.long)
+    mask[0, :4] = 0
+    forest = build(example())
+    with torch.no_grad():
+        exact = model(ids, attention_mask=mask).logits[mask > 0], on_forest(model, forest)
+        model.to(dtype)
+        rough = model(ids, attention_mask=mask).logits[mask > 0], on_forest(model, forest)
+    for a, b in zip(rough, exact, strict=True):
+        assert a.dtype == dtype and (a.float() - b).abs().max() <= 0.05 * b.abs().max()
+
+
 @pytest.mark.parametrize("option", OPTIONS)
 def test_eager_is_sdpa_and_others_are_refused(option: str) -> None:
     model = policy(**OPTIONS[option]).model
