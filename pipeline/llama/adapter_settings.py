@@ -243,8 +243,8 @@ def require_place(option: Mapping[str, Any], settings: AnyAdapter) -> None:
     kept = option.get("first_tokens") or 0
     if option.get("sliding_window") and isinstance(settings, VirtualSettings) and settings.tokens > kept:
         raise UserError(
-            f"adapter.kind: {settings.kind} puts {settings.tokens} tokens before every text, of which sliding_window lets "
-            f"go but for {kept} first_tokens; use lora, ia3 or weights"
+            f"adapter.kind: {settings.kind} puts {settings.tokens} tokens before every text, of which sliding_window "
+            f"lets go but for {kept} first_tokens; use lora, ia3 or weights"
         )
 
 
