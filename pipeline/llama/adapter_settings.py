@@ -20,7 +20,6 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from pipeline.flow.config import Settings, added
 from pipeline.flow.errors import UserError
-from pipeline.llama.options import MODEL_TYPE
 
 TARGETS = {
     "attention": ["q_proj", "k_proj", "v_proj", "o_proj"],
@@ -211,10 +210,10 @@ def require_reach(settings: AnyAdapter, experts: int, attention: str) -> None:
     """UserError where an adapter would quietly leave out most of a model: experts lie in one tensor, and latent
     attention's projections are others."""
     layers = isinstance(settings, LoraSettings | Ia3Settings)
-    if attention == "latent" and (layers or settings.virtual):
+    if attention == "latent" and (layers or isinstance(settings, PrefixSettings)):
         raise UserError(
             f"adapter: {settings.kind} is for queries, keys and values by themselves, which attention latent does not "
-            "have; leave adapter unset, or train chosen weights (kind: weights)"
+            "have; leave adapter unset, or use kind: prompt, p_tuning or weights"
         )
     if not experts or not layers or (isinstance(settings, LoraSettings) and settings.targets != "linear"):
         return
@@ -227,17 +226,11 @@ def require_reach(settings: AnyAdapter, experts: int, attention: str) -> None:
 
 
 def require_plain_attention(config: Any) -> None:
-    """UserError where our own core reads a text otherwise than plain LLaMA, with virtual tokens before it."""
-    if config.model_type != MODEL_TYPE:
-        return
-    if config.positions != "rotary":
-        other = f"positions: {config.positions}"
-    else:
-        keys = ("prefix_attention", "sliding_window", "rerope_window")
-        other = next((key for key in keys if getattr(config, key, None)), "")
-    if other:
+    """UserError where virtual tokens would be read as a part of the prompt, or not: the papers know no such prompt."""
+    if getattr(config, "prefix_attention", None):
         raise UserError(
-            f"adapter: virtual tokens (prefix, prompt, p_tuning) were not tried with {other}; use lora, ia3 or weights"
+            "adapter: virtual tokens (prefix, prompt, p_tuning) were not tried with prefix_attention; use lora, ia3 or "
+            "weights"
         )
 
 

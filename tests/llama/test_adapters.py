@@ -322,7 +322,6 @@ def test_other_bits_are_not_shared() -> None:
         (LATENT, LoraSettings(), "lora is for queries, keys and values by themselves"),
         (LATENT, PrefixSettings(kind="prefix"), "prefix is for queries, keys and values by themselves"),
         ({"prefix_attention": True}, PromptSettings(kind="prompt"), "not tried with prefix_attention"),
-        ({"positions": "alibi"}, PrefixSettings(kind="prefix"), "not tried with positions: alibi"),
     ],
 )
 def test_adapters_that_would_leave_out_most_of_a_model_are_refused(shape, adapter, said) -> None:
