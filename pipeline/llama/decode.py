@@ -578,11 +578,18 @@ def rounded(columns: int) -> int:
     return -(-columns // kernel.LANES) * kernel.LANES
 
 
-def row_bytes(model: nn.Module, columns: int) -> int:
-    """Bytes of one row of the cache, all layers."""
+def token_bytes(model: nn.Module) -> int:
+    """Bytes that one token takes in the cache, all layers."""
     base = base_model(model)
+    config = base.config.get_text_config()
+    sizes = {name: getattr(config, name) for name in ("num_hidden_layers", "num_attention_heads", "hidden_size")}
     itemsize = next(p.element_size() for p in base.parameters() if p.is_floating_point())
-    return cached_numbers(base.config.get_text_config().to_dict()) * itemsize * rounded(columns)
+    return cached_numbers({**config.to_dict(), **sizes}) * itemsize
+
+
+def row_bytes(model: nn.Module, columns: int) -> int:
+    """Bytes of one row of the cache."""
+    return token_bytes(model) * rounded(columns)
 
 
 def _refuse_windows(config: Any, columns: int) -> None:

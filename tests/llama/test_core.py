@@ -27,7 +27,7 @@ from tests.small import policy, save, scorer
 
 MIXTRAL = ("mlp.gate.weight", "experts.gate_up_proj", "experts.down_proj")
 # What others can say; all else has our own model type.
-KINDS = {"geglu": "llama", "experts": "mixtral", "window": "mistral"}
+KINDS = {"geglu": "llama", "experts": "mixtral", "experts, window": "mixtral", "window": "mistral"}
 KINDS |= dict.fromkeys(("interpolation", "dynamic NTK", "YaRN"), "llama")
 
 
