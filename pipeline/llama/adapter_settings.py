@@ -240,11 +240,11 @@ def require_place(option: Mapping[str, Any], settings: AnyAdapter) -> None:
             f"adapter.kind: {settings.kind} changes keys and values or their projections, which "
             "attention latent makes of other things; use prompt, p_tuning or weights, or leave adapter unset"
         )
-    hiding = next((name for name in ("sliding_window", "prefix_attention") if option.get(name)), None)
-    if hiding and isinstance(settings, VirtualSettings):
+    kept = option.get("first_tokens") or 0
+    if option.get("sliding_window") and isinstance(settings, VirtualSettings) and settings.tokens > kept:
         raise UserError(
-            f"adapter.kind: {settings.kind} puts tokens before every text, of which {hiding} does not know; use lora, "
-            "ia3 or weights"
+            f"adapter.kind: {settings.kind} puts {settings.tokens} tokens before every text, of which sliding_window "
+            f"lets go but for {kept} first_tokens; use lora, ia3 or weights"
         )
 
 

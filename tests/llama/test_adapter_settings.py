@@ -59,8 +59,8 @@ def test_what_makes_no_sense_is_refused_by_its_key(adapter: dict[str, Any], told
         ({"attention": "latent"}, {"rank": 4}, "use prompt, p_tuning or weights"),
         ({"attention": "latent"}, {"kind": "ia3"}, "adapter.kind: ia3 changes keys and values"),
         ({"attention": "latent"}, {"kind": "prefix"}, "adapter.kind: prefix changes keys and values"),
-        ({"sliding_window": 8}, {"kind": "prompt"}, "of which sliding_window does not know"),
-        ({"prefix_attention": True}, {"kind": "p_tuning"}, "of which prefix_attention does not know"),
+        ({"sliding_window": 8}, {"kind": "prompt"}, "of which sliding_window lets go but for 0 first_tokens"),
+        ({"sliding_window": 8, "first_tokens": 4}, {"kind": "p_tuning", "tokens": 5}, "but for 4 first_tokens"),
     ],
 )
 def test_adapters_that_a_model_has_no_place_for_are_refused(option: dict, adapter: dict, told: str) -> None:
@@ -68,7 +68,7 @@ def test_adapters_that_a_model_has_no_place_for_are_refused(option: dict, adapte
         require_place(option, parsed(**adapter))
     assert told in str(error.value)
     require_place(option, parsed(kind="weights"))
-    require_place({"positions": "alibi"}, parsed(**adapter))
+    require_place({"positions": "alibi", "prefix_attention": True}, parsed(**adapter))
 
 
 def test_rows_from_before_there_were_other_kinds_keep_their_identity() -> None:

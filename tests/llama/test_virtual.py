@@ -58,11 +58,14 @@ def adapted(settings: AnyAdapter, family: str = "core", **changes: Any) -> Any:
     return made
 
 
-def peft_logits(model: Any, ids: list[int]) -> torch.Tensor:
-    """peft's own forward of one text: [T, V]."""
-    row = torch.tensor([ids])
+def peft_logits(model: Any, ids: list[int], prompt: int = 0) -> torch.Tensor:
+    """peft's own forward of one text: [T, V]; its virtual tokens and `prompt` more are read as a whole by a model that
+    does so."""
+    row, more = torch.tensor([ids]), {}
+    if getattr(model.get_base_model().config, "prefix_attention", False):
+        more["prefix_lengths"] = torch.tensor([virtual.count(model) + prompt])
     with torch.no_grad():
-        return model(input_ids=row, attention_mask=torch.ones_like(row)).logits[0, -len(ids) :]
+        return model(input_ids=row, attention_mask=torch.ones_like(row), **more).logits[0, -len(ids) :]
 
 
 @pytest.mark.parametrize("family", ["core", "qwen2"])
@@ -131,14 +134,22 @@ def test_cached_decoding_is_the_full_forward(kind: str, family: str) -> None:
                 torch.testing.assert_close(logits, peft_logits(model, text)[-1], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if not CASES[case].get("prefix_attention")])
+SHAPES: dict[str, dict[str, Any]] = {
+    **CASES,
+    "rectified": {"rerope_window": 4},
+    "leaky": {"rerope_window": 4, "rerope_factor": 4.0},
+    "three first tokens": {"sliding_window": 4, "first_tokens": 3},
+}
+
+
+@pytest.mark.parametrize("case", SHAPES)
 def test_every_architecture_takes_them(case: str) -> None:
-    """But for latent attention with prefixes, and for what does not know of tokens before a text: those are refused."""
+    """But for latent attention with prefixes, and for windows that let go of them: those are refused."""
     shape = SHAPES[case]
-    hiding = shape.get("sliding_window") or shape.get("prefix_attention")
+    hiding = shape.get("sliding_window") and shape.get("first_tokens", 0) < 3
     for kind in ("prefix", "prompt"):
         if hiding or (kind == "prefix" and shape.get("attention") == "latent"):
-            with pytest.raises(UserError, match=f"adapter.kind: {kind} (puts tokens|changes keys)"):
+            with pytest.raises(UserError, match=f"adapter.kind: {kind} (puts 3 tokens|changes keys)"):
                 adapters.add_adapter(small.policy(**shape).model, KINDS[kind], seed=0)
             continue
         model = adapters.add_adapter(small.policy(spread=0.2, **SHAPES[case]).model, KINDS[kind], seed=0).eval()
@@ -152,7 +163,21 @@ def test_every_architecture_takes_them(case: str) -> None:
             logp = peft_logits(model, path).log_softmax(-1)[:-1].gather(1, torch.tensor(path)[1:, None])[:, 0]
             assert (found[at : at + len(path) - 4] - logp[3:]).abs().max() <= 1e-5
             text = [*path[: (5, 4, 5)[row]], 20 + row]
-            torch.testing.assert_close(stepped[row], peft_logits(model, text)[-1], atol=1e-5, rtol=1e-5)
+            whole = peft_logits(model, text, prompt=len(text) - 1)
+            torch.testing.assert_close(stepped[row], whole[-1], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["prefix", "prompt"])
+def test_prompts_are_read_as_a_whole_behind_them(kind: str) -> None:
+    made = small.policy(spread=0.2, prefix_attention=True, positions="alibi").model
+    model = adapters.add_adapter(made, KINDS[kind], seed=0).eval()
+    forest = build([[Segment(PROMPT), *(Segment(a, 0, weights=[1.0] * len(a)) for a in ANSWERS)]])
+    found = PolicyModel(model)(forest).logprobs_T
+    for path, at in zip(PATHS, forest.start_S[1:].tolist(), strict=True):
+        logits = peft_logits(model, path, prompt=4)
+        logp = logits.log_softmax(-1)[:-1].gather(1, torch.tensor(path)[1:, None])[3:, 0]
+        assert (found[at : at + len(path) - 4] - logp).abs().max() <= 1e-5
+        assert (logits[-1] - peft_logits(model, path)[-1]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("kind", ["prefix", "prompt"])

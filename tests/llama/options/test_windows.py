@@ -109,3 +109,40 @@ def test_generating_with_transformers_reads_the_prompt_as_a_whole() -> None:
             model.generate(ids, max_new_tokens=2, use_cache=False)
     assert torch.equal(again, written[0, 5:])
     assert torch.equal(both[0, 8:], written[0, 5:])
+
+
+def laid_out(ids: list[int]) -> list[list[Segment]]:
+    """A dialogue with two answers, a window of the prefix objective, a comparison."""
+    weigh = lambda learnt: [float(i in learnt) for i in range(8)]
+    return [
+        [Segment(ids[:8], weights=weigh({3, 4, 7}))],
+        [Segment(ids[8:16], weights=weigh({5, 6, 7}))],
+        [Segment(ids[16:20]), Segment(ids[20:23], 0, weights=[1.0] * 3), Segment(ids[23:26], 0, weights=[1.0] * 3)],
+    ]
+
+
+@pytest.mark.parametrize("positions", ["rotary", "alibi"])
+def test_no_token_is_seen_before_it_is_predicted(positions: str) -> None:
+    """Another trained token leaves the state that predicts it, and all before, to the bit."""
+    options = {} if positions == "rotary" else {"positions": positions}
+    model = policy(0, 0.3, prefix_attention=True, **options).model
+    ids = torch.randint(4, 90, (26,), generator=torch.Generator().manual_seed(0)).tolist()
+    forest = build(laid_out(ids))
+    with torch.no_grad():
+        before = hidden_states(model, forest)
+        for t in range(26):
+            other = hidden_states(model, build(laid_out([*ids[:t], ids[t] + 1, *ids[t + 1 :]])))
+            moved = (other - before).abs().amax(-1) > 0
+            assert moved[t]
+            if forest.weights_T[t]:
+                assert not moved[: int(forest.predictor_T[t]) + 1].any()
+
+
+@pytest.mark.parametrize(
+    "shape", [{"prefix_attention": True}, {"sliding_window": 3}, {"sliding_window": 3, "first_tokens": 2}], ids=str
+)
+def test_padded_rows_see_the_same(shape: dict) -> None:
+    model, forest = policy(0, 0.3, **shape).model, build(laid_out(list(range(10, 36))))
+    with torch.no_grad():
+        found = hidden_states(model, forest, padded=True)
+        torch.testing.assert_close(found, hidden_states(model, forest, padded=False), atol=1e-5, rtol=1e-5)
