@@ -255,7 +255,7 @@ class VirtualRunner(ForwardRunner):
         whole = lengths_P if self.reads_whole else None
         inputs = virtual.with_tokens(self.adapted, ids_PT, torch.ones_like(ids_PT), positions, whole)
         base = self.adapted.get_base_model()
-        filled = inputs.pop("past_key_values", None) or DynamicCache(config=base.config)
+        filled = inputs.pop("past_key_values", None) or DynamicCache()  # all columns, under a window too
         with self._precision(ids_PT.device):
             base.base_model(**inputs, past_key_values=filled, use_cache=True)
         for number, layer in enumerate(filled.layers):

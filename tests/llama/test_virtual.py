@@ -154,11 +154,10 @@ def test_every_architecture_takes_them(case: str) -> None:
             continue
         model = adapters.add_adapter(small.policy(spread=0.2, **SHAPES[case]).model, KINDS[kind], seed=0).eval()
         runner = decode.new_runner(model, decode.new_cache(model, 3, 10))
+        ids = torch.tensor([path[:5] for path in PATHS])
         with torch.no_grad():
             found = PolicyModel(model)(FOREST).logprobs_T
-            runner.prefill(
-                torch.tensor([path[:5] for path in PATHS]), torch.tensor([5, 4, 5]), torch.arange(3)[:, None]
-            )
+            runner.prefill(ids, torch.tensor([5, 4, 5]), torch.arange(3)[:, None])
             stepped = runner.step(torch.tensor([20, 21, 22]), torch.tensor([5, 4, 5]), 6)
         for row, (path, at) in enumerate(zip(PATHS, FOREST.start_S[1:].tolist(), strict=True)):
             logp = peft_logits(model, path).log_softmax(-1)[:-1].gather(1, torch.tensor(path)[1:, None])[:, 0]
