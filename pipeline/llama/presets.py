@@ -189,8 +189,8 @@ class ModelSettings(PositionSettings):
     )
     prefix_attention: bool | None = added(
         None,
-        "Prompts are read in both directions, answers from left to right (Raffel et al. 2020, section 3.2.1); a text's "
-        "prompt is what stands before its first trained token.",
+        "Prompts are read in both directions, answers from left to right (Raffel et al. 2020, section 3.2.1): all "
+        "turns before an answer; of a whole conversation or window what stands before its first trained token.",
     )
 
     @model_validator(mode="before")
