@@ -132,6 +132,7 @@ class Ppo(Stage):
         from pipeline.evaluate.watch import open_watch
         from pipeline.llama.adapters import share_frozen, told_share
         from pipeline.llama.open import save_policy
+        from pipeline.llama.quantise_settings import rounds
         from pipeline.rollout.collect import Sampler, encode_prompts
         from pipeline.rollout.noise import NoiseKey
         from pipeline.rollout.rewards import Rewards
@@ -238,6 +239,7 @@ class Ppo(Stage):
                     targets = learner.targets(rollout.groups(scores), progress.kl.coefficient, iteration)
                 if not config.importance.correct:
                     coarse = config.engine.precision != "model" or config.engine.engine != "native"
+                    coarse |= rounds(policy.model)
                     precision = "bf16" if coarse else config.train.precision
                     ppo_checks.require_sampler(targets.largest_gap, targets.figures["sampler_gap"], precision)
                 updated = learner.optimise(targets, progress.kl.coefficient, iteration)

@@ -29,7 +29,7 @@ from pipeline.flow.config import Settings, added
 from pipeline.flow.errors import UserError
 from pipeline.flow.stage import OneOrMore, Stage, Workspace
 from pipeline.llama.config import SIZES
-from pipeline.llama.presets import ModelSettings
+from pipeline.llama.presets import MAX_POSITIONS, ModelSettings
 from pipeline.llama.rope_settings import ContextSettings
 from pipeline.llama.tokenizer import BYTES_AND_CONTROL, TokenizerKind, smallest_vocabulary
 from pipeline.train.settings import TrainSettings
@@ -107,6 +107,13 @@ class Pretrain(Stage):
         if room < 2:
             raise UserError(f"pretrain.max_tokens: {config.max_tokens} leaves no text beside the control tokens")
         config.clean.require_used("pretrain", "evaluations" in given)
+        shape = config.model.llama(config.vocab_size)
+        learned = shape.get("max_position_embeddings", MAX_POSITIONS) if config.model.positions == "learned" else None
+        if learned and config.max_tokens > learned and "policy" not in given:
+            raise UserError(
+                f"pretrain.max_tokens: {config.max_tokens}, but the model learns {learned} positions; lower it, "
+                "or raise pretrain.model.max_position_embeddings"
+            )
         if {"tokenizer", "policy"} <= given:
             raise UserError("pretrain.tokenizer: the policy that the row starts from has its own; wire one of the two")
         if {"tokenizer", "policy"} & given and config.tokenizer != "byte_bpe":
@@ -130,6 +137,7 @@ class Pretrain(Stage):
         from pipeline.data.corpus import read_corpus, read_evaluations
         from pipeline.data.pretraining import pretraining_groups, require_tokens
         from pipeline.data.reader import Reader
+        from pipeline.llama.decode import token_bytes
         from pipeline.llama.heads import PolicyModel
         from pipeline.llama.open import (
             new_policy,
@@ -202,6 +210,7 @@ class Pretrain(Stage):
             "heldout_loss": found.get("nll"),
             "heldout_perplexity": math.exp(found["nll"]) if "nll" in found else None,
             "parameters": sum(p.numel() for p in model.parameters()),
+            "cache_bytes_per_token": token_bytes(model),
             "documents": len(documents),
             "windows": len(encoded.groups),
             **corpus.figures,

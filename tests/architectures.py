@@ -36,6 +36,7 @@ CASES: dict[str, dict[str, Any]] = {
     "no positions": {"positions": "none"},
     "no positions, window": {"positions": "none", "sliding_window": 5},
     "window": {"sliding_window": 5},
+    "experts, window": {"num_local_experts": 4, "sliding_window": 5},
     "window, relu": {"sliding_window": 5, "feed_forward": "relu"},
     "first tokens": LAMBDA,
     "prefix": {"prefix_attention": True},

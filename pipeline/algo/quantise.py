@@ -1,157 +1,135 @@
-"""Weights and activations in 8 and 4 bits: absmax, products that keep outliers apart, NF4 with double quantisation.
+"""Weights in few bits by the published formulas: int8 with outliers kept apart, NF4 with double quantisation.
 
-The arithmetic in the open, for tests and for reading. Training computes the same through bitsandbytes, whose codes
-these are; nothing here is fast.
+For tests and for reading: rows quantise by bitsandbytes (pipeline/llama/quantised.py), which gives the same codes.
+Sources: Dettmers et al. 2022 (LLM.int8()), Dettmers et al. 2023 (QLoRA), Dettmers et al. 2022b (8-bit optimizers).
 
-    absmax(x)             int8 of one scale for all numbers, or of one for each row (`dim=-1`)
-    product(x, w)         x w^T in int8, rows of both with scales of their own, columns with outliers in full
-                          (Dettmers et al. 2022, "LLM.int8()", section 3)
-    nf4(x)                4 bits a number in blocks of 64; `double` has their scales in 8 bits too
-                          (Dettmers et al. 2023, "QLoRA", section 3 and appendix E)
-
-Shapes: N and O rows, D columns, B blocks.
+Shapes: T tokens, I inputs, O outputs of a linear layer, N numbers of a tensor laid out in blocks.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cache
-from statistics import NormalDist
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-BLOCK = 64  # numbers that share a scale
-SCALES_BLOCK = 256  # scales that share one of theirs
-OUTLIER = 6.0  # size from which an activation is one (LLM.int8(), section 3.2)
-OFFSET = 0.9677083  # probability whose quantile is scaled to 1 in NF4: bitsandbytes' create_normal_map
+# (1/2) (2 - 1/32 - 1/30): the outermost of the quantiles that NF4's values lie at (QLoRA, appendix E).
+OUTERMOST = 0.9677083
+BLOCK, SCALES = 64, 256  # weights that share a scale, and scales that share one of their own (QLoRA, section 3)
 
 
-@dataclass(frozen=True)
-class Int8:
-    """x is about codes * scale; the largest error is half of the scale."""
-
-    codes: Tensor  # int8, of x's shape
-    scale: Tensor  # float32, [] or [..., 1]
-
-    def dequantised(self) -> Tensor:
-        return self.codes.float() * self.scale
+# ----------------------------------------------------------------------------------------------------------------- int8
 
 
-def absmax(x: Tensor, dim: int | None = None) -> Int8:
-    """round(127 x / max|x|), the maximum over all numbers or along `dim`. Numbers that are all 0 stay 0."""
+def absmax(x: Tensor, dim: int | None = None) -> tuple[Tensor, Tensor]:
+    """Codes round(127 x / max|x|) as int8, and max|x|: of the whole tensor, or of every vector along `dim` (LLM.int8(),
+    sections 2 and 3.1). An error is at most half a step, max|x| / 254."""
     largest = x.abs().amax() if dim is None else x.abs().amax(dim, keepdim=True)
-    largest = torch.where(largest == 0, torch.ones_like(largest), largest).float()
-    return Int8((x * (127.0 / largest)).round().to(torch.int8), largest / 127.0)
+    safe = torch.where(largest > 0, largest, 1.0)
+    return (x * (127.0 / safe)).round().to(torch.int8), largest
 
 
-def product(x_ND: Tensor, w_OD: Tensor, outliers: float | None = OUTLIER) -> Tensor:
-    """x w^T [N, O]: int8 products summed as integers, scaled by row of x and row of w.
+def restored(codes: Tensor, largest: Tensor) -> Tensor:
+    return codes * (largest / 127.0)
 
-    Columns in which any x is at least `outliers` are multiplied in full, by the weights as int8 holds them.
+
+def outliers(x_TI: Tensor, threshold: float) -> Tensor:
+    """[I] bool: the features in which some token reaches the threshold (LLM.int8(), section 3.2, which takes 6)."""
+    return (x_TI.abs() >= threshold).any(0)
+
+
+def mixed_product(x_TI: Tensor, codes_OI: Tensor, largest_O1: Tensor, threshold: float = 0.0) -> Tensor:
+    """x W^T [T, O] of quantised weights (LLM.int8(), eq. 8): outlier features in full precision, the rest of every
+    token as its own int8 vector, products of integers scaled by both. A threshold of 0 leaves nothing apart.
+
+    Weights of outlier features are restored ones: the paper keeps them unquantised, bitsandbytes has no others.
     """
-    weights = absmax(w_OD, dim=-1)
-    apart = torch.zeros(x_ND.shape[1], dtype=torch.bool)
-    if outliers is not None:
-        apart = (x_ND.abs() >= outliers).any(0)
-    rows = absmax(x_ND.masked_fill(apart, 0.0), dim=-1)
-    sums = rows.codes.long() @ weights.codes.long().T
-    return sums * rows.scale * weights.scale.T + x_ND[:, apart] @ weights.dequantised()[:, apart].T
+    apart = outliers(x_TI, threshold) if threshold > 0 else torch.zeros(x_TI.shape[1], dtype=torch.bool)
+    # A token's scale is that of what is left of it, and only values beyond the threshold are left out of it.
+    rest = x_TI.masked_fill(x_TI.abs() >= threshold, 0.0) if threshold > 0 else x_TI
+    x_codes, x_largest = absmax(rest, dim=1)
+    x_codes = x_codes.masked_fill(apart, 0)
+    whole = x_codes.to(torch.float64) @ codes_OI.to(torch.float64).T  # integers: exact
+    small = whole.to(x_TI.dtype) * (x_largest * largest_O1.T) / 127.0**2
+    return small + x_TI[:, apart] @ restored(codes_OI, largest_O1).to(x_TI.dtype)[:, apart].T
 
 
-@cache
-def nf4_codes() -> Tensor:
-    """[16] ascending: quantiles of the normal distribution, 8 above 0, 7 below, and 0; the largest is 1.
-
-    Evenly spaced in probability from `OFFSET` to one half, on either side (QLoRA, equation 4).
-    """
-    quantile = NormalDist().inv_cdf
-    spaced = lambda count: [OFFSET + (0.5 - OFFSET) * i / count for i in range(count)]
-    above, below = [quantile(p) for p in spaced(8)], [-quantile(p) for p in spaced(7)]
-    return torch.tensor(sorted([*above, 0.0, *below]), dtype=torch.float64).div(max(above)).float()
+# ------------------------------------------------------------------------------------------------------------------ NF4
 
 
-@cache
-def dynamic_codes() -> Tensor:
-    """[256] ascending in [-1, 1]: 7 decades, of which each holds twice as many numbers as the one below it.
-
-    The middles of 2^e equal parts of [0.1, 1] times 10^(e - 6), for e = 0 ... 6, with both signs, 0 and 1
-    (Dettmers 2016, "8-Bit Approximations for Parallelism in Deep Learning", section 2.2, as bitsandbytes has it).
-    """
-    sizes = [
-        10.0 ** (e - 6) * (0.1 + 0.9 * (i + 0.5) / 2**e) for e in range(7) for i in range(2**e)
-    ]  # fmt: skip
-    return torch.tensor(sorted([*sizes, *(-s for s in sizes), 0.0, 1.0]), dtype=torch.float64).float()
+def nf4_values() -> Tensor:
+    """The 16 values, ascending from -1 to 1: quantiles of a standard normal, eight below 0 and nine above with 0
+    among both, divided by the largest (QLoRA, eq. 4 and appendix E)."""
+    quantile = lambda n: torch.special.ndtri(torch.linspace(OUTERMOST, 0.5, n, dtype=torch.float64)[:-1])
+    values = torch.cat((-quantile(8), torch.zeros(1, dtype=torch.float64), quantile(9).flip(0)))
+    return (values / values.abs().max()).float()
 
 
-def nearest(x: Tensor, codes: Tensor) -> Tensor:
-    """Which of the ascending codes is nearest to each number, uint8."""
-    return torch.bucketize(x, (codes[1:] + codes[:-1]) / 2).to(torch.uint8)
+class Blocks(NamedTuple):
+    """Codes [N] into `values`, and the largest magnitude of every block; the last one may be short."""
+
+    codes: Tensor
+    scales: Tensor
+    values: Tensor
+    size: int
+
+    def restored(self) -> Tensor:
+        """[N]: the value of every code times its block's scale."""
+        return self.values[self.codes.long()] * self.scales.repeat_interleave(self.size)[: len(self.codes)]
 
 
-@dataclass(frozen=True)
-class Blocks:
-    """Numbers as codes of a table, each block times a scale of its own."""
-
-    table: Tensor
-    codes: Tensor  # uint8 [n], places in the table
-    scales: Tensor  # float32 [B], the largest size in each block
-    block: int
-
-    def dequantised(self) -> Tensor:
-        each = self.scales.repeat_interleave(self.block)[: len(self.codes)]
-        return self.table[self.codes.long()] * each
+def in_blocks(x: Tensor, values: Tensor, size: int) -> Blocks:
+    """The nearest of ascending `values` to every number over the largest magnitude of its block."""
+    flat = x.flatten().float()
+    padded = torch.nn.functional.pad(flat, (0, -len(flat) % size)).view(-1, size)
+    scales = padded.abs().amax(1)
+    unit = (padded * (1.0 / scales.clamp(min=1e-38))[:, None]).flatten()[: len(flat)]
+    middles = (values[:-1] + values[1:]) / 2
+    return Blocks(torch.bucketize(unit, middles).to(torch.uint8), scales, values, size)
 
 
-def blockwise(x: Tensor, table: Tensor, block: int) -> Blocks:
-    """x [n] in blocks, the last of which may be shorter."""
-    count = -(-len(x) // block)
-    filled = torch.nn.functional.pad(x.float(), (0, count * block - len(x))).view(count, block)
-    scales = filled.abs().amax(1)
-    unit = filled / torch.where(scales == 0, torch.ones_like(scales), scales)[:, None]
-    return Blocks(table, nearest(unit.flatten()[: len(x)], table), scales, block)
+def nf4(x: Tensor, size: int = BLOCK) -> Blocks:
+    """QLoRA, section 3. The largest error is 0.1519 of a block's scale: half the widest gap, next to -1."""
+    return in_blocks(x, nf4_values(), size)
 
 
-@dataclass(frozen=True)
-class Nf4:
-    """`mean` and `scales` where the blocks' scales are in 8 bits themselves: what lies off their mean."""
+def packed(codes: Tensor) -> Tensor:
+    """Two codes of 4 bits a byte, the first in the high half; one that is left over has NF4's 0 beside it."""
+    pairs = torch.nn.functional.pad(codes, (0, len(codes) % 2), value=7).view(-1, 2)
+    return pairs[:, 0] << 4 | pairs[:, 1]
 
-    shape: torch.Size
+
+def dynamic_values() -> Tensor:
+    """The 256 values of the dynamic 8-bit type, ascending: a sign, a power of ten that takes as many bits as it has
+    zeros, and the middles of even steps between 0.1 and 1 in the bits that are left (8-bit optimizers, section 1.3)."""
+    found = [0.0, 1.0]
+    for bits in range(7):
+        edges = torch.linspace(0.1, 1.0, 2**bits + 1)
+        middles = (edges[:-1] + edges[1:]) / 2 * 10.0 ** (bits - 6)
+        found += [*middles.tolist(), *(-middles).tolist()]
+    return torch.tensor(sorted(found))
+
+
+class Doubled(NamedTuple):
+    """Scales that are quantised themselves: codes of their distance from the mean, and that mean."""
+
     blocks: Blocks
-    mean: Tensor | None = None
-    scales: Blocks | None = None
+    mean: Tensor
 
-    def dequantised(self) -> Tensor:
-        """float32, of the shape that was quantised."""
-        blocks = self.blocks
-        if self.scales is not None and self.mean is not None:
-            blocks = Blocks(blocks.table, blocks.codes, self.scales.dequantised() + self.mean, blocks.block)
-        return blocks.dequantised().view(self.shape)
-
-    def packed(self) -> bytes:
-        """Two numbers a byte, the first in the high half."""
-        codes = torch.nn.functional.pad(self.blocks.codes, (0, len(self.blocks.codes) % 2)).view(-1, 2)
-        return bytes((codes[:, 0] << 4 | codes[:, 1]).tolist())
+    def restored(self) -> Tensor:
+        return self.blocks.restored() + self.mean
 
 
-def nf4(x: Tensor, *, double: bool = False) -> Nf4:
-    """Blocks of 64 numbers of the flattened tensor, each scaled to [-1, 1], then the nearest of 16 codes."""
-    blocks = blockwise(x.flatten(), nf4_codes(), BLOCK)
-    if not double:
-        return Nf4(x.shape, blocks)
-    mean = blocks.scales.mean()
-    return Nf4(x.shape, blocks, mean, blockwise(blocks.scales - mean, dynamic_codes(), SCALES_BLOCK))
+def doubled(scales: Tensor) -> Doubled:
+    """Double quantisation (QLoRA, section 3): 8 bits for each scale, one float32 for 256 of them."""
+    mean = scales.mean()
+    return Doubled(in_blocks(scales - mean, dynamic_values(), SCALES), mean)
 
 
-def nf4_bits(*, double: bool, block: int = BLOCK, scales_block: int = SCALES_BLOCK) -> float:
-    """Bits a number takes with its share of the scales (QLoRA, section 3).
+def bits_each(size: int = BLOCK, *, double: bool = True) -> float:
+    """Bits a weight in NF4.
 
-    >>> nf4_bits(double=False)
-    4.5
+    >>> bits_each(double=False), bits_each()
+    (4.5, 4.126953125)
     """
-    return 4 + (8 / block + 32 / (block * scales_block) if double else 32 / block)
-
-
-def largest_gap() -> float:
-    """The largest error of NF4 as a share of a block's scale: half of the widest gap between two codes."""
-    return float(nf4_codes().diff().max() / 2)
+    return 4 + (8 / size + 32 / (size * SCALES) if double else 32 / size)

@@ -124,6 +124,8 @@ class ChatFormat:
         self._answers_continue = bool(self.template and self.template.answer_follows_text(self._eos))
         if self._answers_continue:
             self._continuing = without_prefix(tokenizer.backend_tokenizer)
+        # transformers' LLaMA tokenizers put no space in front of a text with one, but take one away in decoding.
+        self._drops_space = self.decode(encode_texts(tokenizer, [" a"])[0]) == "a"
 
     def _ends(self) -> tuple[int, list[int]]:
         if self.foreign:
@@ -167,10 +169,20 @@ class ChatFormat:
             found.append(row)
         for token, ids in control.items():
             ids.append(self._vocabulary[token])
-        for texts, backend in ((fresh, self.tokenizer.backend_tokenizer), (continuing, self._continuing)):
-            for ids, encoded in zip(texts.values(), encode_with(backend, list(texts)), strict=True):
+        for texts, encode in ((fresh, self._begin), (continuing, self._continue)):
+            for ids, encoded in zip(texts.values(), encode(list(texts)), strict=True):
                 ids.extend(encoded)
         return found
+
+    def _begin(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of texts behind a control token."""
+        if self._drops_space:
+            texts = [f" {text}" if text.startswith(" ") else text for text in texts]
+        return encode_texts(self.tokenizer, texts)
+
+    def _continue(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of texts behind text."""
+        return encode_with(self._continuing, texts)
 
     def _assemble(
         self, conversation: Conversation, train_on: str, laid_out: Iterable[tuple[Piece, list[int]]]
@@ -208,9 +220,9 @@ class ChatFormat:
 
     def completions_ids(self, texts: Sequence[str], finished: bool = True) -> list[list[int]]:
         answer = self.foreign.answer if self.foreign else self.template.answer  # type: ignore[union-attr]
-        backend = self._continuing if self._answers_continue else self.tokenizer.backend_tokenizer
+        encode = self._continue if self._answers_continue else self._begin
         end = [self.end_id] if finished else []
-        return [ids + end for ids in encode_with(backend, [answer(text) for text in texts])]
+        return [ids + end for ids in encode([answer(text) for text in texts])]
 
     def document_ids(self, document: Document) -> list[int]:
         return self.documents_ids([document])[0]

@@ -44,8 +44,8 @@ class Prefix(Layout):
 
     name: Literal["prefix"] = Field(
         default="prefix",
-        description="Loss on the suffix of a window alone; attention stays causal over the prefix, where that of "
-        "Raffel et al. 2020 (section 3.2.1) looks both ways.",
+        description="Loss on the suffix of a window alone; a model with prefix_attention reads the prefix in both "
+        "directions (Raffel et al. 2020, section 3.2.1), any other from left to right.",
     )
     share: float = Field(
         default=0.5,
@@ -135,8 +135,8 @@ class Ul2(Layout):
 
     name: Literal["ul2"] = Field(
         default="ul2",
-        description="Mixture of denoisers, drawn for every window (Tay et al. 2022); attention stays causal over what "
-        "is given.",
+        description="Mixture of denoisers, drawn for every window (Tay et al. 2022); a model with prefix_attention "
+        "reads what is given in both directions, any other from left to right.",
     )
     denoisers: tuple[Denoiser, ...] = Field(
         default=(

@@ -12,9 +12,9 @@ from pipeline.data import world_text as text
 from pipeline.data.passkey import PASS, draw_key, statement
 from pipeline.data.records import Document
 
-KEYS = (PASS, *text.COLOURS[:4])
+KEYS = (PASS, *text.COLOURS[:3])
 KEY_LENGTH = 3  # words
-STATED, NAMED = 0.3, 0.55  # shares of new keys and of keys named again; the rest is text
+STATED, NAMED = 0.35, 0.6  # shares of new keys and of keys named again; the rest, little, is text
 
 
 def long_document(rng: random.Random, words: int, write: Callable[[random.Random], str]) -> Document:

@@ -23,6 +23,7 @@ from pipeline.llama.adapter_settings import (
     PrefixSettings,
     PTuningSettings,
     VirtualSettings,
+    require_place,
     require_reach,
 )
 from pipeline.llama.options import GATED, chosen
@@ -129,7 +130,8 @@ def adapter_parameters(shape: Shape, adapter: AnyAdapter, stored: bool = False) 
     each output beside; IA3 a factor for each key, value and inner activation; the others as peft makes them.
     """
     hidden, keys, layers = shape.hidden, shape.keys, shape.layers
-    require_reach(adapter, shape.experts, "latent" if "kv_b_proj" in shape.projections else "full")
+    require_reach(shape.experts, adapter)
+    require_place({"attention": "latent" if "kv_b_proj" in shape.projections else "full"}, adapter)
     if isinstance(adapter, LoraSettings):
         sides = [shape.projections[name] for name in TARGETS[adapter.targets] if name in shape.projections]
         return layers * sum(adapter.rank * (a + b) + (b if adapter.dora else 0) for a, b in sides)

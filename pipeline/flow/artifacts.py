@@ -213,7 +213,7 @@ def describe(directory: Path, kind: str, facts: Mapping[str, Any] | None = None)
     """Hash a finished slot: {kind, digest, files: {name: {bytes, sha256}}, lineage}.
 
     Model and tokenizer directories get `tokenizer` and `template` digests into their lineage, an adapter the
-    `form` "adapter" and the digest of its `base`, any other model the `form` "full".
+    `form` "adapter" and the digest of its `base` and how that is quantised, any other model the `form` "full".
     """
     hashes = {name: sha256_file(directory / name) for name in members(directory)}
     files = {n: {"bytes": (directory / n).stat().st_size, "sha256": hashes[n]} for n in hashes}
@@ -233,6 +233,8 @@ def model_facts(directory: Path, kind: str) -> dict[str, Any]:
         facts["form"] = "adapter" if adapter.is_file() else "full"
         if adapter.is_file():
             facts["base"] = read_object(adapter).get("base_model_name_or_path")
+            quantisation = directory / "base_quantisation.json"
+            facts |= {"base_quantisation": read_object(quantisation)} if quantisation.is_file() else {}
     return facts
 
 

@@ -6,6 +6,7 @@
     adapter: {kind: prefix, tokens: 20, projection: 256}  also prompt, p_tuning: virtual tokens before every text
     adapter: {kind: weights, train: ["*.layers.3.*", "*norm*"]}
     adapter: {rank: 8, beneath: stack}                    over a policy that is an adapter already
+    adapter: {rank: 16, quantise: {kind: nf4}}            over frozen weights in 4 bits (quantise_settings.py)
 
 No torch or peft here: plans read the settings.
 """
@@ -20,6 +21,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from pipeline.flow.config import Settings, added
 from pipeline.flow.errors import UserError
+from pipeline.llama.quantise_settings import AnyQuantise
 
 TARGETS = {
     "attention": ["q_proj", "k_proj", "v_proj", "o_proj"],
@@ -41,6 +43,11 @@ class AdapterSettings(Settings):
         "What becomes of an adapter that the row starts from: `same` goes on training it and refuses settings that "
         "describe another one; `merge` adds it to the weights and `stack` keeps it, frozen, under the new one.",
     )
+    quantise: AnyQuantise | None = added(
+        None,
+        "The frozen weights in 8 or 4 bits from here on, in every row that starts from this adapter; a reference is "
+        "quantised too. Without it they are as in the row's start, and whole where `beneath: merge` adds to them.",
+    )
 
     @property
     def silent(self) -> bool:
@@ -50,7 +57,7 @@ class AdapterSettings(Settings):
     @property
     def keeps_start(self) -> bool:
         """Whether the policy that a row starts from is, as it is stored, what is trained before the first update."""
-        return self.silent and self.beneath != "merge"
+        return self.silent and self.beneath != "merge" and self.quantise is None
 
     def plain(self) -> Self:
         """What is left of the settings in a stored adapter: how it was made and trained is not."""
@@ -100,6 +107,8 @@ class LoraSettings(AdapterSettings):
     def _one_start(self) -> LoraSettings:
         if self.dora and self.initial == "pissa":
             raise ValueError("dora and initial: pissa cannot be saved as one LoRA over the base: keep one of the two")
+        if self.quantise and self.initial == "pissa":
+            raise ValueError("initial: pissa takes directions out of the weights, which quantised ones cannot give")
         if self.beneath == "stack" and (self.dora or self.initial == "pissa"):
             raise ValueError(
                 "beneath: stack needs an update that is added to what lies below, which dora and initial: pissa are "
@@ -171,6 +180,8 @@ class WeightsSettings(AdapterSettings):
     def _nothing_to_stack(self) -> WeightsSettings:
         if self.beneath == "stack":
             raise ValueError("beneath: stack needs a new adapter, and kind: weights makes none: use beneath: merge")
+        if self.quantise:
+            raise ValueError("quantise: weights in few bits cannot be trained or saved whole: use an adapter")
         return self
 
 
@@ -206,31 +217,34 @@ def adapter_field() -> Any:
     return Field(default=None, description="Train an adapter, or some weights, instead of all weights.")
 
 
-def require_reach(settings: AnyAdapter, experts: int, attention: str) -> None:
-    """UserError where an adapter would quietly leave out most of a model: experts lie in one tensor, and latent
-    attention's projections are others."""
-    layers = isinstance(settings, LoraSettings | Ia3Settings)
-    if attention == "latent" and (layers or isinstance(settings, PrefixSettings)):
-        raise UserError(
-            f"adapter: {settings.kind} is for queries, keys and values by themselves, which attention latent does not "
-            "have; leave adapter unset, or use kind: prompt, p_tuning or weights"
-        )
-    if not experts or not layers or (isinstance(settings, LoraSettings) and settings.targets != "linear"):
+def require_reach(experts: int, settings: AnyAdapter) -> None:
+    """UserError where an adapter would quietly leave out most of a model: experts lie in one tensor."""
+    if not experts:
         return
-    lora = isinstance(settings, LoraSettings)
-    key, mends = ("targets: linear", "set it to attention") if lora else ("kind: ia3", "use lora, targets: attention")
+    if isinstance(settings, LoraSettings) and settings.targets == "linear":
+        key, mends = "targets: linear", "set it to attention"
+    elif isinstance(settings, Ia3Settings):
+        key, mends = "kind: ia3", "use lora with targets: attention"
+    else:
+        return
     raise UserError(
         f"adapter.{key} would leave out the {experts} experts of every layer, whose weights are no linear layers; "
         f"{mends}"
     )
 
 
-def require_plain_attention(config: Any) -> None:
-    """UserError where virtual tokens would be read as a part of the prompt, or not: the papers know no such prompt."""
-    if getattr(config, "prefix_attention", None):
+def require_place(option: Mapping[str, Any], settings: AnyAdapter) -> None:
+    """UserError where a model's options (`pipeline/llama/options`) leave no place for an adapter."""
+    if option.get("attention") == "latent" and isinstance(settings, LoraSettings | Ia3Settings | PrefixSettings):
         raise UserError(
-            "adapter: virtual tokens (prefix, prompt, p_tuning) were not tried with prefix_attention; use lora, ia3 or "
-            "weights"
+            f"adapter.kind: {settings.kind} changes keys and values or their projections, which "
+            "attention latent makes of other things; use prompt, p_tuning or weights, or leave adapter unset"
+        )
+    hiding = next((name for name in ("sliding_window", "prefix_attention") if option.get(name)), None)
+    if hiding and isinstance(settings, VirtualSettings):
+        raise UserError(
+            f"adapter.kind: {settings.kind} puts tokens before every text, of which {hiding} does not know; use lora, "
+            "ia3 or weights"
         )
 
 

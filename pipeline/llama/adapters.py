@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from pipeline.flow.errors import UserError
+from pipeline.llama import quantise_settings
 from pipeline.llama.adapter_settings import (
     IA3_INPUTS,
     IA3_TARGETS,
@@ -31,10 +32,11 @@ from pipeline.llama.adapter_settings import (
     PromptSettings,
     PTuningSettings,
     WeightsSettings,
-    require_plain_attention,
+    require_place,
     require_reach,
     settings_of,
 )
+from pipeline.llama.options import MODEL_TYPE
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -133,10 +135,10 @@ def add_adapter(model: nn.Module, settings: AnyAdapter, seed: int) -> Any:
         raise UserError("this policy is an adapter already: say in adapter.beneath what becomes of it (merge, stack)")
     if isinstance(settings, WeightsSettings):
         return train_weights(model, settings.train)
-    facts: Any = model.config
-    require_reach(settings, getattr(facts, "num_local_experts", 0), getattr(facts, "attention", "full"))
-    if settings.virtual:
-        require_plain_attention(facts)
+    config: Any = model.config
+    require_reach(getattr(config, "num_local_experts", 0), settings)
+    if config.model_type == MODEL_TYPE:
+        require_place(config.to_dict(), settings)
     with quiet(), torch.random.fork_rng(devices=[]):
         from peft import get_peft_model
 
@@ -192,14 +194,19 @@ def _told(settings: AnyAdapter | None) -> str:
     return ", ".join(f"{k} {v}" for k, v in {"kind": settings.kind, **shown}.items())
 
 
-def told_share(model: nn.Module, settings: AnyAdapter | None, workspace: Workspace) -> dict[str, int]:
+def told_share(model: nn.Module, settings: AnyAdapter | None, workspace: Workspace) -> dict[str, float]:
     """How much of a model is trained, said and as figures; nothing where all of it is because nobody said otherwise."""
     if settings is None and not is_adapted(model):
         return {}
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    whole = sum(p.numel() for p in model.parameters())
+    whole = sum(map(quantise_settings.weights_of, model.parameters()))
     workspace.say(f"trains {trained:,} of {whole:,} parameters of the model ({100 * trained / whole:.3g} %)")
-    return {"trained_parameters": trained, "parameters": whole}
+    figures: dict[str, float] = {"trained_parameters": trained, "parameters": whole}
+    inner = cast(Any, model).get_base_model() if is_adapted(model) else model
+    if (error := inner.__dict__.get("merge_error")) is None:
+        return figures
+    workspace.say(f"merged into restored weights: outputs differ by {error:.3g} at most from those over quantised ones")
+    return figures | {"merge_error": error}
 
 
 # --------------------------------------------------------------------------------------- one over another, and merging
@@ -230,8 +237,27 @@ def merged(model: Any) -> Any:
             "adapter.beneath: the row starts from virtual tokens (prefix, prompt, P-tuning), which do not merge into "
             "weights: leave `adapter` unset to train them on, or start from the policy below them"
         )
+    quantisation = quantise_settings.of(model)
+    if quantisation is None:
+        with quiet():
+            return model.merge_and_unload(safe_merge=True)
+    from pipeline.llama.quantised import restore
+
+    before = _probed(model)
+    restore(model)  # what is added to weights of few bits and rounded again would be lost in part (peft#2321)
     with quiet():
-        return model.merge_and_unload(safe_merge=True)
+        plain = model.merge_and_unload(safe_merge=True)
+    plain.__dict__["merge_error"] = float((_probed(plain) - before).abs().max())
+    return plain
+
+
+def _probed(model: Any) -> Tensor:
+    """What a model gives for a few tokens."""
+    import torch
+
+    ids = torch.arange(min(64, model.config.get_text_config().vocab_size), device=model.device)[None]
+    with torch.no_grad():
+        return model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float()
 
 
 def taken_apart(model: Any) -> tuple[Any, list[Part]]:

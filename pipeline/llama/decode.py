@@ -224,7 +224,7 @@ class ForwardRunner:
             mask, more = causal(tokens, torch.empty(0, dtype=self.dtype, device=ids_PT.device)), {}
         at.slots_PK, at.seen = slots_PK, 0
         self._logits(ids_PT, positions, mask.expand(prompts, 1, tokens, tokens), **more)
-        return self._again(ids_PT.gather(1, lengths_P[:, None] - 1), last_P, slots_PK, tokens)
+        return self._again(ids_PT.gather(1, last_P[:, None]), last_P, slots_PK, tokens)
 
     def _again(self, ids_P1: Tensor, last_P: Tensor, slots_PK: Tensor, columns: int) -> Tensor:
         """The forward gives the logits of one column for all rows. The last tokens of prompts stand in different
@@ -252,7 +252,8 @@ class VirtualRunner(ForwardRunner):
     def prefill(self, ids_PT: Tensor, lengths_P: Tensor, slots_PK: Tensor) -> Tensor:
         before, (prompts, tokens) = self.cache.before, ids_PT.shape
         positions = torch.arange(tokens, device=ids_PT.device).expand(prompts, tokens)
-        inputs = virtual.with_tokens(self.adapted, ids_PT, torch.ones_like(ids_PT), positions)
+        whole = lengths_P if self.reads_whole else None
+        inputs = virtual.with_tokens(self.adapted, ids_PT, torch.ones_like(ids_PT), positions, whole)
         base = self.adapted.get_base_model()
         filled = inputs.pop("past_key_values", None) or DynamicCache()  # all columns, under a window too
         with self._precision(ids_PT.device):
@@ -577,11 +578,18 @@ def rounded(columns: int) -> int:
     return -(-columns // kernel.LANES) * kernel.LANES
 
 
-def row_bytes(model: nn.Module, columns: int) -> int:
-    """Bytes of one row of the cache, all layers."""
+def token_bytes(model: nn.Module) -> int:
+    """Bytes that one token takes in the cache, all layers."""
     base = base_model(model)
+    config = base.config.get_text_config()
+    sizes = {name: getattr(config, name) for name in ("num_hidden_layers", "num_attention_heads", "hidden_size")}
     itemsize = next(p.element_size() for p in base.parameters() if p.is_floating_point())
-    return cached_numbers(base.config.get_text_config().to_dict()) * itemsize * rounded(columns)
+    return cached_numbers({**config.to_dict(), **sizes}) * itemsize
+
+
+def row_bytes(model: nn.Module, columns: int) -> int:
+    """Bytes of one row of the cache."""
+    return token_bytes(model) * rounded(columns)
 
 
 def _refuse_windows(config: Any, columns: int) -> None:

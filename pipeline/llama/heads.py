@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from pipeline.data.forest import Forest
 from pipeline.llama import attention, virtual
 from pipeline.llama.logprobs import token_kl, token_logprobs
+from pipeline.llama.options.windows import prompt_lengths
 
 
 class TokenOutputs(NamedTuple):
@@ -59,7 +60,8 @@ def _filled_states(model: nn.Module, forest: Forest, padded: bool | None = None)
     if not padded:
         return trunk(**attention.forest_inputs(forest)).last_hidden_state[0]
     rows = padded_rows(forest)
-    inputs = virtual.with_tokens(model, rows.ids_BL, rows.mask_BL, rows.positions_BL)
+    prompts = _prompts(rows, forest) if getattr(inner.config, "prefix_attention", False) else None
+    inputs = virtual.with_tokens(model, rows.ids_BL, rows.mask_BL, rows.positions_BL, prompts)
     states = trunk(**inputs, use_cache=False).last_hidden_state[:, -rows.ids_BL.shape[1] :]
     return states[rows.row_T, rows.column_T]
 
@@ -108,6 +110,12 @@ def _make_padded(forest: Forest) -> PaddedRows:
         row_T=torch.from_numpy(row).to(device),
         column_T=torch.from_numpy(column).to(device),
     )
+
+
+def _prompts(rows: PaddedRows, forest: Forest) -> Tensor:
+    """[B]: the tokens of each row's prompt."""
+    found = torch.zeros(len(rows.ids_BL), dtype=torch.int64, device=rows.row_T.device)
+    return found.index_copy(0, rows.row_T, prompt_lengths(forest)[forest.segment_T])
 
 
 def _spread(values: Tensor, at: Tensor, size: int) -> Tensor:

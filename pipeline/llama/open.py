@@ -30,7 +30,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from pipeline.flow.artifacts import members
 from pipeline.flow.errors import Damaged, UserError
-from pipeline.llama import adapters
+from pipeline.llama import adapters, quantise_settings
 from pipeline.llama.adapter_settings import AnyAdapter
 from pipeline.llama.config import check_config, read_json, refuse_code
 from pipeline.llama.core import CoreForCausalLM, CoreForSequenceClassification
@@ -38,6 +38,7 @@ from pipeline.llama.core_config import CoreConfig, core_config, new_config
 from pipeline.llama.heads import PolicyModel, ScalarModel, unwrapped
 from pipeline.llama.modeling import LlamaForCausalLM, LlamaForSequenceClassification
 from pipeline.llama.presets import ModelSettings
+from pipeline.llama.quantise_settings import AnyQuantise
 from pipeline.llama.rope_settings import ContextSettings
 from pipeline.llama.weights import Entry, require_weights
 
@@ -120,19 +121,33 @@ def open_tokenizer(artifact: ModelArtifact | Path) -> Any:
         raise UserError(f"{path}: holds no tokenizer that can be opened: {why}") from problem
 
 
-def _open(artifact: ModelArtifact, *, classifier: bool, dtype: torch.dtype, trainable: bool = False) -> Opened:
-    model, record = _open_model(artifact, classifier=classifier, dtype=dtype, trainable=trainable)
+def _open(
+    artifact: ModelArtifact,
+    *,
+    classifier: bool,
+    dtype: torch.dtype,
+    trainable: bool = False,
+    quantise: AnyQuantise | None = None,
+) -> Opened:
+    model, record = _open_model(artifact, classifier=classifier, dtype=dtype, trainable=trainable, quantise=quantise)
     if trainable:
         _refuse_attention_dropout(artifact, model)
     return Opened(model.eval(), open_tokenizer(artifact), record)
 
 
 def _open_model(
-    artifact: ModelArtifact, *, classifier: bool, dtype: torch.dtype, trainable: bool = False, new_head: bool = False
+    artifact: ModelArtifact,
+    *,
+    classifier: bool,
+    dtype: torch.dtype,
+    trainable: bool = False,
+    new_head: bool = False,
+    quantise: AnyQuantise | None = None,
 ) -> tuple[Any, dict[str, Any]]:
-    """`new_head`: the head may be missing here, because it comes from the adapter above."""
+    """`new_head`: the head may be missing here, because it comes from the adapter above. `quantise`: a whole model is
+    opened so; an adapter says itself how its base is."""
     if not (artifact.path / ADAPTER_CONFIG).is_file():
-        return _open_full(artifact.path, classifier=classifier, dtype=dtype, new_head=new_head)
+        return _open_full(artifact.path, classifier=classifier, dtype=dtype, new_head=new_head, quantise=quantise)
     path = artifact.path
     config = _read_adapter(path)
     stored = set(_adapter_weights(path, config))
@@ -141,9 +156,11 @@ def _open_model(
         holds = "holds no score.weight: an adapter of a policy" if classifier else "is an adapter of a classifier"
         raise UserError(f"{path / ADAPTER_WEIGHTS}: {holds}, another kind of model than is needed here")
     below = _Below.of(artifact)
-    base, record = _open_model(below, classifier=scalar, dtype=dtype, new_head=scalar)
+    quantised = quantise_settings.stored(path)
+    base, record = _open_model(below, classifier=scalar, dtype=dtype, new_head=scalar, quantise=quantised)
     if adapters.is_adapted(base) and not _stacked(path):
         base = adapters.merged(base)
+        _quantise(base, quantised)
     with adapters.quiet(), _told(path):
         model = _over(base, path, trainable)
     _require_whole(model, path, stored)
@@ -187,7 +204,14 @@ def base_digest(artifact: ModelArtifact) -> str | None:
     return named if named in artifact.bases or not artifact.bases else next(iter(artifact.bases))
 
 
-def _open_full(path: Path, *, classifier: bool, dtype: torch.dtype, new_head: bool = False) -> tuple[Any, dict]:
+def _open_full(
+    path: Path,
+    *,
+    classifier: bool,
+    dtype: torch.dtype,
+    new_head: bool = False,
+    quantise: AnyQuantise | None = None,
+) -> tuple[Any, dict]:
     """`new_head`: the head may be missing here, because it comes from the adapter above."""
     config_path = path / "config.json"
     config = read_json(config_path)
@@ -210,7 +234,7 @@ def _open_full(path: Path, *, classifier: bool, dtype: torch.dtype, new_head: bo
                 facts = {"config": core_config(AutoConfig.from_pretrained(path, local_files_only=True, **facts))}
         model, info = cls.from_pretrained(
             path,
-            dtype=dtype,
+            dtype="auto" if quantise else dtype,  # as the file has them: nothing is there in float32 as a whole
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
@@ -218,6 +242,7 @@ def _open_full(path: Path, *, classifier: bool, dtype: torch.dtype, new_head: bo
             **facts,
         )
     _require_loaded(path, info, head="score.weight" if new_head else None)
+    _quantise(model, quantise, dtype)
     _align(model)
     record = {
         "implementation": "core" if verdict.core else type(model).__name__,
@@ -236,6 +261,18 @@ def _told(path: Path) -> Iterator[None]:
     except Exception as problem:  # of whatever kind its values lead to
         why = f"{type(problem).__name__}: {' '.join(str(problem).split())}"
         raise UserError(f"{path}: holds no model that can be opened: {why:.1000}") from problem
+
+
+def _quantise(model: nn.Module, settings: AnyQuantise | None, dtype: torch.dtype = torch.float32) -> None:
+    """In place; what stays as it is becomes `dtype`. Nothing without settings."""
+    if settings is None:
+        return
+    from pipeline.llama.quantised import quantise
+
+    quantise(model, settings)
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
 
 
 def _align(model: nn.Module) -> None:
@@ -358,7 +395,8 @@ def open_trainable(
 ) -> Trainable:
     """A policy to train. A full policy is trained whole, or as `adapter` says; a policy that is an adapter is trained
     on as that adapter (`adapter` unset, or saying the same), or is what `adapter.beneath` makes of it."""
-    opened = _open(artifact, classifier=False, dtype=dtype, trainable=True)
+    quantise = adapter.quantise if adapter else None
+    opened = _open(artifact, classifier=False, dtype=dtype, trainable=True, quantise=quantise)
     model, below = _adapted(opened.model, artifact, adapter, seed)
     return _trainable(PolicyModel(model), model, opened, below)
 
@@ -371,10 +409,11 @@ def open_trainable_classifier(
     dtype: torch.dtype = torch.float32,
 ) -> Trainable:
     """A scalar model to train: a reward model with its head, or a policy's trunk under a new head."""
+    quantise = adapter.quantise if adapter else None
     if getattr(artifact, "kind", None) == "reward_model":
-        opened = _open(artifact, classifier=True, dtype=dtype, trainable=True)
+        opened = _open(artifact, classifier=True, dtype=dtype, trainable=True, quantise=quantise)
     else:
-        opened = _open(artifact, classifier=False, dtype=dtype, trainable=True)
+        opened = _open(artifact, classifier=False, dtype=dtype, trainable=True, quantise=quantise)
         merge = adapter is not None and adapter.beneath == "merge" and adapters.is_adapted(opened.model)
         trunk = adapters.merged(opened.model) if merge else opened.model
         opened = Opened(new_classifier(trunk, seed), opened.tokenizer, opened.record)
@@ -406,15 +445,31 @@ def _adapted(model: Any, artifact: ModelArtifact, adapter: AnyAdapter | None, se
     """The model as it is trained, and the digest of what lies below its adapter."""
     if adapter is None:
         return model, base_digest(artifact)
+    if adapters.is_adapted(model) and adapter.beneath != "merge":
+        _require_same_weights(model, adapter.quantise)
     if adapters.is_adapted(model) and adapter.beneath == "same":
         adapters.require_same(model, adapter)
         adapters.mark_rates(model, adapter)
         return model, base_digest(artifact)
     if adapters.is_adapted(model) and adapter.beneath == "stack":
         return adapters.stack_new(model, adapter, seed), artifact.digest
-    plain = adapters.merged(model) if adapters.is_adapted(model) else model
+    plain = model
+    if adapters.is_adapted(model):
+        plain = adapters.merged(model)
+        _quantise(plain, adapter.quantise)
     made = adapters.add_adapter(plain, adapter, seed)
     return made, artifact.digest if adapters.is_adapted(made) else None
+
+
+def _require_same_weights(model: Any, asked: AnyQuantise | None) -> None:
+    """An adapter that is kept was trained over weights as they were."""
+    have = quantise_settings.of(model)
+    if asked is not None and have != asked:
+        told = "are not quantised" if have is None else f"are quantised otherwise ({have!r})"
+        raise UserError(
+            f"adapter.quantise: the weights under the adapter that the row starts from {told}: leave it out to keep "
+            "them so, or set adapter.beneath to merge"
+        )
 
 
 def _refuse_attention_dropout(artifact: ModelArtifact, model: Any) -> None:
@@ -645,6 +700,8 @@ def _save_adapter(model: Any, directory: Path, digest: str, state: Mapping[str, 
     tensors = {k: v.detach().contiguous().cpu() for k, v in kept.items()}
     remark = {"below": "stack"} if adapters.is_stacked(model) else {}
     save_file(tensors, directory / ADAPTER_WEIGHTS, metadata={"format": "pt", **remark})
+    if (quantisation := quantise_settings.of(model)) is not None:
+        (directory / quantise_settings.QUANTISATION).write_text(quantisation.model_dump_json(indent=2) + "\n")
     config.base_model_name_or_path, config.inference_mode = digest, True
     config.save_pretrained(str(directory))
     _sorted_json(directory / ADAPTER_CONFIG)

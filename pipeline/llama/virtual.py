@@ -3,7 +3,7 @@
 A model's own forward is peft's business; here is the same for hidden states without a head, and for a cache of many
 rows. A text's first token stands at the position after the virtual ones, as peft has it.
 
-Shapes: B rows, L columns, V virtual tokens, D hidden, P prompts.
+Shapes: B rows, L columns, V virtual tokens, D hidden.
 """
 
 from __future__ import annotations
@@ -24,15 +24,18 @@ def count(model: nn.Module) -> int:
     return config.num_virtual_tokens if config.is_prompt_learning else 0
 
 
-def with_tokens(model: Any, ids_BL: Tensor, mask_BL: Tensor, positions_BL: Tensor) -> dict[str, Any]:
+def with_tokens(
+    model: Any, ids_BL: Tensor, mask_BL: Tensor, positions_BL: Tensor, prompts_B: Tensor | None = None
+) -> dict[str, Any]:
     """Arguments of the trunk's forward for padded rows; its last L columns are those of the rows.
 
     A prefix is keys and values that lie in a cache already; virtual tokens of the other kinds are embeddings before
-    those of the rows.
+    those of the rows. `prompts_B` tokens of each row are read as a whole (options/windows.py), and those before them.
     """
     before = count(model)
+    whole = {} if prompts_B is None else {"prefix_lengths": prompts_B + before}
     if not before:
-        return {"input_ids": ids_BL, "attention_mask": mask_BL, "position_ids": positions_BL}
+        return {"input_ids": ids_BL, "attention_mask": mask_BL, "position_ids": positions_BL, **whole}
     rows = len(ids_BL)
     mask = torch.cat((mask_BL.new_ones(rows, before), mask_BL), 1)
     if is_prefix(model):
@@ -47,7 +50,7 @@ def with_tokens(model: Any, ids_BL: Tensor, mask_BL: Tensor, positions_BL: Tenso
         embedded = torch.cat((tokens, own), 1)
         positions = torch.arange(embedded.shape[1], device=ids_BL.device).expand(rows, -1)
         inputs = {"inputs_embeds": embedded, "position_ids": positions}
-    return {**inputs, "attention_mask": mask}
+    return {**inputs, "attention_mask": mask, **whole}
 
 
 def is_prefix(model: Any) -> bool:

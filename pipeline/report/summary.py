@@ -142,16 +142,17 @@ def positions_grid(evaluation: Mapping[str, Any]) -> Grid | None:
 
 
 def passkey_grid(evaluation: Mapping[str, Any]) -> Grid | None:
-    """Share of pass keys that each policy retrieves by the length of the text, over all places of the key."""
+    """Share of pass keys that each policy retrieves by the length of the text, over all places of the key, and in
+    brackets the mean nats of a token of a key."""
     found = {name: context["passkey"] for name, context in _contexts(evaluation).items()}
     lengths = sorted({row["length"] for rows in found.values() for row in rows})
     if not lengths:
         return None
     rows = []
     for name, measured in found.items():
-        means = [_mean([r["accuracy"] for r in measured if r["length"] == length]) for length in lengths]
-        rows.append([name, *(number(mean, 2) for mean in means)])
-    return Grid("pass keys retrieved, by tokens of the text", ["policy", *map(str, lengths)], rows)
+        by_length = [[r for r in measured if r["length"] == length] for length in lengths]
+        rows.append([name, *(_retrieved(those) for those in by_length)])
+    return Grid("pass keys retrieved (nats a token), by tokens of the text", ["policy", *map(str, lengths)], rows)
 
 
 def passkey_places_grid(evaluation: Mapping[str, Any]) -> Grid | None:
@@ -175,5 +176,8 @@ def _contexts(evaluation: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     return before | {name: p["context"] for name, p in evaluation["policies"].items() if p.get("context")}
 
 
-def _mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None
+def _retrieved(rows: Sequence[Mapping[str, Any]]) -> str:
+    if not rows:
+        return NONE
+    accuracy, nll = (sum(row[key] for row in rows) / len(rows) for key in ("accuracy", "nll"))
+    return f"{number(accuracy, 2)} ({number(nll, 2)})"

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from pipeline.flow.errors import NonFinite, UserError
-from pipeline.llama import decode, virtual
+from pipeline.llama import decode, quantise_settings, virtual
 from pipeline.llama.heads import PolicyModel
 from pipeline.llama.options import MODEL_TYPE
 from pipeline.rollout.engine import (
@@ -75,6 +75,8 @@ class VllmEngine:
         _require_known(model)
         if virtual.count(model):
             raise UserError("engine vllm: a policy with virtual tokens is sampled by engine: native alone")
+        if quantise_settings.of(model) is not None:
+            raise UserError("engine vllm: a policy over weights of few bits is sampled by engine: native alone")
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
         self.stop_ids, self.to_text = tuple(stop_ids), to_text
         self.usage = Usage()

@@ -108,7 +108,7 @@ class Trainer:
         if settings.checkpointing:
             enable_checkpointing(module)
         module.to(strategy.device)
-        self.engine = strategy.engine(module, optim.adamw(module, settings, rates), settings.precision)
+        self.engine = strategy.engine(module, optim.optimizer(module, settings, rates), settings.precision)
         self._filler: Forest | None = None
 
     def step(self, work: Work, weights: Mapping[str, float], filler: Group | Forest | None = None) -> dict[str, float]:

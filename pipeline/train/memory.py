@@ -18,11 +18,12 @@ from pipeline.flow.launch import launch_settings
 from pipeline.llama.adapter_settings import LoraSettings, settings_of
 from pipeline.llama.adapters import BELOW, is_adapted
 from pipeline.llama.heads import ValueHead, unwrapped
+from pipeline.llama.quantise_settings import weights_of
 from pipeline.train.strategy import Strategy
 
 
 def parameters(*modules: nn.Module) -> int:
-    return sum(p.numel() for m in modules for p in m.parameters())
+    return sum(weights_of(p) for m in modules for p in m.parameters())
 
 
 def trainable(*modules: nn.Module) -> int:

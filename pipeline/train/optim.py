@@ -1,4 +1,4 @@
-"""AdamW with parameter groups, and the learning rate as a closed form of the step.
+"""AdamW, or what keeps less than its moments, with parameter groups; the learning rate as a closed form of the step.
 
 Update numbers start at 1: update k uses the rate at k, so the first update moves and the last one reaches the
 final fraction. Nothing is counted by a scheduler object, so ranks and resumes cannot disagree about it.
@@ -6,7 +6,8 @@ final fraction. Nothing is counted by a scheduler object, so ranks and resumes c
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from torch import nn
 
 from pipeline.algo.schedule import multiplier
 from pipeline.train.settings import TrainSettings
+
+SMALL, BLOCK = 4096, 256  # elements below which 8 bits save nothing, and those that share a scale
 
 
 def parameter_groups(
@@ -59,6 +62,48 @@ def adamw(module: nn.Module, settings: TrainSettings, rates: Mapping[str, float]
         eps=settings.eps,
         fused=True,
     )
+
+
+def optimizer(
+    module: nn.Module, settings: TrainSettings, rates: Mapping[str, float] | None = None
+) -> torch.optim.Optimizer:
+    """The one that the settings name."""
+    if settings.optimizer == "adamw":
+        return adamw(module, settings, rates)
+    groups = parameter_groups(module, settings.weight_decay, rates)
+    if settings.optimizer == "adafactor":
+        return torch.optim.Adafactor(groups, lr=settings.learning_rate)
+    from pipeline.llama.quantised import bnb
+
+    # eps outside the square root, as in adamw; parameters of fewer than SMALL elements keep float32 moments
+    return bnb.optim.AdamW8bit(
+        groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.eps, min_8bit_size=SMALL
+    )
+
+
+def state_shapes(optimizer: Any, shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
+    """What an optimiser keeps of a parameter of this shape once an update has reached it, for checkpoints."""
+    own, kind, number = tuple(shape), type(optimizer).__name__, math.prod(shape)
+    found: dict[str, tuple[int, ...]] = {"step": ()}
+    if kind == "Adafactor":
+        if len(own) < 2:
+            return found | {"variance": own}
+        return found | {"row_var": (*own[:-1], 1), "col_var": (*own[:-2], 1, own[-1])}
+    if kind == "AdamW8bit":
+        scales: dict[str, tuple[int, ...]] = {"absmax1": (-(-number // BLOCK),), "absmax2": (-(-number // BLOCK),)}
+        return found | {"state1": own, "state2": own} | (scales if number >= SMALL else {})
+    return found | {"exp_avg": own, "exp_avg_sq": own}
+
+
+def put_state(optimizer: Any, parameter: nn.Parameter, stored: Mapping[str, torch.Tensor]) -> None:
+    """Go on from what an optimiser kept of a parameter."""
+    values: dict[str, Any] = {key: value.clone().to(parameter.device) for key, value in stored.items()}
+    if type(optimizer).__name__ == "AdamW8bit":  # what its codes stand for, and a step that is a number
+        at = next((g, i) for g, group in enumerate(optimizer.param_groups) for i, p in enumerate(group["params"])
+                  if p is parameter)  # fmt: skip
+        optimizer.init_state(optimizer.param_groups[at[0]], parameter, *at)
+        values = optimizer.state[parameter] | values | {"step": int(values["step"])}
+    optimizer.state[parameter] = values
 
 
 def warmup_steps(settings: TrainSettings, total: int) -> int:

@@ -44,6 +44,12 @@ class TrainSettings(Settings):
     checkpointing: bool = not_identity(
         False, "Recompute activations in the backward pass: less memory, about a third more time."
     )
+    optimizer: Literal["adamw", "adamw8bit", "adafactor"] = added(
+        "adamw",
+        "adamw8bit keeps both moments in 8 bits (Dettmers et al. 2022b, by bitsandbytes); adafactor keeps sums of rows "
+        "and columns of the second and no first, moves by shares of a weight's size, and reads neither betas nor eps "
+        "(Shazeer and Stern 2018, algorithms 4 and 5).",
+    )
     betas: tuple[float, float] = Field(default=(0.9, 0.95), description="AdamW's two decay rates.")
     eps: float = Field(default=1e-8, gt=0, description="AdamW's epsilon, outside the square root.")
     weight_decay: float = Field(

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from pipeline.flow.errors import Damaged, UserError
+from pipeline.train.optim import put_state, state_shapes
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -86,6 +87,16 @@ class Strategy:
         return [i for turn, i in enumerate(order) if there_and_back[turn % len(there_and_back)] == self.rank]
 
     def engine(self, module: nn.Module, optimizer: torch.optim.Optimizer, precision: str) -> Engine:
+        if self.sharded and any(hasattr(m, "quantisation") for m in module.modules()):
+            raise UserError(
+                "adapter.quantise: weights of few bits are not cut up over ranks: use launch.strategy ddp, or "
+                "deepspeed with zero_stage 1 or 2"
+            )
+        if (self.fsdp or self.deepspeed is not None) and not isinstance(optimizer, torch.optim.AdamW):
+            raise UserError(
+                "train.optimizer: under fsdp and deepspeed moments are cut over the ranks as adamw has them: use adamw "
+                "there, or launch.strategy ddp"
+            )
         if self.fsdp:
             from pipeline.train.fsdp import FsdpEngine
 
@@ -183,30 +194,35 @@ class Engine:
         return [(name, p) for name, p in self.bare.named_parameters() if p.requires_grad]
 
     def state(self) -> dict[str, torch.Tensor]:
-        """What an update reads and writes, the live tensors: weights in float32, both moments and their step."""
+        """What an update reads and writes, the live tensors: weights in float32, moments and their step."""
         found: dict[str, torch.Tensor] = {}
         for name, parameter in self.trained():
             found[f"model.{name}"] = parameter
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                if key in MOMENTS:
-                    found[f"{key}.{name}"] = torch.as_tensor(value)
+            kept = state_shapes(self.optimizer, parameter.shape)
+            held = self.optimizer.state.get(parameter, {})
+            found |= {f"{key}.{name}": torch.as_tensor(value) for key, value in held.items() if key in kept}
         return found
 
     @torch.no_grad()
     def load_state(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """The inverse, on every rank. Damaged where something is missing or has another shape."""
         for name, parameter in self.trained():
-            stored = stored_state(name, parameter.shape, tensors)
+            kept = state_shapes(self.optimizer, parameter.shape)
+            stored = stored_state(name, parameter.shape, tensors, kept)
             parameter.copy_(stored.pop("model"))
             if stored:  # one that no update has reached yet has none
-                self.optimizer.state[parameter] = {k: v.clone().to(parameter.device) for k, v in stored.items()}
+                put_state(self.optimizer, parameter, stored)
 
 
-def stored_state(name: str, shape: torch.Size, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What `Engine.state` gave of one parameter: its `model`, and none or all of MOMENTS. Damaged otherwise."""
-    found = {key: tensors[f"{key}.{name}"] for key in ("model", *MOMENTS) if f"{key}.{name}" in tensors}
-    wrong = [key for key, value in found.items() if key != "step" and value.shape != shape]
-    if "model" not in found or len(found) not in (1, 1 + len(MOMENTS)) or wrong:
+def stored_state(
+    name: str, shape: torch.Size, tensors: Mapping[str, torch.Tensor], kept: Mapping[str, Sequence[int]] | None = None
+) -> dict[str, torch.Tensor]:
+    """What `Engine.state` gave of one parameter: its `model`, and none or all of what is kept, by shape (AdamW's
+    moments otherwise). Damaged where it does not."""
+    kept = kept or {"exp_avg": shape, "exp_avg_sq": shape, "step": ()}
+    found = {key: tensors[f"{key}.{name}"] for key in ("model", *kept) if f"{key}.{name}" in tensors}
+    wrong = [k for k, v in found.items() if k != "step" and tuple(v.shape) != tuple(kept.get(k, shape))]
+    if "model" not in found or len(found) not in (1, 1 + len(kept)) or wrong:
         raise Damaged(f"the checkpoint does not hold {name} of shape {tuple(shape)} whole, but {sorted(found)}")
     return found
 

@@ -14,6 +14,7 @@ from pipeline.llama.adapter_settings import (
     PrefixSettings,
     PTuningSettings,
     WeightsSettings,
+    require_place,
     settings_of,
 )
 from stages.sft import Sft
@@ -50,6 +51,24 @@ def test_what_makes_no_sense_is_refused_by_its_key(adapter: dict[str, Any], told
     with pytest.raises(UserError) as error:
         parsed(**adapter)
     assert told in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("option", "adapter", "told"),
+    [
+        ({"attention": "latent"}, {"rank": 4}, "use prompt, p_tuning or weights"),
+        ({"attention": "latent"}, {"kind": "ia3"}, "adapter.kind: ia3 changes keys and values"),
+        ({"attention": "latent"}, {"kind": "prefix"}, "adapter.kind: prefix changes keys and values"),
+        ({"sliding_window": 8}, {"kind": "prompt"}, "of which sliding_window does not know"),
+        ({"prefix_attention": True}, {"kind": "p_tuning"}, "of which prefix_attention does not know"),
+    ],
+)
+def test_adapters_that_a_model_has_no_place_for_are_refused(option: dict, adapter: dict, told: str) -> None:
+    with pytest.raises(UserError) as error:
+        require_place(option, parsed(**adapter))
+    assert told in str(error.value)
+    require_place(option, parsed(kind="weights"))
+    require_place({"positions": "alibi"}, parsed(**adapter))
 
 
 def test_rows_from_before_there_were_other_kinds_keep_their_identity() -> None:

@@ -318,10 +318,11 @@ def test_other_bits_are_not_shared() -> None:
     ("shape", "adapter", "said"),
     [
         ({"num_local_experts": 4}, LoraSettings(), "set it to attention"),
-        ({"num_local_experts": 4}, Ia3Settings(kind="ia3"), "use lora, targets: attention"),
-        (LATENT, LoraSettings(), "lora is for queries, keys and values by themselves"),
-        (LATENT, PrefixSettings(kind="prefix"), "prefix is for queries, keys and values by themselves"),
-        ({"prefix_attention": True}, PromptSettings(kind="prompt"), "not tried with prefix_attention"),
+        ({"num_local_experts": 4}, Ia3Settings(kind="ia3"), "use lora with targets: attention"),
+        (LATENT, LoraSettings(), "adapter.kind: lora changes keys and values"),
+        (LATENT, PrefixSettings(kind="prefix"), "adapter.kind: prefix changes keys and values"),
+        ({"prefix_attention": True}, PromptSettings(kind="prompt"), "of which prefix_attention does not know"),
+        ({"sliding_window": 4}, PrefixSettings(kind="prefix"), "of which sliding_window does not know"),
     ],
 )
 def test_adapters_that_would_leave_out_most_of_a_model_are_refused(shape, adapter, said) -> None:

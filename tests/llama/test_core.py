@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors import safe_open
 from transformers import DynamicCache
 
 from pipeline.data.forest import build
@@ -24,8 +25,9 @@ from tests.llama.test_attention import alone, example, gradients, grouped, on_fo
 from tests.llama.test_decode import PROMPTS, full_logits, padded
 from tests.small import policy, save, scorer
 
+MIXTRAL = ("mlp.gate.weight", "experts.gate_up_proj", "experts.down_proj")
 # What others can say; all else has our own model type.
-KINDS = {"geglu": "llama", "experts": "mixtral", "window": "mistral"}
+KINDS = {"geglu": "llama", "experts": "mixtral", "experts, window": "mixtral", "window": "mistral"}
 KINDS |= dict.fromkeys(("interpolation", "dynamic NTK", "YaRN"), "llama")
 
 
@@ -95,6 +97,9 @@ def test_files_open_again_with_the_same_bits_and_never_pretend(case: str, tmp_pa
     artifact = save(tmp_path / "a", "policy", made)
     config = json.loads((tmp_path / "a" / "config.json").read_text())
     assert config["model_type"] == KINDS.get(case, "rlhf_llama")
+    with safe_open(tmp_path / "a" / "model.safetensors", "pt") as file:  # LLaMA's names; experts one by one
+        names = {name for name in file.keys() if ".block_sparse_moe." not in name}  # noqa: SIM118
+        assert names == {name for name in made.state_dict() if not name.endswith(MIXTRAL)}
     opened = open_policy(artifact)
     assert type(opened.model) is type(made) and opened.record["implementation"] == "core"
     assert all(torch.equal(a, b) for a, b in zip(made.parameters(), opened.model.parameters(), strict=True))

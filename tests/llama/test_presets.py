@@ -1,4 +1,4 @@
-"""Published parameter counts."""
+"""Published parameter counts, and what a token takes in the cache."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaConfig
 
 from pipeline.llama.modeling import LlamaForCausalLM
-from pipeline.llama.presets import PRESETS, ModelSettings, parameter_count
+from pipeline.llama.presets import PRESETS, ModelSettings, cached_numbers, parameter_count
 
 PUBLISHED = {
     "llama-7b": 6_738_415_616,
@@ -116,3 +116,11 @@ def test_fields_beside_a_preset_change_it() -> None:
 def test_what_does_not_fit_is_refused(wrong, words: str) -> None:
     with pytest.raises(pydantic.ValidationError, match=words):
         ModelSettings.model_validate(wrong)
+
+
+def test_latent_attention_caches_what_deepseek_v2_does() -> None:
+    """Its table 1: (d_c + d_r) l numbers a token, which is 4.5 d_h l at d_c = 4 d_h and d_r = d_h / 2; 60 layers."""
+    sizes = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
+    shape = {"attention": "latent", "num_hidden_layers": 60, "num_attention_heads": 128, "hidden_size": 5120, **sizes}
+    assert cached_numbers(shape) == 60 * 576 == 4.5 * 128 * 60
+    assert cached_numbers(PRESETS["llama-7b"]) == 32 * 2 * 4096  # 524,288 bytes in 16 bits

@@ -145,7 +145,7 @@ def test_contexts_side_by_side() -> None:
     assert grid.rows == [["pretrain as yarn", "3.00", "8.00"], ["pretrain", "2.50", "–"]]
     grid = passkey_grid(evaluation)
     assert grid is not None and list(grid.head) == ["policy", "64", "128"]
-    assert grid.rows[1] == ["pretrain", "0.75", "0.12"]
+    assert grid.rows[1] == ["pretrain", "0.75 (1.00)", "0.12 (1.00)"]
     grid = passkey_places_grid(evaluation)
     assert grid is not None
     assert grid.rows[2:] == [["pretrain", "64", "1.00", "0.50"], ["pretrain", "128", "0.25", "0.00"]]

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from pipeline.data.records import Document
+from pipeline.llama.presets import ModelSettings, cached_numbers
 from tests.architectures import CASES, FAST
 from tests.stages.rows import ANSWERS, QUESTIONS, Place, train
 
@@ -27,8 +28,9 @@ def test_the_chain_runs_and_keeps_the_architecture(case: str, tmp_path: Path) ->
         return rows[stage].out
 
     model = {"preset": "test", **CASES[case]}
+    objective = "prefix" if "prefix_attention" in model else "causal"
     start = run("pretrain", {"documents": texts, "heldout": texts}, model=model, vocab_size=300, max_tokens=64,
-                train=train(steps=2, batch_tokens=256))["policy"]  # fmt: skip
+                objective=objective, train=train(steps=2, batch_tokens=256))["policy"]  # fmt: skip
     sft = run("sft", {"policy": start, "conversations": place.demonstrations()}, train=train(**TWO))["policy"]
     reward = run("reward", {"policy": sft, "comparisons": place.pairs(), "prompts": prompts}, train=train(**TWO),
                  max_new_tokens=6, normalise_prompts=8)["model"]  # fmt: skip
@@ -44,3 +46,5 @@ def test_the_chain_runs_and_keeps_the_architecture(case: str, tmp_path: Path) ->
     configs = {name: (slot.path / "config.json").read_text() for name, slot in (("start", start), ("end", dpo))}
     assert configs["start"] == configs["end"]
     assert rows["evaluate"].metrics["policies"]
+    shape = ModelSettings.model_validate(model).llama(300)
+    assert rows["pretrain"].metrics["cache_bytes_per_token"] == 4 * cached_numbers(shape)

@@ -215,6 +215,11 @@ def test_a_row_goes_on_as_it_was(place: Place) -> None:
             "pretrain.context changes the model",
         ),
         ({}, {"policy", "tokenizer"}, "pretrain.tokenizer: the policy"),
+        (
+            {"model": {"positions": "learned", "max_position_embeddings": 64}},
+            set(),
+            "pretrain.max_tokens: 512, but the model learns 64 positions",
+        ),
     ],
 )
 def test_what_does_not_go_with_a_start_is_refused(config: dict[str, Any], given: set[str], words: str) -> None:

@@ -4,7 +4,16 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.train.optim import adamw, cooldown_steps, learning_rate, parameter_groups, set_learning_rate, warmup_steps
+from pipeline.train.optim import (
+    adamw,
+    cooldown_steps,
+    learning_rate,
+    optimizer,
+    parameter_groups,
+    set_learning_rate,
+    state_shapes,
+    warmup_steps,
+)
 from pipeline.train.settings import TrainSettings
 from tests.train.tiny import Tiny
 
@@ -24,9 +33,9 @@ def test_norms_and_biases_do_not_decay_but_embeddings_do() -> None:
 def test_frozen_parameters_are_left_out_and_rates_go_by_prefix() -> None:
     model = nn.ModuleDict({"policy": nn.Linear(2, 2), "value": nn.Linear(2, 1)})
     model["policy"].bias.requires_grad_(False)
-    optimizer = adamw(model, TrainSettings(), rates={"value.": 3.0})
-    set_learning_rate(optimizer, 0.5)
-    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    made = adamw(model, TrainSettings(), rates={"value.": 3.0})
+    set_learning_rate(made, 0.5)
+    rates = {id(p): group["lr"] for group in made.param_groups for p in group["params"]}
     assert rates == {
         id(model["policy"].weight): 0.5,
         id(model["value"].weight): 1.5,
@@ -69,3 +78,50 @@ def test_first_update_has_epsilon_outside_the_root(eps: float, moved: float) -> 
     weight.grad = torch.full_like(weight, 1e-4)
     adamw(module, TrainSettings(learning_rate=1e-3, eps=eps)).step()
     assert float(-weight.detach()) == pytest.approx(moved, rel=1e-5)  # TF1 would give 9.96848e-4 and 2.40253e-4
+
+
+def step_of(kind: str, parameter: nn.Parameter, grads: list[torch.Tensor], **settings: object) -> torch.optim.Optimizer:
+    module = nn.Module()
+    module.weight = parameter
+    made = optimizer(module, TrainSettings.model_validate({"learning_rate": 1e-2, "optimizer": kind, **settings}))
+    for grad in grads:
+        parameter.grad = grad.clone()
+        made.step()
+    return made
+
+
+def test_adafactor_is_the_formula() -> None:
+    """Shazeer and Stern 2018, algorithm 4 with the steps of section 8, in float64 by hand; its state is a row and a
+    column."""
+    draw = torch.Generator().manual_seed(0)
+    weight, grads = torch.randn(3, 4, generator=draw), [torch.randn(3, 4, generator=draw) for _ in range(3)]
+    parameter = nn.Parameter(weight.clone())
+    made = step_of("adafactor", parameter, grads)
+    x, row, column = weight.double(), torch.zeros(3, 1).double(), torch.zeros(1, 4).double()
+    for t, grad in enumerate((g.double() for g in grads), start=1):
+        decay = 1 - t**-0.8
+        row = decay * row + (1 - decay) * grad.square().mean(1, keepdim=True)
+        column = decay * column + (1 - decay) * grad.square().mean(0, keepdim=True)
+        update = grad / (row @ column / row.mean()).sqrt()
+        update = update / max(1.0, float(update.square().mean().sqrt()))
+        x = x - max(1e-3, float(x.square().mean().sqrt())) * min(1e-2, t**-0.5) * update
+    torch.testing.assert_close(parameter.double(), x, atol=1e-6, rtol=0)
+    kept = {k: tuple(v.shape) for k, v in made.state[parameter].items() if isinstance(v, torch.Tensor)}
+    assert kept == state_shapes(made, parameter.shape) == {"step": (), "row_var": (3, 1), "col_var": (1, 4)}
+    assert state_shapes(made, (4,)) == {"step": (), "variance": (4,)}
+
+
+def test_moments_in_8_bits_follow_adamw() -> None:
+    """The first update knows no earlier moments and is AdamW's; later ones differ by what 8 bits leave."""
+    draw = torch.Generator().manual_seed(0)
+    weight, grads = torch.randn(64, 80, generator=draw), [torch.randn(64, 80, generator=draw) for _ in range(4)]
+    for count, bound in ((1, 1e-6), (4, 4e-3)):
+        own, other = nn.Parameter(weight.clone()), nn.Parameter(weight.clone())
+        made = step_of("adamw8bit", own, grads[:count], weight_decay=0.1)
+        step_of("adamw", other, grads[:count], weight_decay=0.1)
+        assert (other - weight).abs().max() > 0 and (own - other).abs().max() <= bound
+    kept = {k: tuple(v.shape) for k, v in made.state[own].items() if k in state_shapes(made, own.shape) and k != "step"}
+    assert kept == {"state1": (64, 80), "state2": (64, 80), "absmax1": (20,), "absmax2": (20,)}
+    assert made.state[own]["state1"].dtype == torch.uint8
+    small = nn.Parameter(torch.randn(8, 8, generator=draw))
+    assert step_of("adamw8bit", small, [torch.ones(8, 8)]).state[small]["state1"].dtype == torch.float32

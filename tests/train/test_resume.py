@@ -51,12 +51,19 @@ class Eyes:
         self.looks = state["looks"]
 
 
-def row(root: Path, killed_in: int | None = None, watch: Eyes | None = None, at: Any = None, **settings: Any) -> Any:
+def row(
+    root: Path,
+    killed_in: int | None = None,
+    watch: Eyes | None = None,
+    at: Any = None,
+    width: int = 16,
+    **settings: Any,
+) -> Any:
     """One try of a row with dropout; returns its outcome, weights and lines. `killed_in`: the step that never ends."""
     settings = {"batch": 2, "evaluations": 3, "learning_rate": 0.05, "checkpoint_every": 2, **settings}
     train = TrainSettings(**settings)
     plan = Plan(records(2 * STEPS), train, seed=0, strategy=RANKS)
-    made = Trainer(Tiny(dropout=0.2), next_token, train, RANKS, total=len(plan), seed=0)
+    made = Trainer(Tiny(width, dropout=0.2), next_token, train, RANKS, total=len(plan), seed=0)
     step = made.step
 
     def stepping(*arguments: Any, **named: Any) -> dict[str, float]:
@@ -95,6 +102,17 @@ def test_killed_in_any_step_it_goes_on_to_the_same_bits(tmp_path: Path, killed_i
     begun = (killed_in - 1) // 2 * 2
     said = [text for text in found[3] if "goes on" in text]
     assert said == ([f"goes on after step {begun}, from its checkpoint"] if begun else [])
+
+
+@pytest.mark.parametrize("optimizer", ["adamw8bit", "adafactor"])
+def test_every_optimiser_goes_on_to_the_same_bits(tmp_path: Path, optimizer: str) -> None:
+    wide = {"optimizer": optimizer, "width": 256}  # wide enough for 8 bits
+    whole = row(tmp_path / "whole", **wide)
+    with pytest.raises(Killed):
+        row(tmp_path / "parts", 4, **wide)
+    found = row(tmp_path / "parts", **wide)
+    assert_same(found, whole)
+    assert any("goes on after step 2" in text for text in found[3])
 
 
 def test_killed_in_every_step_one_after_another(tmp_path: Path) -> None:

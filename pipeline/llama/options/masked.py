@@ -136,7 +136,6 @@ def attend_rows(
     attend: Any = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, _eager)
     dropout = module.attention_dropout if module.training else 0.0
     q, k = q.to(v.dtype), k.to(v.dtype)
-    mask = mask if mask is None or mask.dtype == torch.bool else mask.to(v.dtype)
     out, weights = attend(module, q, k, v, mask, dropout=dropout, scaling=module.scaling, **kwargs)
     return out.flatten(2), weights
 
@@ -232,7 +231,7 @@ def _by_parts(q: Tensor, k: Tensor, v: Tensor, forest: Forest, masks: list[Tenso
     for part, mask in zip(parts(forest), masks, strict=True):
         select = lambda x, at: x.index_select(0, at.flatten()).unflatten(0, at.shape).transpose(1, 2)
         queries, keys, values = select(q, part.queries), select(k, part.keys), select(v, part.keys)
-        gqa, mask = queries.shape[1] != keys.shape[1], mask.to(v.dtype)
+        gqa = queries.shape[1] != keys.shape[1]
         out = F.scaled_dot_product_attention(queries, keys, values, mask, scale=scale, enable_gqa=gqa)
         found.append(out.transpose(1, 2)[part.real])
         tokens.append(part.queries[part.real])

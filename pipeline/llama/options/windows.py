@@ -3,12 +3,12 @@
     Causal          all keys up to its own
     Window(w)       the last w of them                               Beltagy et al. 2020; Mistral's sliding window
     Lambda(w, f)    those and the first f of the sequence            Xiao et al. 2024 (StreamingLLM), section 3.2;
-                                                                     Han et al. 2024 (LM-Infinite), section 4
+                                                                     Han et al. 2024 (LM-Infinite)
     Prefix          all keys up to its own, and the whole prompt     Raffel et al. 2020, section 3.2.1
 
 Positions under Lambda are StreamingLLM's: those within the cache of f + w tokens, not those in the text. So a query at
-position m >= f + w sees the first tokens as if it stood at f + w - 1, and no distance is ever longer than that. (In
-LM-Infinite all first tokens are equally far.) The window's own distances are the true ones.
+position m >= f + w sees the first tokens as if it stood at f + w - 1, and no distance is ever longer than that; the
+window's own distances are the true ones. (LM-Infinite, whose mask is the same, cuts distances at a ceiling instead.)
 
 Positions, distances: whole numbers, queries [..., Q, 1] and keys [..., 1, N] of one sequence.
 """

@@ -5,11 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pipeline.data.forest import build
-from pipeline.llama import attention
+from pipeline.data.forest import Segment, build
+from pipeline.llama import attention, decode
+from pipeline.llama.adapter_settings import PrefixSettings, PromptSettings
+from pipeline.llama.adapters import add_adapter
+from pipeline.llama.heads import hidden_states
 from pipeline.llama.options.masked import MaskedAttention, parts
 from tests.architectures import LAMBDA, LATENT, SIX, T5
 from tests.llama.test_attention import example, gradients, on_forest
+from tests.llama.test_decode import PROMPTS, padded
 from tests.small import policy
 
 OPTIONS = {
@@ -82,6 +86,21 @@ def test_bfloat16_autocast_stays_near_float32(option: str) -> None:
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("option", OPTIONS)
+def test_half_precision_keeps_biases_and_padding_sane(option: str, dtype: torch.dtype) -> None:
+    model = policy(**OPTIONS[option]).model
+    ids, mask = torch.randint(4, 97, (2, 9)), torch.ones(2, 9, dtype=torch.long)
+    mask[0, :4] = 0
+    forest = build(example())
+    with torch.no_grad():
+        exact = model(ids, attention_mask=mask).logits[mask > 0], on_forest(model, forest)
+        model.to(dtype)
+        rough = model(ids, attention_mask=mask).logits[mask > 0], on_forest(model, forest)
+    for a, b in zip(rough, exact, strict=True):
+        assert a.dtype == dtype and (a.float() - b).abs().max() <= 0.05 * b.abs().max()
+
+
 @pytest.mark.parametrize("option", OPTIONS)
 def test_eager_is_sdpa_and_others_are_refused(option: str) -> None:
     model = policy(**OPTIONS[option]).model
@@ -95,6 +114,29 @@ def test_eager_is_sdpa_and_others_are_refused(option: str) -> None:
     assert torch.equal(found[1], found[2])
     with pytest.raises(ValueError, match="[Ff]lex"):
         model.set_attn_implementation("flex_attention")
+
+
+@pytest.mark.parametrize(
+    ("option", "adapter"),
+    [
+        ({"positions": "alibi"}, PromptSettings(kind="prompt", tokens=3)),
+        (T5, PrefixSettings(kind="prefix", tokens=3)),
+        ({"positions": "learned"}, PromptSettings(kind="prompt", tokens=3)),
+        (LATENT, PromptSettings(kind="prompt", tokens=3)),
+    ],
+)
+def test_virtual_tokens_stand_before_every_text(option: dict, adapter: PromptSettings) -> None:
+    """What a cache computes under them is what padded rows do."""
+    model = add_adapter(policy(0, 0.2, **option).model, adapter, 0).eval()
+    ids, lengths = padded(PROMPTS)
+    forest = build([[Segment([*prompt, 20])] for prompt in PROMPTS])
+    with torch.no_grad():
+        runner = decode.new_runner(model, decode.new_cache(model, 4, 16))
+        found = [runner.prefill(ids, lengths, torch.arange(4)[:, None])]
+        found.append(runner.step(torch.full((4,), 20), lengths, 8))
+        logits = model.get_base_model().lm_head(hidden_states(model, forest))
+    for got, at in zip(found, (forest.last_S - 1, forest.last_S), strict=True):
+        torch.testing.assert_close(got, logits[at], atol=1e-5, rtol=1e-5)
 
 
 def test_weights_of_alibi_by_hand() -> None:
