@@ -25,6 +25,7 @@ from pipeline.llama.adapter_settings import (
     VirtualSettings,
 )
 from pipeline.llama.presets import head_dim, parameter_count
+from pipeline.llama.quantise_settings import Int8Settings, Nf4Settings
 
 
 @dataclass(frozen=True)
@@ -162,6 +163,7 @@ class Model:
     stored    the adapter was saved, and no network computes its virtual tokens any more
     patterns  the names of the only weights that are trained
     under     parameters of frozen adapters below the adapter
+    quantise  the form of the weights below the adapter, where it is few bits
     """
 
     shape: Shape
@@ -171,6 +173,7 @@ class Model:
     stored: bool = False
     patterns: tuple[str, ...] = ()
     under: int = 0
+    quantise: Nf4Settings | Int8Settings | None = None
 
     @property
     def whole(self) -> int:

@@ -10,7 +10,7 @@ import pytest
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["core", "sft", "generate", "reward", "dpo", "rloo", "scaling", "safety", "estimate"])
+@pytest.mark.parametrize("name", ["core", "sft", "generate", "reward", "dpo", "rloo", "scaling", "safety", "estimate", "memory"])
 def test_it_runs(name: str) -> None:
     command = [sys.executable, "-m", "tests.benchmarks", name, "--small", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500)
