@@ -15,9 +15,9 @@ from typing import Any
 
 from tests.benchmarks.common import Figure, say, wanted
 
-SHAPE = {"hidden": 512, "layers": 8, "heads": 8, "kv_heads": 4, "vocabulary": 4096}
+SHAPE = {"hidden": 384, "layers": 8, "heads": 8, "kv_heads": 4, "vocabulary": 4096}
 SMOKE = {"hidden": 192, "layers": 2, "heads": 4, "kv_heads": 2, "vocabulary": 128}
-RECORDS, LENGTH = 8, 256
+RECORDS, LENGTH = 4, 256
 LORA: dict[str, Any] = {"rank": 16}
 QLORA = LORA | {"quantise": {"kind": "nf4"}}
 
@@ -49,7 +49,7 @@ def run(*, small: bool = False, repeats: int | None = None) -> list[dict[str, An
     from tests.benchmarks import memory_way  # all imports, once: ways are forked, and nothing is computed here
 
     keep_freed_memory()
-    shape, records = (SMOKE, 4) if small else (SHAPE, RECORDS)
+    shape, records = (SMOKE, 2) if small else (SHAPE, RECORDS)
     chosen = {k: v for k, v in ways(shape["layers"], records * LENGTH).items() if k == "plain" or wanted(k)}
     found: dict[str, list[dict[str, float]]] = {name: [] for name in chosen}
     with tempfile.TemporaryDirectory() as folder:
