@@ -22,7 +22,7 @@ lint: $(READY)
 	$(BIN)/mypy
 
 bench: $(READY)
-	for name in core sft generate ppo rloo reward dpo scaling safety estimate; do $(BIN)/python -m tests.benchmarks $$name || exit 1; done
+	for name in core sft generate ppo rloo reward dpo scaling safety estimate memory; do $(BIN)/python -m tests.benchmarks $$name || exit 1; done
 
 figures: $(READY)
 	for seed in 0 1 2 3; do $(BIN)/rlhf run configs/figures.yaml --set seed=$$seed --set sources.world.seed=$$seed --name figures-$$seed || exit 1; done

@@ -15,9 +15,11 @@ from pipeline.flow.config import nearest
 from pipeline.flow.errors import UserError
 from pipeline.flow.launch import LaunchSettings
 from pipeline.flow.plan import Plan, Ref, Row, Source
+from pipeline.llama import quantise_settings
 from pipeline.llama.adapter_settings import TARGETS, AnyAdapter, WeightsSettings, settings_of
 from pipeline.llama.config import check_config, read_json
 from pipeline.llama.presets import PRESETS
+from pipeline.llama.quantise_settings import AnyQuantise
 
 # Mean tokens of a record of the embedded world under the quickstart's tokenizer of 1,024 tokens, measured.
 WORLD = {
@@ -62,8 +64,8 @@ class Following:
     records: dict[str, Records] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
-    def layout(self, precision: str) -> Layout:
-        return layout_of(self.launch, precision, self.device.on_cpu)
+    def layout(self, precision: str, optimizer: str = "adamw") -> Layout:
+        return layout_of(self.launch, precision, self.device.on_cpu, optimizer)
 
     def model(self, ref: Ref) -> Model:
         if ref.text not in self.models:
@@ -89,9 +91,10 @@ class Following:
                 )
             below = self._source(self.plan.sources[source.base])
             under = below.under + below.own
-            return replace(
+            below = replace(
                 below, adapter=_adapter(path / "adapter_config.json"), scalar=scalar, stored=True, under=under
             )
+            return _in_bits(below, quantise_settings.stored(path))
         return Model(read_shape(path), source.name, scalar=scalar)
 
     def many(self, row: Row, slot: str) -> list[Model]:
@@ -134,7 +137,7 @@ def _adapter(where: Path) -> AnyAdapter:
     return found
 
 
-def layout_of(launch: LaunchSettings, precision: str, on_cpu: bool) -> Layout:
+def layout_of(launch: LaunchSettings, precision: str, on_cpu: bool, optimizer: str = "adamw") -> Layout:
     strategy = launch.strategy if launch.processes > 1 or launch.strategy == "deepspeed" else "single"
     return Layout(
         ranks=launch.processes,
@@ -144,6 +147,7 @@ def layout_of(launch: LaunchSettings, precision: str, on_cpu: bool) -> Layout:
         frozen=launch.frozen,
         half=precision == "bf16",
         on_cpu=on_cpu,
+        optimizer=optimizer,
     )
 
 
@@ -168,11 +172,18 @@ def adapted(row: Row, start: Model, adapter: AnyAdapter | None, **changes: Any) 
     """The model that a row trains from `start`: whole under the row's own name, or an adapter over the same base."""
     model = replace(start, **changes)
     if isinstance(adapter, WeightsSettings):
-        return replace(model, adapter=None, under=0, base=row.name, patterns=adapter.train)
+        return replace(model, adapter=None, under=0, base=row.name, patterns=adapter.train, quantise=None)
     if model.adapter is None:
-        return replace(model, adapter=adapter, stored=False, base=model.base if adapter else row.name)
+        model = replace(model, adapter=adapter, stored=False, base=model.base if adapter else row.name)
+        return _in_bits(model, adapter.quantise if adapter else None)
     if adapter is None or adapter.beneath == "same":
         return model
     if adapter.beneath == "merge":
-        return replace(model, adapter=adapter, stored=False, under=0, base=f"{row.name}, merged")
+        model = replace(model, adapter=adapter, stored=False, under=0, base=f"{row.name}, merged", quantise=None)
+        return _in_bits(model, adapter.quantise)
     return replace(model, adapter=adapter, stored=False, under=model.under + start.own)
+
+
+def _in_bits(model: Model, settings: AnyQuantise | None) -> Model:
+    """What roles hold in common is what is quantised alike."""
+    return replace(model, quantise=settings, base=f"{model.base}, {settings.kind}") if settings else model

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from pipeline.estimate.shape import Model, Shape, kv_bytes
+from pipeline.llama.quantise_settings import Nf4Settings
 
 MB = 1e6
 # Python with PyTorch, transformers, accelerate and peft, measured; a CUDA context, its libraries and NCCL's buffers.
@@ -42,7 +43,9 @@ class Widths(NamedTuple):
 
 MIXED = Widths(2, 2, 12)  # 16-bit weights and gradients; float32 weights and both moments (Rajbhandari 2020, 3.1)
 SINGLE = Widths(4, 4, 8)  # float32 weights, which autocast reads too; both moments
-STORED = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "nf4": 0.5 + 0.127 / 8}  # nf4: Dettmers et al. 2023, section 3
+FEW = {"int8": 1.0, "nf4": 0.5 + 0.127 / 8}  # bytes a quantised weight (Dettmers et al. 2023, section 3)
+UNDOUBLED = 4 / 64 - 0.127 / 8  # more where the scales of nf4 are float32
+MOMENTS = {"adamw": 8.0, "adamw8bit": 2 + 8 / 256, "adafactor": 0.0}  # a float32 weight; rows and columns are nothing
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,7 @@ class Layout:
     frozen: str = "whole"
     half: bool = False
     on_cpu: bool = True
+    optimizer: str = "adamw"
 
     @property
     def deepspeed(self) -> bool:
@@ -102,7 +106,7 @@ class Layout:
 
     @property
     def widths(self) -> Widths:
-        return MIXED if self.deepspeed and self.half else SINGLE
+        return MIXED if self.deepspeed and self.half else SINGLE._replace(optimiser=MOMENTS[self.optimizer])
 
     @property
     def number(self) -> int:
@@ -219,6 +223,8 @@ def kept(model: Model, layout: Layout, longest: int) -> float:
 def copied_weights(model: Model, layout: Layout) -> float:
     """Bytes of weights that a layer's products keep in another form until the backward pass: cast, or stacked."""
     shape = model.shape
+    if model.quantise:
+        return 0.0
     if layout.autocast:
         return 2.0 * shape.layer_matrices
     if model.adapter or not layout.joined:
@@ -235,7 +241,8 @@ def between(model: Model, layout: Layout, tokens: float) -> float:
     gates = 6 if model.adapter else 3  # an adapter's product, its scaled sum and the stacked gates each pass once more
     passing = tokens * (gates * b * shape.active * shape.inner + (4 + layout.residual) * shape.hidden)
     product = 0.0 if model.adapter else (b if layout.half else 0) + 4
-    return passing + product * 2 * shape.inner * shape.hidden
+    restored = 4.0 * max(a * b for a, b in shape.projections.values()) if model.quantise else 0.0
+    return passing + product * 2 * shape.inner * shape.hidden + restored
 
 
 def activations(model: Model, layout: Layout, tokens: float, *, checkpointing: bool, longest: int) -> float:
@@ -273,16 +280,25 @@ def logits(
 # ------------------------------------------------------------------------------------------------------- what is whole
 
 
+def below(model: Model) -> float:
+    """Bytes of what lies below a model's adapter: float32, or few bits in the products of its layers."""
+    if model.quantise is None:
+        return 4.0 * model.whole
+    few = FEW[model.quantise.kind]
+    if isinstance(model.quantise, Nf4Settings) and not model.quantise.double:
+        few += UNDOUBLED
+    return 4.0 * (model.whole - model.shape.trunk) + few * model.shape.trunk
+
+
 def whole_weights(models: Sequence[Model], shared: bool) -> float:
-    """Bytes of frozen models in float32; `shared`: one base held once (pipeline.llama.adapters.share_frozen)."""
+    """Bytes of frozen models; `shared`: one base held once (pipeline.llama.adapters.share_frozen)."""
+    own = 4.0 * sum(model.own for model in models)
     if not shared:
-        return 4.0 * sum(model.parameters for model in models)
-    bases: dict[str, int] = {}
-    own = 0
+        return sum(map(below, models)) + own
+    bases: dict[str, float] = {}
     for model in models:
-        bases[model.base] = max(bases.get(model.base, 0), model.whole)
-        own += model.own
-    return 4.0 * (sum(bases.values()) + own)
+        bases[model.base] = max(bases.get(model.base, 0.0), below(model))
+    return sum(bases.values()) + own
 
 
 def _resident(work: Work, whole: str) -> float:
@@ -290,11 +306,11 @@ def _resident(work: Work, whole: str) -> float:
     only `whole` ("policies", "scalars", "all" or "none") are not parked (pipeline/train/parked.py).
     """
     layout = work.layout
-    below = [replace(m, adapter=None) for m in work.trained if m.adapter]
+    bare = [replace(m, adapter=None) for m in work.trained if m.adapter]
     engine = layout.deepspeed or layout.strategy == "fsdp"  # holds what is below adapters with them
-    mine = whole_weights(below, work.shared and not engine)
+    mine = whole_weights(bare, work.shared and not engine)
     mine += 4.0 * sum(m.whole - m.trained for m in work.trained if m.patterns)
-    beside = below if work.shared and not engine else []
+    beside = bare if work.shared and not engine else []
     parked = {"sharded": 1 / layout.ranks, "offloaded": float(layout.on_cpu)}.get(layout.frozen, 1.0)
     others = whole_weights([*beside, *work.frozen], work.shared) - whole_weights(beside, work.shared)
     in_use = [m for m in work.frozen if whole == "all" or m.scalar == (whole == "scalars")] if whole != "none" else []
@@ -361,7 +377,7 @@ def peak(work: Work, tokens: int | None = None) -> Peak:
         phases["updating"] = _updating(work, tokens, held) | {"frozen": frozen["none"], "cache": staying}
         if work.draws_first and layout.on_cpu:  # freed, in pieces that activations did not fit into (measured)
             phases["updating"]["left"] = cache + guests
-        saved = (4.0 + 12.0 * (work.saves and not work.snapshots)) * moved if layout.on_cpu else 0.0
+        saved = (4.0 + _written(layout) * (work.saves and not work.snapshots)) * moved if layout.on_cpu else 0.0
         phases["saving"] = own | {"frozen": frozen["none"], "whole": together, "copies": saved, "cache": staying}
     elif work.guests:  # one after another: the next is opened before the last one goes
         another = 4.0 * max(m.whole for m in work.guests)
@@ -401,7 +417,7 @@ def _starting(work: Work, moved: float, opened: float) -> dict[str, float]:
         return {"opened": opened, "file": 4.0 * max(m.whole for m in models)}
     held = most = 0.0
     for number, model in enumerate(models, 1):
-        most = max(most, held + 4.0 * model.parameters)
+        most = max(most, held + whole_weights([model], False))
         held = whole_weights(models[:number], work.shared)
     return {"opened": most, "cut": 4.0 * moved / layout.ranks if layout.stage else 0.0}
 
@@ -419,7 +435,12 @@ def _asked(model: Model, work: Work, tokens: float) -> float:
 def _snapshots(work: Work, moved: float) -> float:
     """Copies of weights and moments that a checkpoint is written from, and of the best weights."""
     cut = work.layout.ranks if work.layout.stage else 1
-    return moved * (12.0 * work.snapshots + 4.0 * work.best) / cut
+    return moved * (_written(work.layout) * work.snapshots + 4.0 * work.best) / cut
+
+
+def _written(layout: Layout) -> float:
+    """Bytes of a trained weight and its moments in a checkpoint."""
+    return 4.0 + MOMENTS[layout.optimizer]
 
 
 def _updating(work: Work, tokens: int, held: States) -> dict[str, float]:

@@ -172,7 +172,7 @@ def _training(
     computed = operations.update(model, tokens, seen_pairs, scored, recomputed=train.checkpointing)
     epochs = max(train.epochs, 1.0)
     computed += passes_before / epochs * operations.forward(model, tokens, seen_pairs, scored)
-    layout = seen.layout(train.precision)
+    layout = seen.layout(train.precision, train.optimizer)
     in_a_pass = None
     if train.batch_tokens:
         in_a_pass = -(-train.batch_tokens // layout.ranks)
@@ -408,7 +408,7 @@ def _ppo(seen: Following, row: Row) -> tuple[Work, Cost]:
     count = min(config.prompts, prompts.count or config.prompts)
     work = ppo_work(
         config,
-        seen.layout(config.train.precision),
+        seen.layout(config.train.precision, config.train.optimizer),
         trained,
         (reference, *average, *rewards, *watching),
         count=int(count),

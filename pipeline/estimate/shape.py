@@ -28,6 +28,7 @@ from pipeline.llama.adapter_settings import (
 )
 from pipeline.llama.options import GATED, chosen
 from pipeline.llama.presets import attention_projections, cached_numbers, head_dim, parameter_count
+from pipeline.llama.quantise_settings import Int8Settings, Nf4Settings
 
 
 @dataclass(frozen=True)
@@ -194,6 +195,7 @@ class Model:
     stored    the adapter was saved, and no network computes its virtual tokens any more
     patterns  the names of the only weights that are trained
     under     parameters of frozen adapters below the adapter
+    quantise  the form of the weights below the adapter, where it is few bits
     """
 
     shape: Shape
@@ -203,6 +205,7 @@ class Model:
     stored: bool = False
     patterns: tuple[str, ...] = ()
     under: int = 0
+    quantise: Nf4Settings | Int8Settings | None = None
 
     @property
     def whole(self) -> int:

@@ -18,7 +18,7 @@ from pipeline.flow.launch import launch_settings
 from pipeline.llama.adapter_settings import LoraSettings, settings_of
 from pipeline.llama.adapters import BELOW, is_adapted
 from pipeline.llama.heads import ValueHead, unwrapped
-from pipeline.llama.quantise_settings import weights_of
+from pipeline.llama.quantise_settings import of, weights_of
 from pipeline.train.strategy import Strategy
 
 
@@ -45,7 +45,8 @@ def model_of(module: Any) -> Model:
         rank=getattr(config, "r", 1)
     )  # of layers that are none of ours
     under = sum(p.numel() for name, p in model.named_parameters() if f".{BELOW}" in name)
-    return Model(shape, base, found, scalar, stored=config.is_prompt_learning and config.inference_mode, under=under)
+    stored = config.is_prompt_learning and config.inference_mode
+    return Model(shape, base, found, scalar, stored=stored, under=under, quantise=of(model))
 
 
 def statement(
@@ -65,7 +66,9 @@ def statement(
     longest, mean = max(map(len, prompts)), sum(map(len, prompts)) / len(prompts)
     work = ppo_work(
         config,
-        layout_of(launch_settings(launch), config.train.precision, ranks.device.type == "cpu"),
+        layout_of(
+            launch_settings(launch), config.train.precision, ranks.device.type == "cpu", config.train.optimizer
+        ),
         tuple(model_of(m) for m in trained if not isinstance(m, ValueHead)),
         tuple(map(model_of, frozen)),
         count=min(config.prompts, len(prompts)),

@@ -27,6 +27,7 @@ BENCHMARKS = {
     "rloo": "RLOO with K = 8, completions a second, against TRL's RLOOTrainer",
     "scaling": "several processes, tokens a second and memory a rank, against one",
     "estimate": "peak memory of every stage that `rlhf estimate` predicts, MB, against what is measured",
+    "memory": "peak memory of a training step under every saver, MB, against the plain way",
     "safety": "what checkpoints inside a row cost, steps a second, against none",
 }
 

@@ -48,6 +48,8 @@ def cases(small: bool) -> dict[str, dict[str, Any]]:
         "bf16": {"hidden": 384, "layers": 4, "budget": 2048, "precision": "bf16"},
         "recomputed": {"hidden": 256, "layers": 8, "budget": 4096, "checkpointing": True},
         "LoRA": {"hidden": 384, "layers": 4, "budget": 2048, "adapter": {"rank": 8}},
+        "QLoRA": {"hidden": 384, "layers": 4, "budget": 2048, "adapter": {"rank": 8, "quantise": {"kind": "nf4"}}},
+        "int8": {"hidden": 384, "layers": 4, "budget": 2048, "adapter": {"rank": 8, "quantise": {"kind": "int8"}}},
     }
 
 
@@ -55,7 +57,8 @@ def run(*, small: bool = False, repeats: int | None = None) -> list[dict[str, An
     """`repeats` is not used: memory does not depend on how busy the machine is."""
     lines = []
     for name, case in cases(small).items():
-        lines += _measure(name, case, small)
+        if wanted(name) or os.environ.get("BENCH_CASE", "").startswith(f"{name},"):
+            lines += _measure(name, case, small)
     worst = max(lines, key=lambda line: abs(line["error"]))
     say(f"largest error {worst['error']:+.1%} ({worst['case']}) of {len(lines)} rows")
     if not small and (beyond := [line["case"] for line in lines if abs(line["error"]) > WITHIN]):

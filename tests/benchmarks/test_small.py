@@ -8,9 +8,11 @@ import sys
 
 import pytest
 
+NAMES = ["core", "sft", "generate", "reward", "dpo", "rloo", "scaling", "safety", "estimate", "memory"]
+
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["core", "sft", "generate", "reward", "dpo", "rloo", "scaling", "safety", "estimate"])
+@pytest.mark.parametrize("name", NAMES)
 def test_it_runs(name: str) -> None:
     command = [sys.executable, "-m", "tests.benchmarks", name, "--small", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500)

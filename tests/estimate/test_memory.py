@@ -41,7 +41,7 @@ def test_offload_moves_states_to_the_host():
 
 def test_sixteen_bytes_in_every_precision():
     assert memory.states(1, widths=MIXED).device == memory.states(1, widths=SINGLE).device == 16
-    assert memory.STORED["nf4"] * 8 == pytest.approx(4.127)
+    assert memory.FEW["nf4"] * 8 == pytest.approx(4.127)
 
 
 def test_frozen_weights_of_one_base_are_held_once():

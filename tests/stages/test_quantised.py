@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from pipeline.data.forest import Segment, build
 from pipeline.flow.errors import UserError
 from pipeline.llama import quantise_settings
 from pipeline.llama.open import open_frozen, open_policy
 from pipeline.rollout.reward import open_reward
+from pipeline.train.loop import Trainer
 from tests.small import policy, save
 from tests.stages.rows import Place, Row, train
 
@@ -115,6 +118,34 @@ def test_an_adapter_over_a_quantised_one(place: Place, base: Any, sft: Row, data
         assert quantise_settings.of(open_policy(second).model) == stored
         on = place.run("dpo", {"policy": second, "comparisons": data["pairs"]}, train=train(learning_rate=1e-12))
         assert (logprobs(on.out["policy"]) - logprobs(second)).abs().max() <= 1e-6
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL."""
+
+
+def test_killed_it_goes_on_to_the_same_bits(
+    place: Place, base: Any, data: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The base is quantised anew from the same weights, and no checkpoint holds it."""
+    inputs = {"policy": base, "conversations": data["chats"]}
+    config = {"adapter": {"rank": 4, "quantise": NF4}, "train": train(epochs=4, checkpoint_every=2)}
+    whole = place.run("sft", inputs, **config)
+    step = Trainer.step
+
+    def killed(trainer: Trainer, *arguments: Any, **named: Any) -> dict[str, float]:
+        if trainer.done == 3:
+            raise Killed
+        return step(trainer, *arguments, **named)
+
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(Trainer, "step", killed)
+        place.run("sft", inputs, again=tmp_path, **config)
+    (saved,) = tmp_path.rglob("tensors.safetensors")
+    assert all("lora_" in key for key in load_file(saved))
+    found = place.run("sft", inputs, again=tmp_path, **config)
+    assert any("goes on after step 2" in text for text in found.said)
+    assert found.out["policy"].digest == whole.out["policy"].digest
 
 
 def test_other_bits_under_an_adapter_are_refused(place: Place, base: Any, sft: Row, data: dict[str, Any]) -> None:
