@@ -2,7 +2,7 @@
 
 `ours` is the most that a process held while it trained above what it held before the model was opened, `rival` the same
 of the plain way: all weights in float32, AdamW, one pass a step. Each way runs in a process of its own; losses of the
-first step say how far what is computed is the same. `predicted_mb` is what `rlhf estimate` counts of the update.
+first step say how far what is computed is the same.
 """
 
 from __future__ import annotations
@@ -79,7 +79,6 @@ def run(*, small: bool = False, repeats: int | None = None) -> list[dict[str, An
                 "times_plain": round(median(name, "seconds") / median("plain", "seconds"), 2),
                 "trained": found[name][0]["trained"],
                 "loss": found[name][0]["loss"],
-                "predicted_mb": round(found[name][0]["predicted_mb"], 1),
             },
         ).line()
         for name in found

@@ -6,7 +6,6 @@ import ctypes
 import gc
 import statistics
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,9 @@ import torch
 
 import pipeline.llama.quantised  # noqa: F401
 from pipeline.data.forest import Segment
-from pipeline.estimate.memory import FIXED, Layout, Work, peak
 from pipeline.llama.open import open_trainable
 from pipeline.train.loop import Trainer
-from pipeline.train.memory import model_of, trainable
+from pipeline.train.memory import trainable
 from pipeline.train.objectives import next_token
 from pipeline.train.strategy import build
 from stages.sft import Sft
@@ -35,30 +33,19 @@ def save(shapes: dict[str, dict[str, int]], folder: str) -> None:
 
 
 def measure(told: dict[str, Any], folder: str) -> dict[str, float]:
-    """Peak memory of training above that before the model was opened, seconds of a step, the first loss, what is
-    trained, and what `rlhf estimate` predicts of the update above its fixed part."""
+    """Peak memory of training above that before the model was opened, seconds of a step, the first loss, and
+    what is trained."""
     torch.set_num_threads(THREADS)
     _train(told, f"{folder}/warm", told["warm"])  # code, and what is allocated once, is nobody's
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # or what follows would find room there
     before = memory("VmRSS")
     trainer, losses, seconds = _train(told, f"{folder}/model", told["shape"])
-    settings, tokens = trainer.settings, told["length"] * told["records"]
-    work = Work(
-        Layout(half=settings.precision == "bf16", optimizer=settings.optimizer),
-        trained=(replace(model_of(trainer.module), patterns=tuple(told.get("adapter", {}).get("train", ()))),),
-        token_budget=settings.token_budget,
-        longest=told["length"],
-        in_a_pass=tokens,
-        checkpointing=settings.checkpointing,
-        saves=False,
-    )
     return {
         "mb": memory("VmHWM") - before,
         "seconds": statistics.median(seconds[1:]),
         "loss": round(losses[0], 5),
         "trained": trainable(trainer.module),
-        "predicted_mb": (peak(work).phases["updating"] - FIXED["cpu"]) / 2**20,
     }
 
 
