@@ -49,7 +49,7 @@ def run(*, small: bool = False, repeats: int | None = None) -> list[dict[str, An
     from tests.benchmarks import memory_way  # all imports, once: ways are forked, and nothing is computed here
 
     keep_freed_memory()
-    shape, records = (SMOKE, 2) if small else (SHAPE, RECORDS)
+    shape, records = (SMOKE, 4) if small else (SHAPE, RECORDS)
     chosen = {k: v for k, v in ways(shape["layers"], records * LENGTH).items() if k == "plain" or wanted(k)}
     found: dict[str, list[dict[str, float]]] = {name: [] for name in chosen}
     with tempfile.TemporaryDirectory() as folder:
