@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from pipeline.estimate.shape import Model, Shape, kv_bytes
-from pipeline.llama.quantise_settings import Nf4Settings
+from pipeline.llama.quantise_settings import Int8Settings, Nf4Settings
 
 MB = 1e6
 # Python with PyTorch, transformers, accelerate and peft, measured; a CUDA context, its libraries and NCCL's buffers.
@@ -242,6 +242,8 @@ def between(model: Model, layout: Layout, tokens: float) -> float:
     passing = tokens * (gates * b * shape.active * shape.inner + (4 + layout.residual) * shape.hidden)
     product = 0.0 if model.adapter else (b if layout.half else 0) + 4
     restored = 4.0 * max(a * b for a, b in shape.projections.values()) if model.quantise else 0.0
+    if isinstance(model.quantise, Int8Settings):  # whole numbers of a product, and what they are worth
+        passing += 3 * 4.0 * tokens * shape.inner
     return passing + product * 2 * shape.inner * shape.hidden + restored
 
 

@@ -66,9 +66,7 @@ def statement(
     longest, mean = max(map(len, prompts)), sum(map(len, prompts)) / len(prompts)
     work = ppo_work(
         config,
-        layout_of(
-            launch_settings(launch), config.train.precision, ranks.device.type == "cpu", config.train.optimizer
-        ),
+        layout_of(launch_settings(launch), config.train.precision, ranks.device.type == "cpu", config.train.optimizer),
         tuple(model_of(m) for m in trained if not isinstance(m, ValueHead)),
         tuple(map(model_of, frozen)),
         count=min(config.prompts, len(prompts)),

@@ -2,7 +2,7 @@
 
 `ours` is the most that a process held while it trained above what it held before the model was opened, `rival` the same
 of the plain way: all weights in float32, AdamW, one pass a step. Each way runs in a process of its own; losses of the
-first step say how far what is computed is the same. `predicted_mb` is what `rlhf estimate` counts of the update.
+first step say how far what is computed is the same.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from tests.benchmarks.common import Figure, say, wanted
 
 SHAPE = {"hidden": 384, "layers": 8, "heads": 8, "kv_heads": 4, "vocabulary": 4096}
-SMOKE = {"hidden": 192, "layers": 2, "heads": 4, "kv_heads": 2, "vocabulary": 128}
+SMOKE = {"hidden": 192, "layers": 4, "heads": 4, "kv_heads": 2, "vocabulary": 128}
 RECORDS, LENGTH = 4, 256
 LORA: dict[str, Any] = {"rank": 16}
 QLORA = LORA | {"quantise": {"kind": "nf4"}}
@@ -49,14 +49,20 @@ def run(*, small: bool = False, repeats: int | None = None) -> list[dict[str, An
     from tests.benchmarks import memory_way  # all imports, once: ways are forked, and nothing is computed here
 
     keep_freed_memory()
-    shape, records = (SMOKE, 2) if small else (SHAPE, RECORDS)
+    shape, records = (SMOKE, 4) if small else (SHAPE, RECORDS)
     chosen = {k: v for k, v in ways(shape["layers"], records * LENGTH).items() if k == "plain" or wanted(k)}
     found: dict[str, list[dict[str, float]]] = {name: [] for name in chosen}
     with tempfile.TemporaryDirectory() as folder:
-        _forked(memory_way.save, shape, folder)
+        _forked(memory_way.save, {"model": shape, "warm": SMOKE | {"layers": shape["layers"]}}, folder)
         for repeat in range(repeats or 1):
             for name, settings in chosen.items():
-                told = {"shape": shape, "records": records, "length": LENGTH, **settings}
+                told = {
+                    "shape": shape,
+                    "warm": SMOKE | {"layers": shape["layers"]},
+                    "records": records,
+                    "length": LENGTH,
+                    **settings,
+                }
                 found[name].append(_forked(memory_way.measure, told, folder))
                 say(f"{name}, {repeat + 1}: {found[name][-1]}")
     median = lambda name, what: statistics.median(one[what] for one in found[name])
@@ -73,7 +79,6 @@ def run(*, small: bool = False, repeats: int | None = None) -> list[dict[str, An
                 "times_plain": round(median(name, "seconds") / median("plain", "seconds"), 2),
                 "trained": found[name][0]["trained"],
                 "loss": found[name][0]["loss"],
-                "predicted_mb": round(found[name][0]["predicted_mb"], 1),
             },
         ).line()
         for name in found
