@@ -1,5 +1,5 @@
 # make run    set everything up and run the whole chain on the embedded default
-# make test   set everything up and pass the tests
+# make test   set everything up and pass the tests, file by file on two cores
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
@@ -11,7 +11,7 @@ run: $(READY)
 	$(BIN)/rlhf run configs/quickstart.yaml
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
