@@ -64,7 +64,7 @@ def _annotate(
     with trainer.inference():
         for batch, wanted in batches:
             for part in parts:
-                values = _summed(trainer, [only(groups[i], part) for i in batch])
+                values = _summed(trainer, [only(groups[i], part) for i in batch], only(groups[0], part))
                 found[part] |= {i: v for i, v in zip(batch, values, strict=True) if i in wanted}
             workspace.progress(len(found[parts[0]]) * trainer.strategy.world, len(groups), "references")
     everyone: dict[str, dict[int, list[float]]] = {part: {} for part in parts}
@@ -74,12 +74,16 @@ def _annotate(
     return [_with_facts(group, {part: everyone[part].get(i) for part in parts}) for i, group in enumerate(groups)]
 
 
-def _summed(trainer: Trainer, groups: Sequence[Group]) -> list[list[float]]:
-    """The summed log-probs of every group's segments."""
+def _summed(trainer: Trainer, groups: Sequence[Group], filler: Group) -> list[list[float]]:
+    """The summed log-probs of every group's segments. All ranks make equally many passes, on `filler` where one has no
+    work: each of them gathers weights that are sharded."""
     order = sorted(range(len(groups)), key=lambda i: size(groups[i]), reverse=True)  # as the loop cuts micro-batches
     out: list[list[float]] = [[] for _ in groups]
-    at = 0
-    for forest in trainer.forests([groups[i] for i in order]):
+    forests, at = trainer.forests([groups[i] for i in order]), 0
+    passes = max(rank["passes"] for rank in trainer.strategy.gather({"passes": len(forests)}))
+    for _ in range(passes - len(forests)):
+        trainer.engine(trainer.forests([filler])[0])
+    for forest in forests:
         summed_S, _ = answer_sums(trainer.engine(forest).logprobs_T, forest)
         for owner, value in zip(forest.group_S.tolist(), summed_S.tolist(), strict=True):
             out[order[at + owner]].append(value)
