@@ -183,3 +183,19 @@ def test_held_out_records_have_theirs():
     held = held_with_reference(trainer, groups(3), Listener())
     assert sorted(len(g[1].ids) for g in held) == [5, 6, 7] and all(x < 0 for pair in references(held) for x in pair)
     assert trainer.evaluate(held)["loss"] == pytest.approx(math.log(2), abs=1e-7)
+
+
+def test_a_rank_makes_as_many_passes_as_the_busiest(monkeypatch):
+    """Sharded weights are gathered in every pass: a rank with less work goes on with a filler, which changes nothing."""
+    records, module = groups(), policy().module
+    trainer, plan = make(module, records)
+    calls: list[int] = []
+    module.register_forward_hook(lambda *_: calls.append(1))
+    alone = references(with_reference(trainer, plan, Listener()))
+    own, gather = len(calls), trainer.strategy.gather
+    busier = lambda said: [
+        {**rank, "passes": rank["passes"] + 2} if "passes" in rank else rank for rank in gather(said)
+    ]
+    monkeypatch.setattr(type(trainer.strategy), "gather", lambda self, said: busier(said))
+    again = references(with_reference(trainer, plan, Listener()))
+    assert len(calls) - own > own and again == alone
