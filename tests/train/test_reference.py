@@ -186,7 +186,7 @@ def test_held_out_records_have_theirs():
 
 
 def test_a_rank_makes_as_many_passes_as_the_busiest(monkeypatch):
-    """Sharded weights are gathered in every pass: a rank with less work goes on with a filler, which changes nothing."""
+    """Sharded weights are gathered in every pass: a rank with less work goes on with a filler that changes nothing."""
     records, module = groups(), policy().module
     trainer, plan = make(module, records)
     calls: list[int] = []
