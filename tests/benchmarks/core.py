@@ -20,7 +20,18 @@ import sys
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tests.benchmarks.common import THREADS, Contestant, Stand, alternate, fastest, figures, require_same, say, wanted
+from tests.benchmarks.common import (
+    THREADS,
+    Contestant,
+    Stand,
+    alternate,
+    fastest,
+    figures,
+    require_same,
+    say,
+    set_products,
+    wanted,
+)
 from tests.benchmarks.shapes import Shape, draw_ids, pairs
 
 HERE = "tests.benchmarks.core"
@@ -156,7 +167,7 @@ def rival(task: Task) -> Any:
     from torch.nn.utils.rnn import pad_sequence
 
     if task.products == "routed":
-        torch.set_float32_matmul_precision("medium")
+        set_products("medium")
     model = task.model()
     model.set_attn_implementation("sdpa")
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)

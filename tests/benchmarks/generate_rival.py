@@ -6,7 +6,7 @@ import json
 import sys
 from typing import Any
 
-from tests.benchmarks.common import THREADS, Stand
+from tests.benchmarks.common import THREADS, Stand, set_products
 from tests.benchmarks.generate import Task
 from tests.benchmarks.generate_ours import GREEDY
 from tests.benchmarks.shapes import STOP, policy_files
@@ -27,7 +27,7 @@ def main(task: Task) -> None:
     from transformers import GenerationConfig, LlamaForCausalLM
 
     torch.set_num_threads(THREADS)
-    torch.set_float32_matmul_precision(task.products)
+    set_products(task.products)
     model = LlamaForCausalLM.from_pretrained(policy_files(task.models).path, attn_implementation=task.attention).eval()
     greedy_only = GenerationConfig(max_new_tokens=GREEDY, do_sample=False, pad_token_id=0, suppress_tokens=[STOP])
     prompts = task.prompt_ids()

@@ -8,7 +8,7 @@ import tempfile
 import time
 from typing import Any
 
-from tests.benchmarks.common import THREADS, Clock, Stand, peak_mb
+from tests.benchmarks.common import THREADS, Clock, Stand, peak_mb, set_products
 from tests.benchmarks.ppo import Task
 from tests.benchmarks.shapes import STOP, policy_files, reward_files, tokenizer
 
@@ -46,7 +46,7 @@ def main(task: Task) -> None:
     torch.set_num_threads(THREADS)
     outside = "highest" if task.products == "highest" else "medium"
     inside = "medium" if task.products == "medium" else "highest"
-    torch.set_float32_matmul_precision(outside)
+    set_products(outside)
     policy, reference = (LlamaForCausalLM.from_pretrained(policy_files(task.models).path) for _ in range(2))
     value, reward = (LlamaForSequenceClassification.from_pretrained(reward_files(task.models).path) for _ in range(2))
     words = tokenizer(task.vocabulary, PAD)
@@ -57,10 +57,10 @@ def main(task: Task) -> None:
     register_optimizer_step_post_hook(lambda *_: made.append(1))
 
     def timed_generation(model: Any, queries: Any, *arguments: Any) -> Any:
-        torch.set_float32_matmul_precision(inside)
+        set_products(inside)
         with clock("generation"):
             out = generation(model, queries, *arguments)
-        torch.set_float32_matmul_precision(outside)
+        set_products(outside)
         answers = out[0][:, queries.shape[1] :]
         ended = (answers == STOP).cumsum(1) - (answers == STOP).long() > 0
         seen["tokens"] = int((~ended).sum()) if task.stops else answers.numel()

@@ -8,7 +8,7 @@ import tempfile
 import time
 from typing import Any
 
-from tests.benchmarks.common import THREADS, Stand, peak_mb
+from tests.benchmarks.common import THREADS, Stand, peak_mb, set_products
 from tests.benchmarks.preference import Task
 from tests.benchmarks.shapes import policy_files, reward_files, tokenizer
 
@@ -58,7 +58,7 @@ def main(task: Task) -> None:
     from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 
     torch.set_num_threads(THREADS)
-    torch.set_float32_matmul_precision(task.products)
+    set_products(task.products)
     stand = Stand()
     updates = task.steps * (task.turns + 1)
     seen = {"loss": 0.0}

@@ -8,7 +8,7 @@ import tempfile
 import time
 from typing import Any
 
-from tests.benchmarks.common import THREADS, Clock, Stand, peak_mb
+from tests.benchmarks.common import THREADS, Clock, Stand, peak_mb, set_products
 from tests.benchmarks.rloo import Task
 from tests.benchmarks.shapes import policy_files, reward_files, tokenizer
 
@@ -36,7 +36,7 @@ def main(task: Task) -> None:
     torch.set_num_threads(THREADS)
     outside = "highest" if task.products == "highest" else "medium"
     inside = "medium" if task.products == "medium" else "highest"
-    torch.set_float32_matmul_precision(outside)
+    set_products(outside)
     reward_model = LlamaForSequenceClassification.from_pretrained(reward_files(task.models).path).eval()
     ids = task.prompt_ids()
     texts = [" ".join(["<|bos|>", *(f"w{i}" for i in p[1:])]) for p in ids]
@@ -51,10 +51,10 @@ def main(task: Task) -> None:
 
     class Timed(RLOOTrainer):
         def _generate(self, prompts: list[Any]) -> Any:
-            torch.set_float32_matmul_precision(inside)
+            set_products(inside)
             with clock("generation"):
                 out = super()._generate(prompts)
-            torch.set_float32_matmul_precision(outside)
+            set_products(outside)
             return out
 
         def _generate_and_score_completions(self, inputs: Any) -> Any:
