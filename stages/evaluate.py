@@ -75,6 +75,7 @@ class Evaluate(Stage):
         from pipeline.evaluate.context import context_figures, untrained_figures
         from pipeline.evaluate.panel import Panel
         from pipeline.evaluate.policies import answer, exhibits, kl_to, text_perplexity
+        from pipeline.llama.device import chosen_device
         from pipeline.llama.open import open_frozen
         from pipeline.report.samples import write_samples
         from pipeline.rollout.collect import fitting
@@ -93,7 +94,11 @@ class Evaluate(Stage):
         panel = Panel.open(
             proxy=inputs.reward, heldout=inputs.heldout_reward, judge=inputs.judge, token_budget=config.token_budget
         )
+        device = chosen_device(workspace.launch.get("device", "auto"))
+        for network in panel.networks:
+            network.to(device)
         reference = open_frozen(reference_artifact)
+        reference.module.to(device)
         key = NoiseKey(workspace.seed, "evaluate")
         sampling = SamplingSettings(
             temperature=config.temperature, samples=config.samples, max_new_tokens=config.max_new_tokens
@@ -103,6 +108,7 @@ class Evaluate(Stage):
         for number, (name, artifact) in enumerate(named.items()):
             workspace.progress(number, len(named) + 1, "policies", policy=name)
             role = open_frozen(artifact)
+            role.module.to(device)
             found = answer(name, role, prompts, sampling, config.max_tokens, key, kept=kept)
             panel.score(found)
             same = artifact.lineage.get("tokenizer") == reference_artifact.lineage.get("tokenizer")

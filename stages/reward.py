@@ -119,10 +119,13 @@ class Reward(Stage):
         if inputs.prompts:
             found = reader.read("prompts", inputs.prompts, "prompts")[: config.normalise_prompts]
             prompts = encode_prompts(found, scorer.chat, config.max_tokens, config.max_new_tokens)
+        policy = open_frozen(inputs.policy) if prompts else None
+        if policy:
+            policy.module.to(ranks.device)
         with trainer.whole():  # the scale goes into the head
             scale = normalise(
                 scorer,
-                policy=open_frozen(inputs.policy) if prompts else None,
+                policy=policy,
                 prompts=prompts,
                 sampling=sampling,
                 groups=encoded.groups,

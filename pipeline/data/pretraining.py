@@ -35,7 +35,7 @@ from pipeline.data.forest import Segment
 from pipeline.data.groups import Encoded, document_groups
 from pipeline.data.objectives import Causal, Denoiser, FillIn, Layout, Prefix, Spans, Ul2
 from pipeline.data.records import Document
-from pipeline.data.template import encode_texts
+from pipeline.data.template import encode_with, without_prefix
 from pipeline.flow.errors import UserError
 
 LEFT_TO_RIGHT = "left to right"
@@ -120,6 +120,8 @@ class _Layouts:
         self.chat, self.max_tokens = chat, max_tokens
         vocabulary: dict[str, int] = chat.tokenizer.get_vocab()
         self.vocabulary = vocabulary
+        whole = chat.tokenizer.backend_tokenizer
+        self.backends = {False: whole, True: without_prefix(whole)}  # by whether a text continues another
         self.sentinels: list[int] = []
         while (mark := vocabulary.get(sentinel(len(self.sentinels)))) is not None:
             self.sentinels.append(mark)
@@ -154,11 +156,11 @@ class _Layouts:
     def filled(self, pieces: Sequence[_Piece], objective: FillIn) -> list[Laid]:
         """Texts are decoded and encoded again in one batch: cuts fall between characters, as in the paper."""
         chosen = [p.draw.random() < objective.rate for p in pieces]
-        parts: list[str] = []
+        parts: list[tuple[bool, str]] = []
         for piece, text in zip(compress(pieces, chosen), self._texts(compress(pieces, chosen)), strict=True):
-            a, b = cut_middle(len(text), piece.draw)
-            parts += [text, text[:a], text[a:b], text[b:]]
-        encoded = iter(encode_texts(self.chat.tokenizer, parts))
+            a, b, later = *cut_middle(len(text), piece.draw), not piece.first
+            parts += [(later, text), (later, text[:a]), (True, text[a:b]), (True, text[b:])]
+        encoded = self._encode(parts)
         laid = []
         for piece, rearranged in zip(pieces, chosen, strict=True):
             if not rearranged:
@@ -172,8 +174,14 @@ class _Layouts:
         return laid
 
     def _texts(self, pieces: Iterable[_Piece]) -> list[str]:
-        backend = self.chat.tokenizer.backend_tokenizer
-        return list(backend.decode_batch([p.ids for p in pieces], skip_special_tokens=False))
+        return [self.backends[not p.first].decode(p.ids, skip_special_tokens=False) for p in pieces]
+
+    def _encode(self, parts: Sequence[tuple[bool, str]]) -> Iterator[list[int]]:
+        """Ids of texts, each with whether it continues another: SentencePiece puts a space before one that does not."""
+        done = {
+            c: iter(encode_with(self.backends[c], [text for later, text in parts if later == c])) for c in self.backends
+        }
+        return (next(done[later]) for later, _ in parts)
 
     def _rearranged(self, piece: _Piece, parts: Sequence[Sequence[int]], spm: bool) -> Laid:
         """[bos] prefix, middle and suffix in one of the two orders, eos."""

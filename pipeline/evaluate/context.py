@@ -50,6 +50,7 @@ def untrained_figures(
     found = {}
     for name, settings in measures.untrained.items():
         module = PolicyModel(repositioned(role, settings)).requires_grad_(False).eval()
+        module.to(next(role.module.parameters()).device)
         found[name] = context_figures(replace(role, module=module), documents, measures, seed, token_budget)
     return found
 

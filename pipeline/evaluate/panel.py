@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from pipeline.data.records import Comparison
 from pipeline.evaluate.compare import share_of_gap
 from pipeline.evaluate.judges import GoldJudge
@@ -44,6 +46,11 @@ class Panel:
     def decisive(self) -> str | None:
         present = {*self.rewards, *(["gold"] if self.judge else [])}
         return next((name for name in ORDER if name in present), None)
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        """The reward models' modules."""
+        return [m for r in self.rewards.values() for m in (r.networks if isinstance(r, Rewards) else [r.model])]
 
     def score(self, answered: Answered) -> None:
         for name, reward in self.rewards.items():

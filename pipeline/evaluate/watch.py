@@ -107,8 +107,7 @@ class Watch:
     @property
     def networks(self) -> list[nn.Module]:
         """The frozen models that it holds."""
-        held = [m for r in self.panel.rewards.values() for m in (r.networks if isinstance(r, Rewards) else [r.model])]
-        return [self.reference.module, *held]
+        return [self.reference.module, *self.panel.networks]
 
     def chosen(self, kept_step: int, *, chose: bool, looked: int) -> dict[str, Any]:
         """What a row records of its choice. `chose`: whether the best of `looked` looks is kept; says so where all of

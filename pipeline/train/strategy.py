@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from pipeline.flow.errors import Damaged, UserError
+from pipeline.llama.device import chosen_device
 from pipeline.train.optim import put_state, state_shapes
 
 if TYPE_CHECKING:
@@ -251,9 +252,7 @@ def build(
     found = int(os.environ.get("WORLD_SIZE", "1"))
     if found != processes:
         raise UserError(f"launch.processes: {processes} asked for, but this process is one of {found}")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("launch.device: cuda, but PyTorch finds no such device here; set launch.device to auto or cpu")
-    on_cpu = device == "cpu" or not torch.cuda.is_available()
+    on_cpu = chosen_device(device).type == "cpu"
     keywords: dict[str, Any] = {"gradient_accumulation_steps": 1, "mixed_precision": "no"}
     if strategy == "deepspeed":
         from pipeline.train import zero

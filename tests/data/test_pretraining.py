@@ -13,8 +13,10 @@ from pipeline.data.groups import document_groups
 from pipeline.data.objectives import Causal, Denoiser, FillIn, Layout, Prefix, Spans, Ul2
 from pipeline.data.pretraining import pretraining_groups, require_tokens
 from pipeline.data.records import Document, Message
+from pipeline.data.template import without_prefix
 from pipeline.flow.errors import UserError
-from pipeline.llama.tokenizer import train_tokenizer
+from pipeline.llama.tokenizer import add_chat_tokens, from_sentencepiece, train_tokenizer
+from tests.data.test_templates import prefixing
 from tests.small import chat
 
 DOCUMENTS = [Document(text) for text in ("abcdefghijklmnop", "qrs", "tuvwxyz", "x")]
@@ -89,6 +91,31 @@ def test_fill_in_the_middle_leaves_some_windows_as_they_are():
     assert (
         sum(made.values()) == 1250 and 930 < made["psm"] + made["spm"] < 1070 and abs(made["psm"] - made["spm"]) < 130
     )
+
+
+def test_no_space_is_put_before_what_follows_in_the_middle_of_a_text():
+    """SentencePiece puts one before every text; what goes on where other text ends has none."""
+    tokenizer = from_sentencepiece(prefixing())
+    tokenizer.add_tokens(list(FillIn().control_tokens()), special_tokens=True)
+    add_chat_tokens(tokenizer, "chatml")
+    chat = ChatFormat(tokenizer)
+    texts = ["wonderful weather today, is it not wonderful weather", "seven thousand words", " a space in front"]
+    found = pretraining_groups([Document(t) for t in texts], chat, 32, FillIn(rate=1), 0)
+    backend = without_prefix(tokenizer.backend_tokenizer)
+    read = ["", "", ""]
+    for record, group in zip(found.kept, found.groups, strict=True):
+        read[record] += backend.decode(in_order(chat, group[0].ids), skip_special_tokens=True)
+    assert len(found.groups) > 3 and read == [" " + text for text in texts]  # the one space in front of a document
+
+
+def in_order(chat: ChatFormat, ids: list[int]) -> list[int]:
+    """Prefix, middle and suffix of a window that was rearranged."""
+    pre, suf, mid = (ids.index(chat.tokenizer.get_vocab()[t]) for t in FillIn().control_tokens())
+    bos, eos = ids[:pre], [i for i in ids[mid:] if i == chat.eos_id]
+    middle = ids[mid + 1 : len(ids) - len(eos)]
+    if suf == pre + 1:  # suffix, prefix, middle: prefix and middle are one run
+        return [*bos, *middle, *ids[suf + 1 : mid]]
+    return [*bos, *ids[pre + 1 : suf], *middle, *ids[suf + 1 : mid]]
 
 
 def test_span_corruption():
