@@ -75,7 +75,7 @@ class Evaluate(Stage):
         from pipeline.evaluate.context import context_figures, untrained_figures
         from pipeline.evaluate.panel import Panel
         from pipeline.evaluate.policies import answer, exhibits, kl_to, text_perplexity
-        from pipeline.llama.device import chosen_device
+        from pipeline.llama.device import chosen_device, placed
         from pipeline.llama.open import open_frozen
         from pipeline.report.samples import write_samples
         from pipeline.rollout.collect import fitting
@@ -95,10 +95,7 @@ class Evaluate(Stage):
             proxy=inputs.reward, heldout=inputs.heldout_reward, judge=inputs.judge, token_budget=config.token_budget
         )
         device = chosen_device(workspace.launch.get("device", "auto"))
-        for network in panel.networks:
-            network.to(device)
         reference = open_frozen(reference_artifact)
-        reference.module.to(device)
         key = NoiseKey(workspace.seed, "evaluate")
         sampling = SamplingSettings(
             temperature=config.temperature, samples=config.samples, max_new_tokens=config.max_new_tokens
@@ -108,22 +105,25 @@ class Evaluate(Stage):
         for number, (name, artifact) in enumerate(named.items()):
             workspace.progress(number, len(named) + 1, "policies", policy=name)
             role = open_frozen(artifact)
-            role.module.to(device)
-            found = answer(name, role, prompts, sampling, config.max_tokens, key, kept=kept)
-            panel.score(found)
-            same = artifact.lineage.get("tokenizer") == reference_artifact.lineage.get("tokenizer")
-            if config.temperature == 1.0 and same:
-                found.kl = kl_to(reference, role, found.samples, config.token_budget)
-            if documents:
-                found.text_perplexity = text_perplexity(role, documents, config.max_tokens, config.token_budget)
-                if config.context:
+            with placed(device, role.module):
+                found = answer(name, role, prompts, sampling, config.max_tokens, key, kept=kept)
+                same = artifact.lineage.get("tokenizer") == reference_artifact.lineage.get("tokenizer")
+                if config.temperature == 1.0 and same:
+                    with placed(device, reference.module):
+                        found.kl = kl_to(reference, role, found.samples, config.token_budget)
+                if documents:
+                    found.text_perplexity = text_perplexity(role, documents, config.max_tokens, config.token_budget)
+                if documents and config.context:
                     found.context = context_figures(
                         role, documents, config.context, workspace.seed, config.token_budget
                     )
+            with placed(device, *panel.networks):
+                panel.score(found)
             everyone.append(found)
         untrained = {}
         if config.context and documents:
-            untrained = untrained_figures(reference, documents, config.context, workspace.seed, config.token_budget)
+            with placed(device, reference.module):
+                untrained = untrained_figures(reference, documents, config.context, workspace.seed, config.token_budget)
         policies = {a.name: a.metrics() for a in everyone}
         if panel.decisive:
             compared = compare_policies(
@@ -138,9 +138,12 @@ class Evaluate(Stage):
         if config.best_of > 1 and panel.judge:
             many = sampling.model_copy(update={"samples": config.best_of})
             sample = lambda: answer(reference_name, reference, prompts, many, config.max_tokens, key, kept=kept)
-            best, closed = panel.best_of_n(reference_name, sample, config.best_of, everyone, workspace.seed)
+            with placed(device, reference.module, *panel.networks):
+                best, closed = panel.best_of_n(reference_name, sample, config.best_of, everyone, workspace.seed)
             for name, share in closed.items():
                 policies[name]["gap_closed"] = share
+        with placed(device, *panel.networks):
+            cards = {name: panel.scorecard(name, pairs) if pairs else None for name in ("proxy", "heldout")}
         metrics = {
             "temperature": config.temperature,
             "policies": policies,
@@ -151,8 +154,8 @@ class Evaluate(Stage):
             "dropped_too_long": len(asked) - len(prompts),
             "best_of_n": best,
             "seed": workspace.seed,
-            "reward_model": panel.scorecard("proxy", pairs) if pairs else None,
-            "heldout_reward_model": panel.scorecard("heldout", pairs) if pairs else None,
+            "reward_model": cards["proxy"],
+            "heldout_reward_model": cards["heldout"],
             "read": reader.counts,
             "tokens": int(sum(a.length.sum() for a in everyone)),
         }

@@ -13,8 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from pipeline.data.templates import TEMPLATES
 from pipeline.estimate import memory, operations
-from pipeline.estimate.devices import DEVICES, Device
+from pipeline.estimate.devices import Device
 from pipeline.estimate.following import (
     WORLD,
     WORLD_ANSWER,
@@ -109,10 +110,7 @@ def _counted(slot: str) -> str:
 def _estimated(seen: Following, row: Row, work: Work, cost: Cost) -> Estimate:
     device, launch = seen.device, seen.launch
     room = device.memory
-    if work.layout.on_cpu and not device.on_cpu:  # the row moves none of its models
-        device, room = DEVICES["cpu"], math.inf
-        seen.notes.append("computes on the CPU, in its memory")
-    elif device.on_cpu:  # ranks on one machine share its memory
+    if device.on_cpu:  # ranks on one machine share its memory
         room /= max(1, launch.processes // launch.nodes)
     precision = "bf16" if work.layout.half else "fp32"
     below = sum(m.parameters - m.trained for m in work.trained)
@@ -216,6 +214,10 @@ def _sft(seen: Following, row: Row) -> tuple[Work, Cost]:
     config: Any = row.config
     start = seen.one(row, "policy")
     assert start is not None
+    words = {*config.add_tokens, *(TEMPLATES[config.template].control if config.template else ())}
+    if words:  # at most: those that its tokenizer has already are no rows more
+        start = replace(start, shape=replace(start.shape, vocabulary=start.shape.vocabulary + len(words)))
+        seen.notes.append(f"{row.name}: up to {len(words)} added tokens are counted as rows of the embeddings")
     model = adapted(row, start, config.adapter)
     seen.models[f"{row.name}.policy"] = model.saved()
     return _training(seen, row, model, seen.read(row, "conversations"))
@@ -235,10 +237,7 @@ def _reward(seen: Following, row: Row) -> tuple[Work, Cost]:
     prompts = seen.read(row, "prompts")
     rows = min(ROWS, config.normalise_prompts)
     drawing = Drawing(rows, _columns(row, prompts, config.max_new_tokens), CACHE, config.max_new_tokens)
-    more: dict[str, Any] = {"guests": (start,), "drawing": drawing} if seen.device.on_cpu else {}
-    if not more:  # the row does not move it
-        seen.notes.append("the policy whose answers set the scale of scores stays in CPU memory and samples there")
-    work, cost = _training(seen, row, model, records, asks=True, **more)
+    work, cost = _training(seen, row, model, records, asks=True, guests=(start,), drawing=drawing)
     answers = min(config.normalise_prompts, prompts.count or config.normalise_prompts)
     _draw(seen, cost, work, start, answers, 1, prompts, config.max_new_tokens, drawing)
     _score(seen, cost, [model], answers, 1, prompts, config.max_new_tokens)
@@ -518,12 +517,15 @@ def _evaluate(seen: Following, row: Row) -> tuple[Work, Cost]:
     prompts, new = seen.read(row, "prompts"), config.max_new_tokens
     _prompt(seen, row, prompts, new)
     largest = max(policies, key=lambda m: m.whole)
+    beside: tuple[Model, ...] = (reference, *rewards)
+    if not seen.device.on_cpu:  # reference and reward models take turns there
+        beside = max((reference,), tuple(rewards), key=lambda models: sum(m.whole for m in models))
     count = config.prompts if prompts.count is None else min(config.prompts or prompts.count, prompts.count)
     rows = ROWS if count is None else min(ROWS, int(count * max(config.samples, config.best_of)))
     drawing = Drawing(rows, _columns(row, prompts, new), CACHE, new)
     work = Work(
-        layout=Layout(on_cpu=True),
-        frozen=(reference, *rewards),
+        layout=Layout(on_cpu=seen.device.on_cpu),
+        frozen=beside,
         guests=(largest,),
         token_budget=config.token_budget,
         longest=_columns(row, prompts, new),
