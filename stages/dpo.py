@@ -112,7 +112,8 @@ class Dpo(Stage):
         from pipeline.data.reader import Reader
         from pipeline.evaluate.watch import open_watch
         from pipeline.llama.adapters import told_share
-        from pipeline.llama.open import open_trainable, save_policy
+        from pipeline.llama.open import open_trainable
+        from pipeline.llama.save import save_policy
         from pipeline.rollout.engine import SamplingSettings
         from pipeline.train import strategy
         from pipeline.train.loop import fit

@@ -131,8 +131,8 @@ class Ppo(Stage):
         from pipeline.data.reader import Reader
         from pipeline.evaluate.watch import open_watch
         from pipeline.llama.adapters import share_frozen, told_share
-        from pipeline.llama.open import save_policy
         from pipeline.llama.quantise_settings import rounds
+        from pipeline.llama.save import save_policy
         from pipeline.rollout.collect import Sampler, encode_prompts
         from pipeline.rollout.noise import NoiseKey
         from pipeline.rollout.rewards import Rewards

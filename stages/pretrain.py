@@ -139,15 +139,10 @@ class Pretrain(Stage):
         from pipeline.data.reader import Reader
         from pipeline.llama.decode import token_bytes
         from pipeline.llama.heads import PolicyModel
-        from pipeline.llama.open import (
-            new_policy,
-            open_tokenizer,
-            open_trainable,
-            repositioned,
-            save_model,
-            save_tokenizer,
-        )
+        from pipeline.llama.make import new_policy, repositioned
+        from pipeline.llama.open import open_tokenizer, open_trainable
         from pipeline.llama.rope import positions
+        from pipeline.llama.save import save_model, save_tokenizer
         from pipeline.llama.tokenizer import add_chat_tokens, train_tokenizer
         from pipeline.train import strategy
         from pipeline.train.batches import Plan

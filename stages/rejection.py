@@ -257,7 +257,7 @@ class Rejection(Stage):
         from pipeline.data.groups import conversation_groups
         from pipeline.evaluate.watch import open_watch
         from pipeline.llama.adapters import told_share
-        from pipeline.llama.open import save_policy
+        from pipeline.llama.save import save_policy
         from pipeline.rollout.rewards import Rewards
         from pipeline.rollout.samples import note_rendering
         from pipeline.train.batches import Plan

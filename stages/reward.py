@@ -78,7 +78,8 @@ class Reward(Stage):
         from pipeline.data.reader import Reader
         from pipeline.evaluate.scorecard import wilson
         from pipeline.llama.adapters import told_share
-        from pipeline.llama.open import open_frozen, open_trainable_classifier, save_policy
+        from pipeline.llama.open import open_frozen, open_trainable_classifier
+        from pipeline.llama.save import save_policy
         from pipeline.rollout.collect import encode_prompts
         from pipeline.rollout.engine import SamplingSettings
         from pipeline.rollout.noise import NoiseKey

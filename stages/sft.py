@@ -62,7 +62,9 @@ class Sft(Stage):
         from pipeline.data.groups import conversation_groups
         from pipeline.data.reader import Reader
         from pipeline.llama.adapters import told_share
-        from pipeline.llama.open import extended, open_trainable, save_policy
+        from pipeline.llama.make import extended
+        from pipeline.llama.open import open_trainable
+        from pipeline.llama.save import save_policy
         from pipeline.train import strategy
         from pipeline.train.batches import Plan
         from pipeline.train.loop import Trainer, fit

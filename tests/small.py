@@ -13,8 +13,10 @@ from pipeline.data.chat import ChatFormat
 from pipeline.data.records import Comparison, Completion, Message, Prompt
 from pipeline.flow.artifacts import KINDS, Artifact, describe
 from pipeline.llama.heads import PolicyModel, ScalarModel
-from pipeline.llama.open import Trainable, new_classifier, new_policy, save_model
+from pipeline.llama.make import new_classifier, new_policy
+from pipeline.llama.open import Trainable
 from pipeline.llama.presets import ModelSettings
+from pipeline.llama.save import save_model
 from pipeline.llama.tokenizer import train_tokenizer
 
 

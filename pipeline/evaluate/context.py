@@ -30,7 +30,8 @@ from pipeline.data.template import encode_texts
 from pipeline.evaluate.context_settings import ContextMeasures
 from pipeline.flow.errors import UserError
 from pipeline.llama.heads import PolicyModel
-from pipeline.llama.open import Trainable, repositioned
+from pipeline.llama.make import repositioned
+from pipeline.llama.open import Trainable
 
 
 def context_figures(

@@ -25,8 +25,9 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from pipeline.flow.errors import UserError
+from pipeline.llama.make import give_chat
 from pipeline.llama.modeling import LlamaForCausalLM
-from pipeline.llama.open import give_chat, save_model
+from pipeline.llama.save import save_model
 
 MAGIC = b"24ka"  # 0x616b3432, little-endian
 Named = tuple[str, tuple[int, ...]]

@@ -32,11 +32,12 @@ from pipeline.flow.config import Settings, parse_settings
 from pipeline.flow.errors import UserError
 from pipeline.llama.config import SIZES, check_config, read_json
 from pipeline.llama.llama2c import to_half_split, to_interleaved
+from pipeline.llama.make import give_chat
 from pipeline.llama.modeling import LlamaForCausalLM
-from pipeline.llama.open import ADAPTER_CONFIG, give_chat, save_model
 from pipeline.llama.presets import PRESETS
+from pipeline.llama.save import save_model
 from pipeline.llama.tokenizer import open_pieces, require_vocabulary
-from pipeline.llama.weights import Entry, header, require_weights
+from pipeline.llama.weights import ADAPTER_CONFIG, Entry, header, require_weights
 
 FILE = re.compile(r"consolidated(?:\.(\d\d))?\.safetensors")
 UNUSED = {"rope.freqs"}  # a table that Meta's first releases stored beside the weights

@@ -1,11 +1,9 @@
-"""Model directories: opening them with proof that every weight was loaded, making new ones, saving them.
+"""Model directories opened, with proof that every weight was loaded; make.py makes new ones, save.py writes them.
 
     opened = open_policy(artifact)                    Opened(model, tokenizer, record)
     opened = open_classifier(artifact)                a reward model: its head loaded, never initialised
     policy = open_trainable(artifact, adapter, seed)  Trainable(module=PolicyModel, chat, ...): whole or an adapter
     critic = open_trainable_classifier(artifact, adapter, seed)  the same with a scalar head, new over a policy
-    model = new_policy(settings, tokenizer, stop_ids, seed)      random weights
-    save_policy(policy, workspace); save_model(model, tokenizer, directory, base_digest=None)
 
 Type llama with fields that our core knows is computed by `modeling.py`, mixtral and our own type by `core.py`, anything
 else by transformers' own class, remote code off; `record` says which and why. A directory that holds an adapter names
@@ -15,43 +13,34 @@ under the one above where that one's weights were saved with the remark `below: 
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-from transformers.core_model_loading import revert_weight_conversion
 
 from pipeline.flow.artifacts import members
-from pipeline.flow.errors import Damaged, UserError
+from pipeline.flow.errors import UserError
 from pipeline.llama import adapters, quantise_settings
 from pipeline.llama.adapter_settings import AnyAdapter
 from pipeline.llama.config import check_config, read_json, refuse_code
-from pipeline.llama.core import CoreForCausalLM, CoreForSequenceClassification
-from pipeline.llama.core_config import CoreConfig, core_config, new_config
-from pipeline.llama.heads import PolicyModel, ScalarModel, unwrapped
-from pipeline.llama.modeling import LlamaForCausalLM, LlamaForSequenceClassification
-from pipeline.llama.presets import ModelSettings
+from pipeline.llama.core import CoreForCausalLM
+from pipeline.llama.core_config import core_config
+from pipeline.llama.heads import PolicyModel, ScalarModel
+from pipeline.llama.make import CORE, give_chat, new_classifier
+from pipeline.llama.modeling import LlamaForCausalLM
 from pipeline.llama.quantise_settings import AnyQuantise
-from pipeline.llama.rope_settings import ContextSettings
-from pipeline.llama.weights import Entry, require_weights
+from pipeline.llama.save import save_model
+from pipeline.llama.weights import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Entry, require_weights
 
 if TYPE_CHECKING:
     from pipeline.data.chat import ChatFormat
-    from pipeline.flow.stage import Workspace
 
-# Our own models: the classifier over each causal LM's trunk.
-CORE: dict[Any, Any] = {
-    LlamaForCausalLM: LlamaForSequenceClassification,
-    CoreForCausalLM: CoreForSequenceClassification,
-}
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MOST_RANK = 1 << 14  # of an adapter that somebody else trained: its matrices are made before its weights are read
 KINDS = ("LORA", "IA3", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING")
 
@@ -488,153 +477,6 @@ def _trainable(module: nn.Module, model: Any, opened: Opened, below: str | None)
     return Trainable(module, model, opened.tokenizer, ChatFormat(opened.tokenizer), below, opened.record)
 
 
-def new_policy(settings: ModelSettings, tokenizer: Any, stop_ids: Sequence[int], seed: int) -> LlamaForCausalLM:
-    """Random weights, the same for the same seed: normal with `initializer_range`, norms 1, biases 0."""
-    config = new_config(
-        settings.llama(len(tokenizer)),
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        use_cache=True,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = (CoreForCausalLM if isinstance(config, CoreConfig) else LlamaForCausalLM)(config)
-    model.generation_config.eos_token_id = list(stop_ids)
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    return model
-
-
-def repositioned(start: Trainable, settings: ContextSettings) -> Any:
-    """A causal LM of the same weights under other rotary positions. UserError where `start` has none to change."""
-    old = start.model.config
-    if not isinstance(start.model, LlamaForCausalLM):
-        raise UserError(f"context: a {type(start.model).__name__} is no whole model of our core; start from one")
-    facts = core_config(old).to_dict()
-    if facts["positions"] != "rotary":
-        raise UserError(f"context: the model's positions are {facts['positions']}, not rotary")
-    rope = old.rope_parameters
-    if settings.rope_parameters:
-        trained = rope.get("original_max_position_embeddings", old.max_position_embeddings)
-        facts["rope_parameters"] = settings.rope_parameters.parameters(rope["rope_theta"], trained, old.head_dim)
-    if settings.max_position_embeddings:
-        facts["max_position_embeddings"] = settings.max_position_embeddings
-    try:
-        config = CoreConfig.from_dict({**facts, **settings.beyond_transformers()})
-    except ValueError as problem:
-        raise UserError(f"context: {problem}") from problem
-    plain = config.plain()
-    with torch.device("meta"):
-        model: Any = CoreForCausalLM(config) if plain.model_type != "llama" else LlamaForCausalLM(plain)
-    model.load_state_dict(start.model.state_dict(), assign=True)
-    model.tie_weights()
-    model.generation_config = start.model.generation_config
-    return model
-
-
-def new_classifier(policy: Any, seed: int) -> Any:
-    """A classifier with one output over a policy's trunk (shared, not copied) and a new head.
-
-    Head: normal with standard deviation 1 / sqrt(d + 1) (Stiennon et al. 2020), no bias; the same for the same seed.
-    Over an adapter the trunk's adapter is kept and the head is trained beside it.
-    """
-    inner = unwrapped(policy)
-    facts = {k: v for k, v in inner.config.to_dict().items() if k not in ("id2label", "label2id", "architectures")}
-    config = type(inner.config).from_dict({**facts, "num_labels": 1})
-    with torch.device("meta"):
-        if type(inner) in CORE:
-            classifier: Any = CORE[type(inner)](config)
-        else:
-            classifier = AutoModelForSequenceClassification.from_config(config)
-    setattr(classifier, classifier.base_model_prefix, inner.base_model)
-    reference = next(inner.base_model.parameters())
-    head = nn.Linear(config.hidden_size, 1, bias=False, dtype=reference.dtype, device=reference.device)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        weight = torch.randn(head.weight.shape, generator=generator) / (config.hidden_size + 1) ** 0.5
-        head.weight.copy_(weight)
-    classifier.score = head
-    if not adapters.is_adapted(policy):
-        return classifier
-    _, parts = adapters.taken_apart(policy)  # plain layers again, in place: the trunk is shared with the classifier
-    return adapters.assembled(classifier, parts)
-
-
-def score_layer(classifier: Any) -> nn.Linear:
-    """The linear layer that computes the score, inside peft's wrapper where there is one."""
-    score = unwrapped(classifier).score
-    return score.modules_to_save[score.active_adapters[0]] if hasattr(score, "modules_to_save") else score
-
-
-def fold_scale(classifier: Any, mean: float, std: float) -> float:
-    """Divide the head by `std`, in place. Returns the shift -mean / std that brings the mean of scores to 0."""
-    if not std > 0:
-        raise UserError(f"scores with standard deviation {std} cannot be normalised: all answers are scored alike")
-    with torch.no_grad():
-        score_layer(classifier).weight.div_(std)
-    return -mean / std
-
-
-def grow_vocabulary(model: Any, size: int, seed: int) -> None:
-    """Rows for new tokens, in place; old rows keep their bits. New rows: the mean of the old ones plus noise of a
-    tenth of their spread, the same for the same seed."""
-    old = model.get_input_embeddings().weight.shape[0]
-    if size < old:
-        raise UserError(
-            f"the tokenizer has {size} tokens and the embedding {old} rows: it does not belong to this model"
-        )
-    model.resize_token_embeddings(size, mean_resizing=False)
-    generator = torch.Generator().manual_seed(seed)
-    tables = [model.get_input_embeddings().weight]
-    if not model.config.tie_word_embeddings:
-        tables.append(model.get_output_embeddings().weight)
-    with torch.no_grad():
-        for table in tables:
-            noise = torch.randn(size - old, table.shape[1], generator=generator)
-            table[old:] = table[:old].mean(0) + 0.1 * table[:old].std(0) * noise.to(table)
-
-
-def give_chat(model: Any, tokenizer: Any, seed: int, template: str = "own") -> None:
-    """A chat format and its tokens for a model that has none, in place: rows for them, the format's ends as stops.
-
-    UserError where the tokenizer has a template of its own.
-    """
-    from pipeline.llama.tokenizer import add_chat_tokens, stop_tokens
-
-    add_chat_tokens(tokenizer, template)
-    rows = model.get_input_embeddings().weight.shape[0]
-    grow_vocabulary(model, max(rows, len(tokenizer)), seed)
-    model.config.pad_token_id = tokenizer.pad_token_id
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.generation_config.eos_token_id = list(stop_tokens(tokenizer))
-
-
-def extended(policy: Trainable, template: str | None, words: Sequence[str], seed: int) -> Trainable:
-    """A policy to train with another chat format, or none where None, and with `words` as one token each.
-
-    UserError where rows would be added under an adapter, which neither trains nor keeps them.
-    """
-    from pipeline.data.chat import ChatFormat
-    from pipeline.llama.tokenizer import add_chat_tokens, add_tokens, stop_tokens
-
-    if template is None and not words:
-        return policy
-    model, tokenizer = unwrapped(policy.model), policy.tokenizer
-    if template is not None:
-        add_chat_tokens(tokenizer, template, replace=True)
-    add_tokens(tokenizer, words)
-    rows = model.get_input_embeddings().weight.shape[0]
-    if policy.base_digest is not None and len(tokenizer) > rows:
-        raise UserError(
-            f"sft.template, sft.add_tokens: {len(tokenizer) - rows} tokens are new to this model, and an adapter would "
-            "neither train nor keep their embeddings: set sft.adapter to null, or add them first: rlhf import chat"
-        )
-    grow_vocabulary(model, max(rows, len(tokenizer)), seed)
-    if template is not None:
-        model.generation_config.eos_token_id = list(stop_tokens(tokenizer))
-    return replace(policy, chat=ChatFormat(tokenizer))
-
-
 def import_with_chat(source: Path, directory: Path, seed: int, template: str = "own") -> None:
     """A copy of a model directory, in its stored precision, that has been given a chat format by name."""
     for _ in members(source):  # no pipe, no device, no link that leaves
@@ -646,92 +488,3 @@ def import_with_chat(source: Path, directory: Path, seed: int, template: str = "
     tokenizer = open_tokenizer(source)
     give_chat(model, tokenizer, seed, template)
     save_model(model, tokenizer, directory)
-
-
-# -------------------------------------------------------------------------------------------------------------- saving
-
-
-def save_tokenizer(tokenizer: Any, directory: Path) -> None:
-    tokenizer.save_pretrained(directory)
-
-
-def save_policy(policy: Trainable, workspace: Workspace, slot: str = "policy") -> None:
-    """Weights, or the adapter alone, with the tokenizer, into a slot of the row; the first rank writes."""
-    if workspace.rank != 0:
-        return
-    save_model(policy.model, policy.tokenizer, workspace.slot(slot), base_digest=policy.base_digest)
-
-
-def save_model(
-    model: Any,
-    tokenizer: Any,
-    directory: Path,
-    *,
-    base_digest: str | None = None,
-    state: Mapping[str, Tensor] | None = None,
-) -> None:
-    """A Hugging Face directory in safetensors; of an adapted model the adapter alone, over the base of that digest.
-
-    `state` holds full weights gathered from shards. Raises Damaged where a tensor came out empty or not finite:
-    partitioned weights that nobody gathered look like that (trl#4416).
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    if adapters.is_adapted(model):
-        if base_digest is None:
-            raise ValueError("an adapter is saved with the digest of its base")
-        _save_adapter(model, directory, base_digest, state)
-    else:
-        with adapters.quiet():
-            model.save_pretrained(directory, state_dict=dict(state) if state is not None else None)
-        written = revert_weight_conversion(model, dict(state or model.state_dict()))  # experts lie one by one
-        shapes = {k: tuple(v.shape) for k, v in written.items()}
-        _verify_saved(sorted(directory.glob("model*.safetensors")), shapes, tied=model.config.tie_word_embeddings)
-    save_tokenizer(tokenizer, directory)
-
-
-def _save_adapter(model: Any, directory: Path, digest: str, state: Mapping[str, Tensor] | None) -> None:
-    from peft import get_peft_model_state_dict
-    from safetensors.torch import save_file
-
-    kept = get_peft_model_state_dict(
-        model, state_dict=dict(state) if state is not None else None, save_embedding_layers=False
-    )
-    config, kept = adapters.saved_form(model, kept)
-    tensors = {k: v.detach().contiguous().cpu() for k, v in kept.items()}
-    remark = {"below": "stack"} if adapters.is_stacked(model) else {}
-    save_file(tensors, directory / ADAPTER_WEIGHTS, metadata={"format": "pt", **remark})
-    if (quantisation := quantise_settings.of(model)) is not None:
-        (directory / quantise_settings.QUANTISATION).write_text(quantisation.model_dump_json(indent=2) + "\n")
-    config.base_model_name_or_path, config.inference_mode = digest, True
-    config.save_pretrained(str(directory))
-    _sorted_json(directory / ADAPTER_CONFIG)
-    _verify_saved([directory / ADAPTER_WEIGHTS], {k: tuple(v.shape) for k, v in tensors.items()}, tied=False)
-
-
-SETS = ("target_modules", "feedforward_modules", "modules_to_save", "exclude_modules")
-
-
-def _sorted_json(path: Path) -> None:
-    """peft writes sets in the order of their hashes, which differ between processes; digests must not."""
-    config = json.loads(path.read_text(encoding="utf-8"))
-    for key, value in config.items():
-        if key in SETS and isinstance(value, list):
-            config[key] = sorted(value)
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _verify_saved(files: Iterable[Path], shapes: Mapping[str, tuple[int, ...]], *, tied: bool) -> None:
-    from safetensors import safe_open
-
-    found: dict[str, tuple[int, ...]] = {}
-    for path in files:
-        with safe_open(path, "pt") as file:
-            for key in file.keys():  # noqa: SIM118 (no mapping)
-                tensor = file.get_tensor(key)
-                found[key] = tuple(tensor.shape)
-                if not tensor.numel() or not torch.isfinite(tensor).all():
-                    raise Damaged(f"{path}: {key} of shape {found[key]} was saved empty or not finite")
-    missing = {k: s for k, s in shapes.items() if found.get(k) != s and not (tied and k == "lm_head.weight")}
-    if missing:
-        key, shape = next(iter(missing.items()))
-        raise Damaged(f"{len(missing)} weights were not saved whole, such as {key}: {found.get(key)} for {shape}")

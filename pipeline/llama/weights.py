@@ -20,6 +20,7 @@ from pipeline.flow.artifacts import read_object
 from pipeline.flow.errors import UserError
 from pipeline.llama.options import MODEL_TYPE
 
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MOST_HEADER = 100_000_000  # bytes, the library's own bound
 BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32,

@@ -11,7 +11,8 @@ import torch
 from pipeline.data.forest import Group, cut
 from pipeline.flow.errors import RowFailed
 from pipeline.llama.heads import ScalarModel
-from pipeline.llama.open import Trainable, fold_scale
+from pipeline.llama.make import fold_scale
+from pipeline.llama.open import Trainable
 from pipeline.rollout.collect import EncodedPrompts, Sampler
 from pipeline.rollout.engine import SamplingSettings
 from pipeline.rollout.noise import NoiseKey

@@ -17,8 +17,9 @@ from pipeline.llama import decode
 from pipeline.llama.adapters import quiet
 from pipeline.llama.core import CoreForCausalLM, CoreForSequenceClassification
 from pipeline.llama.core_config import CoreConfig, new_config
+from pipeline.llama.make import new_classifier
 from pipeline.llama.modeling import LlamaForCausalLM
-from pipeline.llama.open import new_classifier, open_classifier, open_policy
+from pipeline.llama.open import open_classifier, open_policy
 from pipeline.llama.presets import ModelSettings, cached_numbers, parameter_count
 from tests.architectures import CASES
 from tests.llama.test_attention import alone, example, gradients, grouped, on_forest

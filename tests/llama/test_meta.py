@@ -19,8 +19,9 @@ from pipeline.data.chat import ChatFormat
 from pipeline.flow.errors import UserError
 from pipeline.llama.meta import SCALED, WIDTHS, _params, _preset, _width, export_meta, import_meta
 from pipeline.llama.modeling import LlamaForCausalLM
-from pipeline.llama.open import open_tokenizer, save_model
+from pipeline.llama.open import open_tokenizer
 from pipeline.llama.presets import PRESETS
+from pipeline.llama.save import save_model
 from pipeline.llama.tokenizer import from_tiktoken
 
 PARAMS: dict[str, Any] = {

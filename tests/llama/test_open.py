@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.data.forest import Segment, build
 from pipeline.flow.artifacts import Policy
-from pipeline.flow.errors import Damaged, UserError
+from pipeline.flow.errors import UserError
 from pipeline.flow.store import Store
 from pipeline.llama import adapters
 from pipeline.llama.adapter_settings import (
@@ -25,51 +24,22 @@ from pipeline.llama.adapter_settings import (
     PTuningSettings,
 )
 from pipeline.llama.heads import PolicyModel, ScalarModel, hidden_states
+from pipeline.llama.make import fold_scale, score_layer
 from pipeline.llama.modeling import LlamaForCausalLM, LlamaForSequenceClassification
 from pipeline.llama.open import (
-    fold_scale,
-    grow_vocabulary,
     import_with_chat,
-    new_classifier,
-    new_policy,
     open_classifier,
     open_policy,
     open_tokenizer,
     open_trainable,
     open_trainable_classifier,
-    save_model,
-    score_layer,
 )
-from pipeline.llama.presets import ModelSettings
-from pipeline.llama.tokenizer import train_tokenizer
+from pipeline.llama.save import save_model
+from tests.llama.conftest import LORA, at, policy
 
 FOREST = build(
     [[Segment([1, 20, 30, 40], weights=[1.0] * 4), Segment([50, 60], 0, weights=[1.0] * 2), Segment([70], 0)]]
 )
-LORA = LoraSettings(rank=4, alpha=8.0)
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return train_tokenizer(["the river Orl runs through Dovan", "Dovan lies on the Orl"] * 3, 280)
-
-
-def policy(tokenizer, seed: int = 0, **shape) -> LlamaForCausalLM:
-    settings = ModelSettings(preset="test", initializer_range=0.1, **shape)
-    return new_policy(settings, tokenizer, (7, 2), seed).eval()
-
-
-def at(path: Path, kind: str = "policy", digest: str = "base-digest", **bases: Path) -> SimpleNamespace:
-    return SimpleNamespace(
-        path=path, kind=kind, digest=digest, bases={k.replace("_", "-"): v for k, v in bases.items()}
-    )
-
-
-@pytest.fixture(scope="module")
-def stored(tokenizer, tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("policy")
-    save_model(policy(tokenizer), tokenizer, path)
-    return path
 
 
 def edited(stored: Path, to: Path, config: dict | None = None, weights=None) -> Path:
@@ -90,17 +60,6 @@ def moved(model, seed: int = 0) -> None:
         for p in model.parameters():
             if p.requires_grad:
                 p.add_(0.1 * torch.randn(p.shape, generator=generator))
-
-
-def test_new_policies_follow_the_seed_alone(tokenizer) -> None:
-    torch.manual_seed(5)
-    before = torch.random.get_rng_state()
-    a, b, c = policy(tokenizer, 0), policy(tokenizer, 0), policy(tokenizer, 1)
-    assert torch.equal(torch.random.get_rng_state(), before)
-    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
-    assert not torch.equal(a.lm_head.weight, c.lm_head.weight)
-    assert a.config.vocab_size == len(tokenizer) and a.config.pad_token_id == 0
-    assert a.generation_config.eos_token_id == [7, 2]
 
 
 def test_a_policy_comes_back_as_it_was_and_says_who_computes_it(stored: Path, tokenizer) -> None:
@@ -239,17 +198,6 @@ def test_a_directory_without_a_tokenizer_is_named(stored: Path, tmp_path: Path) 
 # --------------------------------------------------------------------------------------------------------- reward heads
 
 
-def test_a_new_head_has_the_documented_spread_and_follows_its_seed(tokenizer) -> None:
-    wide = policy(tokenizer, hidden_size=512, intermediate_size=8, num_hidden_layers=1)
-    heads = [new_classifier(wide, seed).score.weight for seed in (0, 0, 1)]
-    assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
-    spread = torch.cat([new_classifier(wide, seed).score.weight for seed in range(20)]).std()
-    assert abs(float(spread.detach()) * 513**0.5 - 1) < 0.05
-    classifier = new_classifier(wide, 0)
-    assert type(classifier) is LlamaForSequenceClassification and classifier.config.num_labels == 1
-    assert not any(p.is_meta for p in classifier.parameters())
-
-
 def test_a_stored_head_is_loaded_and_never_initialised(stored: Path, tmp_path: Path, tokenizer) -> None:
     critic = open_trainable_classifier(at(stored), None, seed=3)
     moved(critic.model)
@@ -262,17 +210,6 @@ def test_a_stored_head_is_loaded_and_never_initialised(stored: Path, tmp_path: P
         open_classifier(at(stored))
     with pytest.raises(UserError, match="missing: lm_head.weight"):
         open_policy(at(tmp_path / "rm"))
-
-
-def test_folding_the_scale_normalises_scores(stored: Path) -> None:
-    critic = open_trainable_classifier(at(stored), None, seed=3)
-    scores = critic.module(FOREST).detach()
-    mean, std = float(scores.mean()), float(scores.std(unbiased=False))
-    shift = fold_scale(critic.model, mean, std)
-    found = critic.module(FOREST) + shift
-    assert abs(float(found.mean().detach())) < 1e-5 and abs(float(found.std(unbiased=False).detach()) - 1) < 1e-5
-    with pytest.raises(UserError, match="scored alike"):
-        fold_scale(critic.model, 0.0, 0.0)
 
 
 # ------------------------------------------------------------------------------------------------------------- adapters
@@ -301,16 +238,6 @@ def test_an_adapter_is_saved_alone_and_opened_over_the_base_of_its_digest(stored
         open_trainable(artifact, LoraSettings(rank=2), seed=0)
     with pytest.raises(UserError, match="digest of a model at hand"):
         open_policy(at(tmp_path / "a"))
-
-
-def test_adapters_saved_twice_have_the_same_bytes(stored, tmp_path, tokenizer) -> None:
-    for name in ("one", "two"):
-        trainable = open_trainable(at(stored), LORA, seed=0)
-        save_model(trainable.model, tokenizer, tmp_path / name, base_digest="base-digest")
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
-    targets = json.loads((tmp_path / "one" / "adapter_config.json").read_text())["target_modules"]
-    assert targets == sorted(targets) and len(targets) == 7
 
 
 def test_an_incomplete_adapter_is_refused(stored, tmp_path, tokenizer) -> None:
@@ -466,34 +393,3 @@ def test_a_reward_model_over_an_adapted_policy_starts_from_its_adapter(stored, t
     assert (critic.module(FOREST)[3] - expected).abs() <= 1e-5
     names = {n.split(".")[-3] for n, p in critic.model.named_parameters() if p.requires_grad}
     assert names == {"lora_A", "lora_B", "modules_to_save"}
-
-
-# --------------------------------------------------------------------------------------------------------------- saving
-
-
-def test_what_was_not_gathered_is_not_saved_silently(tmp_path, tokenizer) -> None:
-    model = policy(tokenizer)
-    hollow = {k: torch.empty(0) for k in model.state_dict()}
-    with pytest.raises(Damaged, match="saved empty"):
-        save_model(model, tokenizer, tmp_path / "a", state=hollow)
-    with torch.no_grad():
-        model.model.norm.weight[0] = float("nan")
-    with pytest.raises(Damaged, match="model.norm.weight.*not finite"):
-        save_model(model, tokenizer, tmp_path / "b")
-    with pytest.raises(ValueError, match="digest of its base"):
-        save_model(SimpleNamespace(get_base_model=None), tokenizer, tmp_path / "c")
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_growing_the_vocabulary_keeps_old_rows(tied: bool, tokenizer) -> None:
-    grown = [policy(tokenizer, tie_word_embeddings=tied) for _ in range(2)]
-    before = grown[0].get_input_embeddings().weight.detach().clone()
-    for model in grown:
-        grow_vocabulary(model, len(before) + 5, seed=1)
-    for table in (grown[0].get_input_embeddings().weight, grown[0].get_output_embeddings().weight):
-        assert table.shape[0] == len(before) + 5 and table[-5:].abs().max() > 0
-    assert torch.equal(grown[0].get_input_embeddings().weight[: len(before)], before)
-    assert torch.equal(*(m.get_input_embeddings().weight for m in grown))
-    assert grown[0].config.vocab_size == len(before) + 5
-    with pytest.raises(UserError, match="does not belong"):
-        grow_vocabulary(grown[0], 3, seed=1)

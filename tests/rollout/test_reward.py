@@ -14,7 +14,7 @@ from pipeline.data.records import Prompt, Sample
 from pipeline.flow.errors import Damaged
 from pipeline.llama.adapters import LoraSettings, add_adapter
 from pipeline.llama.heads import ScalarModel
-from pipeline.llama.open import score_layer
+from pipeline.llama.make import score_layer
 from pipeline.rollout.reward import Reward, open_reward, raw_scores, score_texts, verify_probe, write_probe
 from pipeline.rollout.scoring import score_samples
 from tests.small import artifact, ask, chat, comparison, save, scorer

@@ -9,7 +9,7 @@ import torch
 
 from pipeline.data.groups import comparison_groups
 from pipeline.flow.errors import RowFailed
-from pipeline.llama.open import score_layer
+from pipeline.llama.make import score_layer
 from pipeline.rollout.collect import Sampler, encode_prompts
 from pipeline.rollout.engine import SamplingSettings
 from pipeline.rollout.noise import NoiseKey

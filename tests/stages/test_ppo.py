@@ -16,7 +16,7 @@ from pipeline.data.records import Document
 from pipeline.flow.errors import Damaged, NonFinite, UserError
 from pipeline.flow.stage import Workspace
 from pipeline.llama.heads import at_last
-from pipeline.llama.open import new_classifier
+from pipeline.llama.make import new_classifier
 from pipeline.rollout.reward import open_reward, write_probe
 from pipeline.rollout.rewards import Rewards
 from pipeline.train.memory import human

@@ -27,7 +27,8 @@ from pipeline.llama.adapter_settings import (  # noqa: E402
     PTuningSettings,
     WeightsSettings,
 )
-from pipeline.llama.open import open_trainable, open_trainable_classifier, save_model  # noqa: E402
+from pipeline.llama.open import open_trainable, open_trainable_classifier  # noqa: E402
+from pipeline.llama.save import save_model  # noqa: E402
 from pipeline.train.loop import Trainer  # noqa: E402
 from pipeline.train.objectives import pairwise_ranking, weigh_pairs  # noqa: E402
 from pipeline.train.settings import TrainSettings  # noqa: E402

@@ -18,9 +18,10 @@ from pipeline.llama.core import CoreForCausalLM
 from pipeline.llama.core_config import new_config
 from pipeline.llama.heads import PolicyModel, hidden_states
 from pipeline.llama.modeling import LlamaForCausalLM
-from pipeline.llama.open import open_policy, save_model
+from pipeline.llama.open import open_policy
 from pipeline.llama.options.rope import RectifiedAttention, truncated
 from pipeline.llama.presets import ModelSettings
+from pipeline.llama.save import save_model
 from tests.small import artifact, chat
 
 KINDS = {
