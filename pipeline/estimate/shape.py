@@ -16,6 +16,7 @@ from typing import Any
 from pipeline.flow.errors import UserError
 from pipeline.llama.adapter_settings import (
     IA3_TARGETS,
+    LATENT_TARGETS,
     TARGETS,
     AnyAdapter,
     Ia3Settings,
@@ -102,6 +103,15 @@ class Shape:
         feed_forward = gate | {"up_proj": (self.hidden, self.inner), "down_proj": (self.inner, self.hidden)}
         return attention | ({} if self.experts else feed_forward)
 
+    @property
+    def latent(self) -> bool:
+        """Whether attention is latent attention."""
+        return "kv_b_proj" in self.projections
+
+    def targets(self, targets: str) -> list[str]:
+        """Projections that LoRA's setting of that name means; not each of them is in every model."""
+        return (LATENT_TARGETS if self.latent else TARGETS)[targets]
+
     def _matrices(self, experts: int) -> int:
         """Parameters of a decoder layer that stand in products, with so many of its experts and its router."""
         linear = sum(a * b for a, b in self.projections.values())
@@ -132,9 +142,9 @@ def adapter_parameters(shape: Shape, adapter: AnyAdapter, stored: bool = False) 
     """
     hidden, keys, layers = shape.hidden, shape.keys, shape.layers
     require_reach(shape.experts, adapter)
-    require_place({"attention": "latent" if "kv_b_proj" in shape.projections else "full"}, adapter)
+    require_place({"attention": "latent" if shape.latent else "full"}, adapter)
     if isinstance(adapter, LoraSettings):
-        sides = [shape.projections[name] for name in TARGETS[adapter.targets] if name in shape.projections]
+        sides = [shape.projections[name] for name in shape.targets(adapter.targets) if name in shape.projections]
         return layers * sum(adapter.rank * (a + b) + (b if adapter.dora else 0) for a, b in sides)
     if isinstance(adapter, Ia3Settings):
         return layers * (2 * keys + shape.inner)
@@ -234,7 +244,7 @@ class Model:
     def targets(self) -> set[str]:
         """Projections whose inputs the backward pass needs for what is trained there."""
         if isinstance(self.adapter, LoraSettings):
-            return set(TARGETS[self.adapter.targets])
+            return set(self.shape.targets(self.adapter.targets))
         return set(
             IA3_TARGETS if isinstance(self.adapter, Ia3Settings) else () if self.adapter else self.shape.projections
         )

@@ -28,6 +28,8 @@ TARGETS = {
     "linear": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
     "query_value": ["q_proj", "v_proj"],
 }
+_LATENT = ["q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
+LATENT_TARGETS = {"attention": _LATENT, "linear": [*_LATENT, "gate_proj", "up_proj", "down_proj"]}
 IA3_TARGETS, IA3_INPUTS = ["k_proj", "v_proj", "down_proj"], ["down_proj"]  # the last scales what it reads
 Beneath = Literal["same", "merge", "stack"]
 
@@ -235,10 +237,16 @@ def require_reach(experts: int, settings: AnyAdapter) -> None:
 
 def require_place(option: Mapping[str, Any], settings: AnyAdapter) -> None:
     """UserError where a model's options (`pipeline/llama/options`) leave no place for an adapter."""
-    if option.get("attention") == "latent" and isinstance(settings, LoraSettings | Ia3Settings | PrefixSettings):
+    latent = option.get("attention") == "latent"
+    if latent and isinstance(settings, LoraSettings) and settings.targets not in LATENT_TARGETS:
         raise UserError(
-            f"adapter.kind: {settings.kind} changes keys and values or their projections, which "
-            "attention latent makes of other things; use prompt, p_tuning or weights, or leave adapter unset"
+            f"adapter.targets: {settings.targets} are no projections of their own under attention latent; set it to "
+            f"{' or '.join(LATENT_TARGETS)}"
+        )
+    if latent and isinstance(settings, Ia3Settings | PrefixSettings):
+        raise UserError(
+            f"adapter.kind: {settings.kind} changes keys and values, which attention latent makes of other things; use "
+            "lora, prompt, p_tuning or weights, or leave adapter unset"
         )
     kept = option.get("first_tokens") or 0
     if option.get("sliding_window") and isinstance(settings, VirtualSettings) and settings.tokens > kept:
@@ -270,7 +278,8 @@ def settings_of(config: Mapping[str, Any]) -> AnyAdapter | None:
 
 def _lora_of(config: Mapping[str, Any]) -> LoraSettings | None:
     names = _names(config, "target_modules")
-    targets = next((name for name, modules in TARGETS.items() if set(modules) == names), None)
+    known = [*TARGETS.items(), *LATENT_TARGETS.items()]
+    targets = next((name for name, modules in known if set(modules) == names), None)
     if targets is None or config.get("rank_pattern") or config.get("alpha_pattern"):
         return None
     return LoraSettings.model_validate(

@@ -24,6 +24,7 @@ from pipeline.llama import quantise_settings
 from pipeline.llama.adapter_settings import (
     IA3_INPUTS,
     IA3_TARGETS,
+    LATENT_TARGETS,
     TARGETS,
     AnyAdapter,
     Ia3Settings,
@@ -80,8 +81,8 @@ def is_virtual(model: nn.Module) -> bool:
     return is_adapted(model) and cast(Any, model).active_peft_config.is_prompt_learning
 
 
-def peft_config(settings: AnyAdapter, *, classifier: bool) -> Any:
-    """What peft calls these settings. `weights` is no adapter and has none."""
+def peft_config(settings: AnyAdapter, *, classifier: bool, latent: bool = False) -> Any:
+    """What peft calls these settings, over latent attention or any other. `weights` is no adapter and has none."""
     import peft
 
     common: dict[str, Any] = {"task_type": peft.TaskType.SEQ_CLS if classifier else peft.TaskType.CAUSAL_LM}
@@ -93,7 +94,7 @@ def peft_config(settings: AnyAdapter, *, classifier: bool) -> Any:
                 r=settings.rank,
                 lora_alpha=scale,
                 lora_dropout=settings.dropout,
-                target_modules=list(TARGETS[settings.targets]),
+                target_modules=list((LATENT_TARGETS if latent else TARGETS)[settings.targets]),
                 bias="none",
                 use_rslora=settings.rank_stabilised,
                 use_dora=settings.dora,
@@ -135,19 +136,25 @@ def add_adapter(model: nn.Module, settings: AnyAdapter, seed: int) -> Any:
         raise UserError("this policy is an adapter already: say in adapter.beneath what becomes of it (merge, stack)")
     if isinstance(settings, WeightsSettings):
         return train_weights(model, settings.train)
-    config: Any = model.config
-    require_reach(getattr(config, "num_local_experts", 0), settings)
-    if config.model_type == MODEL_TYPE:
-        require_place(config.to_dict(), settings)
+    config = _config_over(model, settings)
     with quiet(), torch.random.fork_rng(devices=[]):
         from peft import get_peft_model
 
         torch.manual_seed(seed)
-        made = get_peft_model(model, peft_config(settings, classifier=hasattr(model, "score")))
+        made = get_peft_model(model, config)
     if isinstance(settings, LoraSettings) and settings.initial == "pissa":
         made.__dict__["taken_out"] = state_of(made)  # of the frozen weights, which are saved nowhere without it
     mark_rates(made, settings)
     return made
+
+
+def _config_over(model: nn.Module, settings: AnyAdapter) -> Any:
+    """peft's configuration of such an adapter over this model. UserError where the model has no place for it."""
+    config: Any = model.config
+    require_reach(getattr(config, "num_local_experts", 0), settings)
+    option = config.to_dict() if config.model_type == MODEL_TYPE else {}
+    require_place(option, settings)
+    return peft_config(settings, classifier=hasattr(model, "score"), latent=option.get("attention") == "latent")
 
 
 def mark_rates(model: nn.Module, settings: AnyAdapter) -> None:
@@ -353,7 +360,7 @@ def stack_new(model: Any, settings: AnyAdapter, seed: int) -> Any:
     plain, parts = taken_apart(model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        made = assembled(plain, [*parts, Part(peft_config(settings, classifier=hasattr(plain, "score")), {})])
+        made = assembled(plain, [*parts, Part(_config_over(plain, settings), {})])
     mark_rates(made, settings)
     return made
 

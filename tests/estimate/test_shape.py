@@ -21,7 +21,7 @@ from pipeline.llama.adapter_settings import (
 )
 from pipeline.llama.presets import PRESETS
 from tests import small
-from tests.architectures import CASES
+from tests.architectures import CASES, LATENT
 
 SEVEN, EIGHT = Shape.of(PRESETS["llama-7b"]), Shape.of(PRESETS["llama-3-8b"])
 
@@ -116,7 +116,9 @@ def test_adapters_that_are_made_train_as_many(scalar: bool, adapter: AnyAdapter)
     assert model.parameters == sum(p.numel() for p in found.parameters())
 
 
-@pytest.mark.parametrize("options", [{"feed_forward": "relu"}, {"num_local_experts": 4}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"feed_forward": "relu"}, {"num_local_experts": 4}, LATENT, {**LATENT, "q_lora_rank": 10}], ids=str
+)
 def test_adapters_of_models_with_options_train_as_many(options: dict):
     from pipeline.llama.adapters import add_adapter
 

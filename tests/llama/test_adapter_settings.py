@@ -56,7 +56,7 @@ def test_what_makes_no_sense_is_refused_by_its_key(adapter: dict[str, Any], told
 @pytest.mark.parametrize(
     ("option", "adapter", "told"),
     [
-        ({"attention": "latent"}, {"rank": 4}, "use prompt, p_tuning or weights"),
+        ({"attention": "latent"}, {"rank": 4, "targets": "query_value"}, "set it to attention or linear"),
         ({"attention": "latent"}, {"kind": "ia3"}, "adapter.kind: ia3 changes keys and values"),
         ({"attention": "latent"}, {"kind": "prefix"}, "adapter.kind: prefix changes keys and values"),
         ({"sliding_window": 8}, {"kind": "prompt"}, "of which sliding_window lets go but for 0 first_tokens"),

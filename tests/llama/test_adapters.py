@@ -103,6 +103,25 @@ def test_only_the_adapter_is_trained_and_it_follows_the_seed() -> None:
         add_adapter(models[0], LoraSettings(), seed=0)
 
 
+@pytest.mark.parametrize("queries", [{}, {"q_lora_rank": 10}], ids=["whole", "compressed"])
+def test_latent_attention_is_adapted_where_it_compresses_and_where_it_does_not(queries: dict) -> None:
+    """Every linear layer of a decoder layer has an adapter, which settings find again and which merges to 1e-5."""
+    from tests import small
+
+    settings = LoraSettings(rank=2)
+    module = PolicyModel(add_adapter(small.policy(**LATENT, **queries).model, settings, 0))
+    names = {n.split(".")[-4] for n, p in module.named_parameters() if p.requires_grad}
+    first = {"q_a_proj", "q_b_proj"} if queries else {"q_proj"}
+    kept = {"kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert names == first | kept
+    assert adapters.settings_of(module.lm.active_peft_config.to_dict()) == settings.plain()
+    start = module(FOREST).logprobs_T.detach()
+    train(module, nll, 3)
+    found = module(FOREST).logprobs_T.detach()
+    assert (found - start).abs().max() > 1e-3
+    assert (PolicyModel(adapters.merged(module.lm))(FOREST).logprobs_T - found).abs().max() <= 1e-5
+
+
 def test_checkpointing_reaches_the_adapters() -> None:
     module = PolicyModel(add_adapter(policy(), LoraSettings(rank=4), seed=0)).train()
     nll(module).backward()
@@ -319,7 +338,7 @@ def test_other_bits_are_not_shared() -> None:
     [
         ({"num_local_experts": 4}, LoraSettings(), "set it to attention"),
         ({"num_local_experts": 4}, Ia3Settings(kind="ia3"), "use lora with targets: attention"),
-        (LATENT, LoraSettings(), "adapter.kind: lora changes keys and values"),
+        (LATENT, LoraSettings(targets="query_value"), "adapter.targets: query_value are no projections of their own"),
         (LATENT, PrefixSettings(kind="prefix"), "adapter.kind: prefix changes keys and values"),
         ({"sliding_window": 4}, PrefixSettings(kind="prefix"), "of which sliding_window lets go"),
     ],

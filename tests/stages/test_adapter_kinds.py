@@ -15,6 +15,7 @@ from pipeline.llama.adapters import is_stacked
 from pipeline.llama.heads import PolicyModel
 from pipeline.llama.open import open_frozen, open_policy
 from pipeline.rollout.reward import open_reward
+from tests.architectures import LATENT
 from tests.small import policy, save
 from tests.stages.rows import Place, Row, shape, train
 
@@ -93,6 +94,13 @@ def test_the_whole_chain(place: Place, base: Any, data: dict[str, Any], kind: st
     critic = {"policy": sft.out["policy"], "reward": scored.out["model"], "prompts": data["prompts"]}
     tuned = place.run("ppo", critic, iterations=1, critic={"start": "policy"}, **once)
     assert tuned.log[0]["kl"] == 0.0 and tuned.log[0]["first_ratio"] == 1.0
+
+
+@pytest.mark.slow
+def test_the_whole_chain_over_latent_attention(place: Place, data: dict[str, Any]) -> None:
+    """LoRA lies on what compresses keys, values and queries, and on what makes them of that."""
+    base = save(place.root / "latent", "policy", policy(**LATENT, q_lora_rank=10).model)
+    test_the_whole_chain(place, base, data, "rank-stabilised")
 
 
 def opened_by_peft(base: Any, row: Row) -> None:
