@@ -273,15 +273,17 @@ class Places:
     also: dict[str, tuple[Keys, ...]] = field(default_factory=dict)  # label -> prefixes to look under
 
     def of(self, label: str, keys: Sequence[str] = ()) -> str:
-        """ "file:line: " of the key, or of the nearest mapping around it; "" where nothing is known."""
-        for prefix in self.also.get(label, (tuple(label.split(".")),)):
-            if found := self.lines.get((*prefix, *keys)):
-                return f"{found}: "
-        for prefix in self.also.get(label, (tuple(label.split(".")),)):
-            for size in range(len(keys) - 1, -1, -1):
-                if found := self.lines.get((*prefix, *keys[:size])):
-                    return f"{found}: "
-        return ""
+        """ "file:line: " of the key, of a `--set` that made it by what lies below, or of the nearest mapping around it.
+
+        "" where nothing is known.
+        """
+        prefixes = self.also.get(label, (tuple(label.split(".")),))
+        near: list[Keys] = []
+        for prefix in prefixes:
+            whole = (*prefix, *keys)
+            near += [whole, *(key for key in reversed(self.lines) if key[: len(whole)] == whole)]
+        around = [(*prefix, *keys[:size]) for prefix in prefixes for size in range(len(keys) - 1, -1, -1)]
+        return next((f"{self.lines[key]}: " for key in (*near, *around) if key in self.lines), "")
 
 
 # ----------------------------------------------------------------------------------------------------- YAML

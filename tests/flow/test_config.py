@@ -171,6 +171,8 @@ def test_sets_are_assigned_to_a_document_that_stays_as_it_is(tmp_path: Path) -> 
     changed = with_sets(document, ["stages.dpo.beta=0.2", "sources.x.path=a.jsonl", "seed=3"])
     assert document.values == {"stages": {"dpo": {"beta": 0.1}}}
     assert changed.places.of("stages", ["dpo", "beta"]) == "--set stages.dpo.beta=0.2: "
+    assert changed.places.of("sources", ["x"]) == "--set sources.x.path=a.jsonl: "  # what a set makes on its way
+    assert changed.places.of("stages", ["dpo", "loss"]) == f"{plan}:1: "
     assert changed.values == {
         "stages": {"dpo": {"beta": 0.2}},
         "sources": {"x": {"path": str(Path.cwd() / "a.jsonl")}},
