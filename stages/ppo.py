@@ -179,6 +179,8 @@ class Ppo(Stage):
                 "sampling.max_new_tokens"
             )
         stream = PromptStream(len(prompts), config.prompts, workspace.seed)
+        if few := stream.shortage():
+            workspace.say(few)
         together = min(groups_each(config.minibatch, config.sampling.samples), stream.size)
         if together < ranks.world:
             raise UserError(
