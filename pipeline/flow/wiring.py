@@ -195,7 +195,7 @@ class _Loading:
             value = absolute_path_value(keys[-1], absolute_paths(value, Path.cwd()), Path.cwd())
             for target in self._targets(text, keys, names):
                 assign(self.values, target, value, f"--set {text}")
-                self.places.lines[target] = f"--set {text}"
+                self.places.put(target, f"--set {text}")
 
     def _targets(self, text: str, keys: Keys, names: list[str]) -> list[Keys]:
         """Where in the document a `--set` goes. A stage-wide one also overrides the rows in the file."""
