@@ -23,7 +23,7 @@ from pipeline.flow.artifacts import Comparisons, Conversations, Judge, Policy, P
 from pipeline.flow.config import Settings, not_identity
 from pipeline.flow.errors import UserError
 from pipeline.flow.stage import OneOrMore, Stage, Workspace
-from pipeline.llama.adapter_settings import AnyAdapter, adapter_field
+from pipeline.llama.adapter_settings import AnyAdapter, adapter_field, following
 from pipeline.rollout.engine import EngineSettings, SamplingSettings, require_room
 from pipeline.rollout.mining import ChooseSettings, PairSettings
 from pipeline.rollout.reward_settings import RewardSettings
@@ -128,6 +128,10 @@ class Rejection(Stage):
     @classmethod
     def withheld(cls, config: Any) -> frozenset[str]:
         return frozenset() if config.train else frozenset({"policy"})
+
+    @classmethod
+    def carried(cls, config: Any, starts: Mapping[str, Any]) -> AnyAdapter | None:
+        return following(config.adapter, starts.get("policy")) if config.train else None
 
     def run(self, inputs: Inputs, workspace: Workspace) -> dict[str, Any]:
         from pipeline.data.reader import Reader
