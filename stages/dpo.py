@@ -22,7 +22,7 @@ from pipeline.flow.artifacts import Comparisons, Judge, Policy, Prompts, Rated, 
 from pipeline.flow.config import Settings
 from pipeline.flow.errors import UserError
 from pipeline.flow.stage import Stage, Workspace
-from pipeline.llama.adapter_settings import AnyAdapter, adapter_field
+from pipeline.llama.adapter_settings import AnyAdapter, adapter_field, following
 from pipeline.rollout.engine import require_room
 from pipeline.train.losses import AnyLoss, default_loss
 from pipeline.train.settings import TrainSettings
@@ -107,6 +107,10 @@ class Dpo(Stage):
         if not given & {"comparisons", "rated"}:
             wanted = "comparisons" if loss.paired else "rated answers, or comparisons to split"
             raise UserError(f"dpo: the loss {loss.name} needs {wanted}: give the row {wanted.split()[0]}")
+
+    @classmethod
+    def carried(cls, config: Any, starts: Mapping[str, Any]) -> AnyAdapter | None:
+        return following(config.adapter, starts.get("policy"))
 
     def run(self, inputs: Inputs, workspace: Workspace) -> dict[str, Any]:
         from pipeline.data.reader import Reader

@@ -23,7 +23,7 @@ from pydantic import Field
 from pipeline.flow.artifacts import Conversations, Documents, Judge, Policy, Prompts, RewardModel, Samples
 from pipeline.flow.errors import UserError
 from pipeline.flow.stage import OneOrMore, Stage, Workspace
-from pipeline.llama.adapter_settings import AnyAdapter, adapter_field
+from pipeline.llama.adapter_settings import AnyAdapter, adapter_field, following
 from pipeline.rollout.engine import EngineSettings, SamplingSettings, require_room
 from pipeline.rollout.reward_settings import RewardSettings
 from pipeline.train.ppo_settings import NEED_GROUPS, PpoSettings
@@ -126,6 +126,10 @@ class Ppo(Stage):
     def withheld(cls, config: Any) -> frozenset[str]:
         return frozenset() if config.average else frozenset({"average"})
 
+    @classmethod
+    def carried(cls, config: Any, starts: Mapping[str, Any]) -> AnyAdapter | None:
+        return following(config.adapter, starts.get("policy"))
+
     def run(self, inputs: Inputs, workspace: Workspace) -> dict[str, Any]:
         from pipeline.algo.kl import controller
         from pipeline.data.reader import Reader
@@ -179,6 +183,8 @@ class Ppo(Stage):
                 "sampling.max_new_tokens"
             )
         stream = PromptStream(len(prompts), config.prompts, workspace.seed)
+        if few := stream.shortage():
+            workspace.say(few)
         together = min(groups_each(config.minibatch, config.sampling.samples), stream.size)
         if together < ranks.world:
             raise UserError(

@@ -156,7 +156,9 @@ class Pretrain(Stage):
         heldout = reader.read("heldout", inputs.heldout, "documents") if inputs.heldout else []
         start = open_trainable(inputs.policy, None, workspace.seed) if inputs.policy else None
         if start and start.base_digest:
-            raise UserError("policy: an adapter, but pretraining moves whole weights; merge it into its base first")
+            raise UserError(
+                "policy: an adapter, but pretraining moves whole weights; merge it first (rlhf export merged)"
+            )
         given = start.tokenizer if start else inputs.tokenizer and open_tokenizer(inputs.tokenizer)
         if given:
             tokenizer = given

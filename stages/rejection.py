@@ -23,7 +23,7 @@ from pipeline.flow.artifacts import Comparisons, Conversations, Judge, Policy, P
 from pipeline.flow.config import Settings, not_identity
 from pipeline.flow.errors import UserError
 from pipeline.flow.stage import OneOrMore, Stage, Workspace
-from pipeline.llama.adapter_settings import AnyAdapter, adapter_field
+from pipeline.llama.adapter_settings import AnyAdapter, adapter_field, following
 from pipeline.rollout.engine import EngineSettings, SamplingSettings, require_room
 from pipeline.rollout.mining import ChooseSettings, PairSettings
 from pipeline.rollout.reward_settings import RewardSettings
@@ -129,6 +129,10 @@ class Rejection(Stage):
     def withheld(cls, config: Any) -> frozenset[str]:
         return frozenset() if config.train else frozenset({"policy"})
 
+    @classmethod
+    def carried(cls, config: Any, starts: Mapping[str, Any]) -> AnyAdapter | None:
+        return following(config.adapter, starts.get("policy")) if config.train else None
+
     def run(self, inputs: Inputs, workspace: Workspace) -> dict[str, Any]:
         from pipeline.data.reader import Reader
         from pipeline.data.sources import write_jsonl
@@ -154,9 +158,7 @@ class Rejection(Stage):
             write_jsonl(workspace.slot("comparisons") / "data.jsonl", pairs.records)
         describe_samples(workspace, "samples", (s.origin for s in answers), scored_by)
         if not pairs.records:
-            workspace.say(
-                f"no two answers to a prompt differ enough to compare ({dict(pairs.skipped)}): no comparisons"
-            )
+            workspace.say(f"no two answers to a prompt differ enough to compare ({pairs.passed_over}): no comparisons")
         learnt = {}
         if policy and config.train:
             learnt = self._learn(policy, answers, chosen, inputs, reader, workspace, ranks)
@@ -201,7 +203,10 @@ class Rejection(Stage):
             return [], 0
         found = reader.read("prompts", inputs.prompts, "prompts")
         prompts = encode_prompts(found, policy.chat, config.max_tokens, config.sampling.max_new_tokens)
-        prompts = prompts.take(PromptStream(len(prompts), config.prompts, workspace.seed).batch(config.round))
+        stream = PromptStream(len(prompts), config.prompts, workspace.seed)
+        if few := stream.shortage():
+            workspace.say(few)
+        prompts = prompts.take(stream.batch(config.round))
         origin = origin_of(inputs.policy, workspace.stage, workspace.seed, iteration=config.round)
         drawn = draw(
             policy.model,
@@ -268,7 +273,7 @@ class Rejection(Stage):
         assert config.train and inputs.policy
         if not chosen.records:
             raise UserError(
-                f"none of {len(answers)} answers can be learnt from ({dict(chosen.skipped)}): unfinished ones did not "
+                f"none of {len(answers)} answers can be learnt from ({chosen.passed_over}): unfinished ones did not "
                 f"stop within {config.sampling.max_new_tokens} tokens; raise sampling.max_new_tokens, lower "
                 "choose.threshold where it is set, or train the policy for longer before this row"
             )

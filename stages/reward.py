@@ -7,6 +7,7 @@ the head's weight, the shift into the manifest.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from pipeline.flow.artifacts import Comparisons, Policy, Prompts, RewardModel
 from pipeline.flow.config import Settings
 from pipeline.flow.errors import UserError
 from pipeline.flow.stage import Stage, Workspace
-from pipeline.llama.adapter_settings import AnyAdapter, adapter_field
+from pipeline.llama.adapter_settings import AnyAdapter, adapter_field, following
 from pipeline.rollout.engine import require_room
 from pipeline.train.settings import TrainSettings
 
@@ -72,6 +73,10 @@ class Reward(Stage):
             require_room("reward.max_new_tokens", config.max_new_tokens, config.max_tokens)
 
     headline = ("heldout_accuracy", "loss", "tokens")
+
+    @classmethod
+    def carried(cls, config: Any, starts: Mapping[str, Any]) -> AnyAdapter | None:
+        return following(config.adapter, starts.get("policy"))
 
     def run(self, inputs: Inputs, workspace: Workspace) -> dict[str, Any]:
         from pipeline.data.groups import comparison_groups

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -16,7 +17,7 @@ from pipeline.data.templates import TemplateName
 from pipeline.flow.artifacts import Conversations, Policy
 from pipeline.flow.config import Settings, added
 from pipeline.flow.stage import Stage, Workspace
-from pipeline.llama.adapter_settings import AnyAdapter, adapter_field
+from pipeline.llama.adapter_settings import AnyAdapter, adapter_field, following
 from pipeline.train.settings import TrainSettings
 
 
@@ -57,6 +58,10 @@ class Sft(Stage):
         policy: Policy
 
     headline = ("loss", "accuracy", "tokens")
+
+    @classmethod
+    def carried(cls, config: Any, starts: Mapping[str, Any]) -> AnyAdapter | None:
+        return following(config.adapter, starts.get("policy"))
 
     def run(self, inputs: Inputs, workspace: Workspace) -> dict[str, Any]:
         from pipeline.data.groups import conversation_groups

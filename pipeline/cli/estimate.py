@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -47,6 +48,12 @@ def estimate(
         default="h100" if loaded.launch.get("device") == "cuda" else "cpu",
     )
     found = estimates(loaded, chosen, Wishes(utilisation, tokens, prompt, model))
+    if model and not any(source.kind.is_model and not source.paths for source in loaded.sources.values()):
+        print(
+            f"--model {model}: changes nothing, no source of this plan is a model without a path; the shape of what a "
+            "row pretrains is a setting of it, such as pretrain.model",
+            file=sys.stderr,
+        )
     document = estimate_document(loaded.name, chosen, utilisation, found)
     print_json(document) if json else _print(document, found)
 

@@ -467,6 +467,10 @@ def _is_alpaca(row: Row) -> bool:
     return "instruction" in row and "output" in row and not isinstance(row["output"], list)
 
 
+def _is_prompt_completion(row: Row) -> bool:
+    return "prompt" in row and "completion" in row and not _is_rated(row)
+
+
 def _is_messages(row: Row) -> bool:
     return "messages" in row and not _is_rated(row)
 
@@ -550,7 +554,7 @@ FORMATS = (
     Format(
         "prompt-completion",
         "conversations",
-        _keys("prompt", "completion"),
+        _is_prompt_completion,
         _prompt_completion,
         "TRL prompt and completion",
     ),

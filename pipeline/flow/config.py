@@ -273,15 +273,23 @@ class Places:
     also: dict[str, tuple[Keys, ...]] = field(default_factory=dict)  # label -> prefixes to look under
 
     def of(self, label: str, keys: Sequence[str] = ()) -> str:
-        """ "file:line: " of the key, or of the nearest mapping around it; "" where nothing is known."""
-        for prefix in self.also.get(label, (tuple(label.split(".")),)):
-            if found := self.lines.get((*prefix, *keys)):
-                return f"{found}: "
-        for prefix in self.also.get(label, (tuple(label.split(".")),)):
-            for size in range(len(keys) - 1, -1, -1):
-                if found := self.lines.get((*prefix, *keys[:size])):
-                    return f"{found}: "
-        return ""
+        """ "file:line: " of the key, of a `--set` that made it by what lies below, or of the nearest mapping around it.
+
+        "" where nothing is known.
+        """
+        prefixes = self.also.get(label, (tuple(label.split(".")),))
+        near: list[Keys] = []
+        for prefix in prefixes:
+            whole = (*prefix, *keys)
+            near += [whole, *(key for key in reversed(self.lines) if key[: len(whole)] == whole)]
+        around = [(*prefix, *keys[:size]) for prefix in prefixes for size in range(len(keys) - 1, -1, -1)]
+        return next((f"{self.lines[key]}: " for key in (*near, *around) if key in self.lines), "")
+
+    def put(self, keys: Keys, place: str) -> None:
+        """A value given anew at `place`: what stood below the old one stands nowhere now."""
+        for key in [key for key in self.lines if key[: len(keys)] == keys]:
+            del self.lines[key]
+        self.lines[keys] = place
 
 
 # ----------------------------------------------------------------------------------------------------- YAML
@@ -421,8 +429,20 @@ def _load(path: Path, above: tuple[Path, ...]) -> Document:
         places.update(part.places.lines)
         files.extend(part.files)
     merged = _merge_documents(merged, absolute_paths(values, path.parent))
+    places = {keys: place for keys, place in places.items() if _leads_somewhere(merged, keys)}  # a list was replaced
     places.update({keys: f"{path}:{line}" for keys, line in lines.items()})
     return Document(merged, Places(places), (*files, path))
+
+
+def _leads_somewhere(values: Any, keys: Keys) -> bool:
+    for key in keys:
+        if isinstance(values, list) and key.isdigit() and int(key) < len(values):
+            values = values[int(key)]
+        elif isinstance(values, dict) and key in values:
+            values = values[key]
+        else:
+            return False
+    return True
 
 
 def _merge_documents(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -446,12 +466,12 @@ def _text(path: Path) -> str:
 
 def with_sets(document: Document, sets: Iterable[str]) -> Document:
     """The document with each `--set` assigned under its literal keys."""
-    values, lines = dict(document.values), dict(document.places.lines)
+    values, places = dict(document.values), Places(dict(document.places.lines), document.places.also)
     for text in sets:
         keys, value = parse_set(text)
         assign(values, keys, absolute_path_value(keys[-1], value, Path.cwd()), f"--set {text}")
-        lines[keys] = f"--set {text}"
-    return Document(values, Places(lines, document.places.also), document.files)
+        places.put(keys, f"--set {text}")
+    return Document(values, places, document.files)
 
 
 def merge(below: Any, above: Any) -> Any:

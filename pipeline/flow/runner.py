@@ -268,6 +268,7 @@ class Runner:
             if state.status == "fresh":
                 self._reuse(plan, row, state.fingerprint)
             else:
+                self._write_summary(None)  # before hours of work: how an earlier run ended is no longer true
                 self._left_behind(name, previous.get(name), state.fingerprint)
                 self._execute(plan, row, state, sealed)
             sealed[name] = state.fingerprint

@@ -81,6 +81,13 @@ class Stage:
         """UserError where settings name a row or source that an input (slot -> names) does not read."""
 
     @classmethod
+    def carried(cls, config: Any, starts: Mapping[str, Any]) -> Any:
+        """What is known of the row's model while planning, for the rows that start from it; `starts` is what the rows
+        that its inputs read said of theirs (slot -> that, None where nothing is known). UserError where the settings do
+        not go with it."""
+        return None
+
+    @classmethod
     def boundaries(cls, config: Any) -> tuple[tuple[str, ...], ...]:
         """`same_tokenizer`, or what these settings need of it. "reward[0]" is the first artifact of a list slot."""
         return cls.same_tokenizer

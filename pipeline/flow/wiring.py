@@ -101,6 +101,7 @@ class _Loading:
         self.kinds: dict[str, tuple[type[Artifact], ...]] = {}  # what stands above: reference -> kinds
         self.withheld: set[str] = set()  # outputs that rows above leave out by their settings
         self.classes: dict[str, type[Stage]] = {}
+        self.carried: dict[str, Any] = {}  # row -> what its stage says of its model
 
     def plan(self, sets: Sequence[str]) -> Plan:
         self._check_top()
@@ -195,7 +196,7 @@ class _Loading:
             value = absolute_path_value(keys[-1], absolute_paths(value, Path.cwd()), Path.cwd())
             for target in self._targets(text, keys, names):
                 assign(self.values, target, value, f"--set {text}")
-                self.places.lines[target] = f"--set {text}"
+                self.places.put(target, f"--set {text}")
 
     def _targets(self, text: str, keys: Keys, names: list[str]) -> list[Keys]:
         """Where in the document a `--set` goes. A stage-wide one also overrides the rows in the file."""
@@ -305,6 +306,10 @@ class _Loading:
         try:
             cls.check(config, frozenset(slot for slot, value in inputs.items() if value))
             cls.check_names(config, {slot: _names(value) for slot, value in inputs.items()})
+            starts = {
+                slot: self.carried.get(value.row or "") for slot, value in inputs.items() if isinstance(value, Ref)
+            }
+            self.carried[name] = cls.carried(config, starts)
         except UserError as error:
             raise self._fail(("rows", str(index)), f"row {name}: {error}") from error
         self._stands(name, cls, config)

@@ -192,6 +192,34 @@ KINDS: tuple[type[AdapterSettings], ...] = (
 )  # fmt: skip
 
 
+def following(adapter: AnyAdapter | None, start: AnyAdapter | None) -> AnyAdapter | None:
+    """The adapter of a row's model, where `start` is that of what it starts from; None where there is none, or none is
+    known. UserError where the row asks for another one and does not say what becomes of the first."""
+    if adapter is None:
+        return start
+    if start is not None and adapter.beneath == "same":
+        if adapter.plain() != start.plain():
+            raise another_adapter(start.plain(), adapter)
+        return start
+    return None if isinstance(adapter, WeightsSettings) else adapter
+
+
+def another_adapter(have: AnyAdapter | None, asked: AnyAdapter) -> UserError:
+    return UserError(
+        f"the row starts from an adapter ({_told(have)}), the plan asks for another ({_told(asked.plain())}): "
+        "leave `adapter` unset to train the first one on, or say in adapter.beneath what becomes of it: merge adds "
+        "it to the weights, stack keeps it frozen under the new one"
+    )
+
+
+def _told(settings: AnyAdapter | None) -> str:
+    """The values of settings for people."""
+    if settings is None:
+        return "of settings that are none of ours"
+    shown = settings.model_dump(exclude_defaults=True)
+    return ", ".join(f"{k} {v}" for k, v in {"kind": settings.kind, **shown}.items())
+
+
 def kind_name(cls: type[AdapterSettings]) -> str:
     return str(typing.get_args(cls.model_fields["kind"].annotation)[0])
 

@@ -33,6 +33,7 @@ from pipeline.llama.adapter_settings import (
     PromptSettings,
     PTuningSettings,
     WeightsSettings,
+    another_adapter,
     require_place,
     require_reach,
     settings_of,
@@ -186,19 +187,7 @@ def require_same(model: nn.Module, settings: AnyAdapter) -> None:
     """Raises UserError where a plan asks for another adapter than the one that the row starts from."""
     have = settings_of(cast(Any, model).active_peft_config.to_dict())
     if have is None or have != settings.plain():
-        raise UserError(
-            f"the row starts from an adapter ({_told(have)}), the plan asks for another ({_told(settings.plain())}): "
-            "leave `adapter` unset to train the first one on, or say in adapter.beneath what becomes of it: merge adds "
-            "it to the weights, stack keeps it frozen under the new one"
-        )
-
-
-def _told(settings: AnyAdapter | None) -> str:
-    """The values of settings for people."""
-    if settings is None:
-        return "of settings that are none of ours"
-    shown = settings.model_dump(exclude_defaults=True)
-    return ", ".join(f"{k} {v}" for k, v in {"kind": settings.kind, **shown}.items())
+        raise another_adapter(have, settings)
 
 
 def told_share(model: nn.Module, settings: AnyAdapter | None, workspace: Workspace) -> dict[str, float]:

@@ -80,6 +80,11 @@ class Mined(Generic[R]):
     records: list[R]
     skipped: Counter[str]
 
+    @property
+    def passed_over(self) -> str:
+        """`skipped` in words: "unfinished: 2, prompts without: 1"."""
+        return ", ".join(f"{what.replace('_', ' ')}: {count}" for what, count in self.skipped.items())
+
 
 # --- samples by prompt --------------------------------------------------------------------------------------
 

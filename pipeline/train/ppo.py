@@ -176,6 +176,12 @@ class PromptStream:
     def __init__(self, prompts: int, size: int | None, seed: int) -> None:
         self.prompts, self.seed = prompts, seed
         self.size = min(size or prompts, prompts)
+        self.wanted = size or prompts
+
+    def shortage(self) -> str | None:
+        """What to say where there are fewer prompts than a batch is set to have."""
+        few = f"prompts is {self.wanted}, but there are only {self.prompts} to ask: all of them are asked each time"
+        return few if self.prompts < self.wanted else None
 
     def batch(self, iteration: int) -> list[int]:
         """Without repeats inside a batch: what is left of an epoch and too small for one is not used."""

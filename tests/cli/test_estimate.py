@@ -48,6 +48,13 @@ def test_json_is_one_document(capsys: Any):
     assert sum(row["memory"]["parts"].values()) == pytest.approx(row["memory"]["total"], abs=20)
 
 
+def test_a_preset_that_stands_in_for_nothing_is_told(capsys: Any):
+    plain = rlhf(capsys, QUICKSTART, "--json")
+    code, out, err = rlhf(capsys, QUICKSTART, "--json", "--model", "llama-3-8b")
+    assert code == 0 and out == plain[1] and err.startswith("--model llama-3-8b: changes nothing") and not plain[2]
+    assert "changes nothing" not in rlhf(capsys, EIGHT, "--model", "llama-3-8b")[2]
+
+
 def test_where_nothing_fits_it_says_what_to_change(capsys: Any):
     code, out, _ = rlhf(capsys, EIGHT, "--model", "llama-3-8b", "--memory", "42", "--set", "launch.zero_stage=1")
     assert code == 0 and "sft: nothing fits (42 GB a rank); --set " in out

@@ -7,11 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from pipeline.cli import main
-from pipeline.cli.exports import app
+from pipeline.cli.exports import _write_merged, app
+from pipeline.flow.errors import UserError
+from pipeline.llama.adapter_settings import LoraSettings, PromptSettings
+from pipeline.llama.open import open_policy, open_trainable
 from tests.small import policy, save
 
 
@@ -44,3 +48,30 @@ def test_a_refusal_is_one_message_and_leaves_nothing(stored: Path, tmp_path: Pat
         assert ended.value.code == 2
         assert words in (said := capsys.readouterr().err) and "Traceback" not in said and said.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("beneath", [None, "same", "merge", "stack"])
+def test_a_merged_policy_is_its_base_with_every_adapter_added(tmp_path: Path, beneath: Any) -> None:
+    """Beside the README's `from_pretrained`: transformers alone opens it, and computes what the policy computes."""
+    from transformers import AutoModelForCausalLM
+
+    given = save(tmp_path / "base", "policy", policy().model)
+    for i in range({None: 0, "same": 1}.get(beneath, 2)):
+        made = open_trainable(given, LoraSettings(rank=2, beneath=beneath), seed=i)
+        for number, weight in enumerate(made.model.parameters()):
+            if weight.requires_grad:
+                torch.nn.init.normal_(weight, std=0.1, generator=torch.Generator().manual_seed(number))
+        given = save(tmp_path / str(i), "policy", made.model, given)
+    words = _write_merged(given, tmp_path / "out", "run sft")
+    assert words == ("which was whole already" if beneath is None else "merged")
+    plain, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "out"), torch.tensor([[5, 9, 17, 3]])
+    logits = [model.eval()(input_ids=ids).logits for model in (plain, open_policy(given).model)]
+    torch.testing.assert_close(*logits, atol=1e-5, rtol=1e-5)
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
+
+
+def test_virtual_tokens_are_not_merged(tmp_path: Path) -> None:
+    base = save(tmp_path / "base", "policy", policy().model)
+    made = open_trainable(base, PromptSettings(kind="prompt", tokens=2), seed=0)
+    with pytest.raises(UserError, match="run sft: its adapter is virtual tokens"):
+        _write_merged(save(tmp_path / "made", "policy", made.model, base), tmp_path / "out", "run sft")

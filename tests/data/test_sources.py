@@ -231,9 +231,12 @@ def test_questions_with_answers_are_prompts_where_prompts_are_wanted(file: Any) 
         read_prompts(file({"question": "q", "answer": None}))
 
 
-def test_unpaired_answers_are_never_taken_for_demonstrations(file: Any) -> None:
-    with pytest.raises(UserError, match="this file holds rated, but conversations are wanted"):
-        read_conversations(file({"messages": TURNS, "label": False}))
+@pytest.mark.parametrize("wanted", [read_conversations, read_documents])
+@pytest.mark.parametrize("row", [{"messages": TURNS}, {"prompt": "q", "completion": "a"}])
+@pytest.mark.parametrize("verdict", [{"label": False}, {"desirable": True}])
+def test_unpaired_answers_are_never_taken_for_demonstrations(file: Any, wanted: Any, row: Any, verdict: Any) -> None:
+    with pytest.raises(UserError, match="this file holds rated, but .* are wanted"):
+        wanted(file(row | verdict))
 
 
 def test_prompts_that_end_with_an_answer_or_share_an_id(file: Any) -> None:

@@ -124,6 +124,8 @@ def test_extends_merges_mappings_and_replaces_lists(tmp_path: Path) -> None:
     assert document.values["sources"]["w"] == {"kind": "prompts"}  # another kind: nothing of the old one is left
     assert document.places.of("stages.sft", ["x"]) == f"{plan}:2: "
     assert document.places.of("stages.sft", ["y"]) == f"{tmp_path / 'parts/b.yaml'}:2: "
+    assert document.places.of("stages.sft", ["l", "1"]) == f"{plan}:2: "  # of the list that replaced a longer one
+    assert document.places.of("sources", ["w", "seed"]) == f"{plan}:3: "
 
 
 def test_extends_refuses_cycles_missing_files_and_text(tmp_path: Path) -> None:
@@ -171,6 +173,10 @@ def test_sets_are_assigned_to_a_document_that_stays_as_it_is(tmp_path: Path) -> 
     changed = with_sets(document, ["stages.dpo.beta=0.2", "sources.x.path=a.jsonl", "seed=3"])
     assert document.values == {"stages": {"dpo": {"beta": 0.1}}}
     assert changed.places.of("stages", ["dpo", "beta"]) == "--set stages.dpo.beta=0.2: "
+    assert changed.places.of("sources", ["x"]) == "--set sources.x.path=a.jsonl: "  # what a set makes on its way
+    assert changed.places.of("stages", ["dpo", "loss"]) == f"{plan}:1: "
+    whole = with_sets(document, ["stages.dpo={beta: 0}"])
+    assert whole.places.of("stages", ["dpo", "beta"]) == "--set stages.dpo={beta: 0}: "
     assert changed.values == {
         "stages": {"dpo": {"beta": 0.2}},
         "sources": {"x": {"path": str(Path.cwd() / "a.jsonl")}},

@@ -136,6 +136,13 @@ def test_what_is_sealed_is_recorded_while_the_run_goes_on(place: Place) -> None:
     runner.run(None, "pair")
     assert seen == [([], None, None), (["first"], None, None), (["first", "second"], None, None)]
     assert read_summary(place.run_dir)["exit_code"] == 0 and read_summary(place.run_dir)["finished"]
+    seen.clear()
+    runner = place.runner("first.fail=crash")
+    runner.listener = Watch()
+    with pytest.raises(RowFailed):
+        runner.run(None, "first")
+    assert [ended for _, *ended in seen] == [[None, None]]  # not the end of the run before
+    assert read_summary(place.run_dir)["exit_code"] == RowFailed.exit_code
 
 
 def test_a_second_run_executes_nothing(finished: tuple[Place, RunResult]) -> None:

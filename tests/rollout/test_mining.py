@@ -94,6 +94,7 @@ def test_a_threshold_without_a_number_is_refused() -> None:
 def test_records_made_of_the_chosen() -> None:
     mined = choose([*GROUP, sample("c", 0, "cut", 9.0, stopped=False)], "proxy", ChooseSettings())
     assert mined.skipped == {"unfinished": 1, "prompts_without": 1}
+    assert mined.passed_over == "unfinished: 1, prompts without: 1"
     (first,) = mined.records
     assert first.source == "here"
     assert [(m.role, m.content, m.weight) for m in first.messages] == [

@@ -226,6 +226,10 @@ def test_prompts_come_once_an_epoch_in_an_order_of_their_own():
     assert (
         sorted(PromptStream(4, 99, seed=0).batch(7)) == sorted(PromptStream(4, None, seed=0).batch(0)) == [0, 1, 2, 3]
     )
+    assert PromptStream(4, 99, seed=0).shortage() == (
+        "prompts is 99, but there are only 4 to ask: all of them are asked each time"
+    )
+    assert PromptStream(4, 4, seed=0).shortage() is None and PromptStream(4, None, seed=0).shortage() is None
 
 
 def test_minibatches_hold_whole_groups():

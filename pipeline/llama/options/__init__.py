@@ -166,7 +166,7 @@ def _refuse_latent(shape: Mapping[str, Any], options: Mapping[str, Any]) -> None
     if shape.get("num_key_value_heads", heads) not in (None, heads):
         raise ValueError(
             f"num_key_value_heads is {shape['num_key_value_heads']}, but under attention latent every head has keys of "
-            "its own out of one vector: leave it out"
+            "its own out of one vector: leave it out, or set it to null where another file of the plan sets it"
         )
 
 

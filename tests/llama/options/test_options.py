@@ -39,7 +39,7 @@ REFUSED = [
     ({**LATENT, "qk_rope_head_dim": 5}, "qk_rope_head_dim 5 is odd"),
     ({**LATENT, "positions": "alibi"}, "set positions to rotary, or attention to full"),
     ({**LATENT, "norm": "deep", "norm_placement": "post"}, "set norm to layer, or attention to full"),
-    ({**LATENT, "num_attention_heads": 4, "num_key_value_heads": 2}, "num_key_value_heads is 2"),
+    ({**LATENT, "num_attention_heads": 4, "num_key_value_heads": 2}, "leave it out, or set it to null where"),
 ]
 FORMS = [
     ({}, "llama"),
