@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pipeline.data.templates import TEMPLATES
 from pipeline.estimate import memory, operations
 from pipeline.estimate.devices import Device
 from pipeline.estimate.following import (
@@ -214,8 +213,7 @@ def _sft(seen: Following, row: Row) -> tuple[Work, Cost]:
     config: Any = row.config
     start = seen.one(row, "policy")
     assert start is not None
-    words = {*config.add_tokens, *(TEMPLATES[config.template].control if config.template else ())}
-    if words:  # at most: those that its tokenizer has already are no rows more
+    if words := set(config.add_tokens):  # at most: those that its tokenizer has already are no rows more
         start = replace(start, shape=replace(start.shape, vocabulary=start.shape.vocabulary + len(words)))
         seen.notes.append(f"{row.name}: up to {len(words)} added tokens are counted as rows of the embeddings")
     model = adapted(row, start, config.adapter)
