@@ -328,11 +328,14 @@ def test_every_policy_stage_records_and_chooses_on_dev(place: Place, inputs: dic
         assert all(line["dev/kl"] != 0 for line in looks)
 
 
-def test_the_controller_waits_until_the_policy_has_moved(place: Place, inputs: dict[str, Any]):
-    """Warm-up and the first iteration have KL 0 by construction: that says nothing about the coefficient."""
+@pytest.mark.parametrize("warmup", [0, 1, 2])
+def test_the_controller_waits_until_the_policy_has_moved(place: Place, inputs: dict[str, Any], warmup: int):
+    """What is sampled during warm-up and in the iteration after it has KL 0 by construction: that says nothing about
+    the coefficient, which halves only after the first KL that was measured on a policy that had moved."""
     band = {"control": "band", "band": [50.0, 60.0], "coefficient": 0.1}
-    row = place.run("ppo", inputs, **{**SMALL, "iterations": 4, "critic": {"warmup": 2}, "kl": band})
-    assert [line["kl_coefficient"] for line in row.log] == [0.1, 0.1, 0.1, 0.05]
+    row = place.run("ppo", inputs, **{**SMALL, "iterations": warmup + 3, "critic": {"warmup": warmup}, "kl": band})
+    assert [line["kl"] == 0.0 for line in row.log] == [True] * (warmup + 1) + [False] * 2
+    assert [line["kl_coefficient"] for line in row.log] == [0.1] * (warmup + 2) + [0.05]
 
 
 def test_a_prompt_with_all_its_answers_must_fit_a_pass(place: Place, inputs: dict[str, Any]):
