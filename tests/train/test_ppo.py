@@ -118,6 +118,17 @@ def test_advantages_are_whitened_over_all_minibatches_together():
     assert [float(f.tokens["advantages"][2]) for f in here.minibatches[0]] == pytest.approx(flat[:2], abs=1e-6)
 
 
+def test_a_rank_with_fewer_forests_makes_the_passes_of_the_others():
+    """Each pass gathers weights that are cut up over the ranks. What the extra ones say is not used."""
+    forests = [build([group((1, s))]) for s in (1.0, 2.0)]
+    silent = Told([0.0] * 3)
+    plain = make_targets(silent, Told([0.0] * 3), [forests, []], 0.0, PLAIN)
+    assert len(silent.temperatures) == 2
+    counted = make_targets(silent, Told([0.0] * 3), [forests, []], 0.0, PLAIN, passes=[3, 2])
+    assert len(silent.temperatures) == 2 + 3 + 2
+    assert counted.figures == plain.figures and [len(own) for own in counted.minibatches] == [2, 0]
+
+
 def test_values_are_a_baseline_and_explain_returns():
     forest = build([group((2, 1.0), (1, 3.0))])
     actor = Told([0.0] * 5, [9.0, 9.0, 0.5, 0.25, 2.0])
