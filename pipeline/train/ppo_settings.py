@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from pipeline.flow.config import Settings
 
 NEED_GROUPS = ("rloo", "grpo")  # advantages that compare answers to one prompt
+LARGEST_ERROR = 0.2  # of the KL against its target, to which adaptive control clips it (Ziegler et al. 2019)
 
 
 class KlSettings(Settings):
