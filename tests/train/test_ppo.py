@@ -11,7 +11,7 @@ from torch import nn
 
 from pipeline.algo.kl import controller
 from pipeline.data.forest import Forest, build
-from pipeline.data.groups import continuations
+from pipeline.data.groups import answers, continuations
 from pipeline.data.records import Prompt
 from pipeline.flow.errors import RowFailed
 from pipeline.llama.adapters import LoraSettings, add_adapter
@@ -21,7 +21,7 @@ from pipeline.rollout.engine import SamplingSettings
 from pipeline.rollout.noise import NoiseKey
 from pipeline.train.loop import Trainer
 from pipeline.train.ppo import Learner, PromptStream, RecordStream, groups_each, make_targets
-from pipeline.train.ppo_checks import require_ratio_one, require_sampler, require_zero_kl
+from pipeline.train.ppo_checks import require_ratio_one, require_sampler, require_scores_last, require_zero_kl
 from pipeline.train.ppo_loss import Phase, ppo_loss, token_weights, wanted
 from pipeline.train.ppo_settings import PpoSettings
 from pipeline.train.reference import without_dropout
@@ -95,6 +95,19 @@ def test_the_score_is_one_reward_at_the_end_of_each_answer(lengths: tuple[int, .
     for n, score in zip(lengths, scores, strict=True):
         expected += [0.0] * (n - 1) + [score]
     same(found.tokens["returns"], expected)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1, 1e5])
+def test_a_score_that_stands_elsewhere_is_refused(beta: float):
+    """T40: one token early, on another answer's, or missing; not where a huge penalty swallows its last digits."""
+    forest = build([group((2, 0.8), (1, 0.5))])
+    at = answers(forest)
+    scores, kl = forest.facts["score"][at], torch.tensor([0.0, 0.0, 0.3, -4.7, 2.1])
+    right = -beta * kl + torch.tensor([0.0, 0.0, 0.0, 0.8, 0.5])
+    require_scores_last(right, kl, scores, forest, at, beta)
+    for wrong in ([0, 0, 0.8, 0, 0.5], [0, 0, 0, 0, 1.3], [0, 0, 0, 0.8, 0], [0.5, 0, 0, 0.8, 0]):
+        with pytest.raises(RowFailed, match="a score does not stand on the last token of its answer"):
+            require_scores_last(-beta * kl + torch.tensor(wrong), kl, scores, forest, at, beta)
 
 
 def test_an_empty_answer_takes_no_reward_from_others():
