@@ -173,6 +173,11 @@ class Ppo(Stage):
             shared += share_frozen(*there)
         for caution in config.cautions():
             workspace.say(caution)
+        if config.has_critic and config.critic.warmup >= config.iterations:
+            workspace.say(
+                f"critic.warmup: all {config.iterations} iterations train the critic alone, the policy stays what it "
+                "was"
+            )
         if roles.dropout_off:
             workspace.say("dropout is off: the ratio to the policy that sampled would measure it")
         policy, temperature = roles.policy, config.sampling.temperature

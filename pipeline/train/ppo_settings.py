@@ -178,6 +178,8 @@ class PpoSettings(Settings):
             said.append(
                 f"kl: in the reward the gradient of {self.kl.estimator} is not that of the KL; use k1, or where: loss"
             )
+        if self.kl.control != "fixed" and not self.kl.coefficient:
+            said.append(f"kl.control is {self.kl.control}, which multiplies kl.coefficient: from 0 it never moves")
         return said + [f"{name} is set, but has no effect: {why}" for name, why in self._idle()]
 
     def _idle(self) -> list[tuple[str, str]]:

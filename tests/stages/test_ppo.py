@@ -298,6 +298,20 @@ def test_estimators_with_a_wrong_gradient_are_warned_of():
     assert not PpoSettings().cautions()
 
 
+def test_a_coefficient_of_zero_cannot_be_controlled():
+    """It is multiplied: 0 stays 0."""
+    for control in ("adaptive", "band"):
+        (said,) = PpoSettings(kl={"control": control, "coefficient": 0.0}).cautions()
+        assert said == f"kl.control is {control}, which multiplies kl.coefficient: from 0 it never moves"
+    assert not PpoSettings(kl={"coefficient": 0.0}).cautions()
+
+
+def test_a_row_that_ends_in_its_warm_up_says_that_the_policy_stays(place: Place, inputs: dict[str, Any]):
+    row = place.run("ppo", inputs, **{**SMALL, "critic": {"warmup": 2}})
+    assert "critic.warmup: all 2 iterations train the critic alone, the policy stays what it was" in row.said
+    assert not any("critic.warmup" in said for said in place.run("ppo", inputs, **SMALL).said)
+
+
 def test_settings_without_effect_are_named():
     given = PpoSettings(
         advantage="rloo", lam=0.9, gamma=0.5, kl={"target": 3.0}, mix={"batch": 4}, importance={"cap": 3}
