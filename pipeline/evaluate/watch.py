@@ -67,6 +67,12 @@ def open_watch(
         raise UserError(f"dev: {problem}") from problem
     if len(fits) < len(dev):
         workspace.say(f"dev: {len(dev) - len(fits)} of {len(dev)} prompts are too long and left out")
+    asked = reference.chat.prompts_ids([prompt.messages for prompt in fits])
+    if (longest := max(map(len, asked)) + sampling.max_new_tokens) > budget:
+        raise UserError(
+            f"dev: a prompt with its answer may have {longest} tokens, more than train.token_budget {budget}: raise "
+            "it, or leave long prompts out"
+        )
     key = NoiseKey(workspace.seed, "dev")
     made = Watch(
         policy, fits, panel, reference, sampling, key, config.max_tokens, budget, config.kl_budget, workspace.say

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.data.forest import Segment, build
-from pipeline.data.records import Document
+from pipeline.data.records import Document, Prompt
 from pipeline.flow.errors import Damaged, NonFinite, UserError
 from pipeline.flow.stage import Workspace
 from pipeline.llama.heads import at_last
@@ -23,7 +23,7 @@ from pipeline.train.memory import human
 from pipeline.train.ppo_settings import PpoSettings
 from pipeline.train.roles import open_roles
 from stages.ppo import Ppo
-from tests.small import policy, save
+from tests.small import ask, policy, save
 from tests.stages.rows import Place, Row, train
 
 SHORT = {"samples": 4, "max_new_tokens": 6}
@@ -357,6 +357,16 @@ def test_a_prompt_with_all_its_answers_must_fit_a_pass(place: Place, inputs: dic
         place.run(
             "ppo", inputs, **{**SMALL, "sampling": {**SHORT, "max_new_tokens": 16}, "train": train(token_budget=40)}
         )
+
+
+def test_a_prompt_of_dev_with_its_answer_must_fit_a_pass(place: Place, inputs: dict[str, Any]):
+    """Said before anything is trained: a user turn of 80 characters is 84 tokens, its answer 6 more."""
+    long = {**inputs, "dev": place.data("prompts", [Prompt("p0", ask("x" * 80))])}
+    pairs = {"policy": inputs["policy"], "comparisons": place.pairs(), "dev": long["dev"]}
+    for stage, given, more in (("ppo", long, SMALL), ("dpo", pairs, {"max_new_tokens": 6})):
+        with pytest.raises(UserError, match=r"dev: a prompt with its answer may have 90 tokens, more than train.token"):
+            place.run(stage, given, **{**more, "train": train(token_budget=89, evaluations=1)})
+        place.run(stage, given, **{**more, "train": train(token_budget=90, evaluations=1)})
 
 
 def test_dev_without_a_reward_model_is_recorded_and_chooses_nothing(place: Place, inputs: dict[str, Any]):
