@@ -237,7 +237,7 @@ class Rejection(Stage):
         """Every answer scored by all sources, or as it is in the store; and by source the reward model that scored."""
         from pipeline.rollout.reward_settings import PROXY
         from pipeline.rollout.rewards import Rewards
-        from pipeline.rollout.samples import note_rendering, score_again, with_scores
+        from pipeline.rollout.samples import note_rendering, score_again, shared_scores, with_scores
 
         config: Rejection.Config = self.config
         scored_by = {name: d for a in inputs.samples for name, d in a.lineage.get("scored_by", {}).items()}
@@ -252,7 +252,7 @@ class Rejection(Stage):
             answers = score_again(answers, source, model.reward, artifact.lineage, token_budget=budget, ranks=ranks)
             scored_by |= {source: artifact.digest}
         for function in rewards.functions:
-            answers = with_scores(answers, called[function.name], function.scores(answers))
+            answers = with_scores(answers, called[function.name], shared_scores(answers, function.scores, ranks))
         found = {name: [s.scores[own] for s in answers] for name, own in called.items()}
         together = with_scores(answers, PROXY, rewards.together(found, len(answers)))
         return with_scores(answers, config.score, rewards.total(together, ranks)), scored_by
