@@ -25,7 +25,7 @@ from pipeline.flow.stage import Stage, Workspace
 from pipeline.llama.adapter_settings import AnyAdapter, adapter_field, following
 from pipeline.rollout.engine import require_room
 from pipeline.train.losses import AnyLoss, default_loss
-from pipeline.train.settings import TrainSettings
+from pipeline.train.settings import TrainSettings, require_budget
 
 SHORT = ("beta", "label_smoothing", "sft_coefficient")  # of the loss's own settings, as they are most often set
 FIGURES = ("loss", "accuracy", "margin", "reward_desirable", "reward_undesirable", "reference_point")
@@ -96,8 +96,8 @@ class Dpo(Stage):
             raise UserError(f"dpo: {' and '.join(idle)} score answers to `dev`, which is not given")
         if "dev" in given:
             require_room("dpo.max_new_tokens", config.max_new_tokens, config.max_tokens)
-        if config.kl_budget and "dev" not in given:
-            raise UserError("dpo.kl_budget: chooses weights by `dev`, which is not given")
+        scored = bool({"reward", "heldout_reward"} & given)
+        require_budget("dpo", config.kl_budget, config.train, dev="dev" in given, scored=scored)
         loss = config.loss.made()
         if loss.paired and (rated := sorted(given & {"rated", "heldout_rated"})):
             raise UserError(

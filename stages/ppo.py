@@ -26,8 +26,8 @@ from pipeline.flow.stage import OneOrMore, Stage, Workspace
 from pipeline.llama.adapter_settings import AnyAdapter, adapter_field, following
 from pipeline.rollout.engine import EngineSettings, SamplingSettings, require_room
 from pipeline.rollout.reward_settings import RewardSettings
-from pipeline.train.ppo_settings import NEED_GROUPS, PpoSettings
-from pipeline.train.settings import TrainSettings
+from pipeline.train.ppo_settings import LARGEST_ERROR, NEED_GROUPS, PpoSettings
+from pipeline.train.settings import TrainSettings, require_budget
 
 
 class Ppo(Stage):
@@ -104,14 +104,21 @@ class Ppo(Stage):
         ):
             if weight and slot not in given:
                 raise UserError(f"ppo.mix.{name} is {weight:g}, but the row has no input {slot!r} to take records from")
+        each, horizon = config.prompts * config.sampling.samples, config.kl.horizon
+        if config.kl.control == "adaptive" and horizon <= LARGEST_ERROR * each:
+            raise UserError(
+                f"ppo.kl.horizon: {horizon:g} is too short for {each} responses an iteration (prompts times samples): "
+                f"one step could take the coefficient to 0 or below; set it above {LARGEST_ERROR * each:g}"
+            )
         if config.has_critic and config.critic.start == "reward" and "reward" not in given:
             raise UserError(
                 "ppo.critic.start: the critic starts as the reward model, and there is none; set it to policy or shared"
             )
         if "dev" not in given and {"heldout_reward", "judge"} & given:
             raise UserError("ppo: heldout_reward and judge score answers to `dev`, which is not given")
-        if config.kl_budget and "dev" not in given:
-            raise UserError("ppo.kl_budget: chooses weights by `dev`, which is not given")
+        require_budget(
+            "ppo", config.kl_budget, config.train, dev="dev" in given, scored=True, cut=config.sampling.truncated
+        )
 
     @classmethod
     def check_names(cls, config: Any, names: Mapping[str, Sequence[str]]) -> None:
@@ -170,6 +177,11 @@ class Ppo(Stage):
             shared += share_frozen(*there)
         for caution in config.cautions():
             workspace.say(caution)
+        if config.has_critic and config.critic.warmup >= config.iterations:
+            workspace.say(
+                f"critic.warmup: all {config.iterations} iterations train the critic alone, the policy stays what it "
+                "was"
+            )
         if roles.dropout_off:
             workspace.say("dropout is off: the ratio to the policy that sampled would measure it")
         policy, temperature = roles.policy, config.sampling.temperature

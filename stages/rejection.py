@@ -27,7 +27,7 @@ from pipeline.llama.adapter_settings import AnyAdapter, adapter_field, following
 from pipeline.rollout.engine import EngineSettings, SamplingSettings, require_room
 from pipeline.rollout.mining import ChooseSettings, PairSettings
 from pipeline.rollout.reward_settings import RewardSettings
-from pipeline.train.settings import TrainSettings
+from pipeline.train.settings import TrainSettings, require_budget
 
 if TYPE_CHECKING:
     from pipeline.data.reader import Reader
@@ -112,18 +112,32 @@ class Rejection(Stage):
         if "prompts" in given:
             if "policy" not in given:
                 raise UserError("input policy: not given, but answers to prompts are drawn; wire it")
+            if config.temperatures and config.sampling.num_beams > 1:
+                raise UserError(
+                    f"rejection.temperatures: beam search (sampling.num_beams {config.sampling.num_beams}) finds the "
+                    "same answers at each of them: leave temperatures out, or num_beams at 1"
+                )
             config.reward.require_source("rejection", "reward" in given)
             require_room("rejection.sampling.max_new_tokens", config.sampling.max_new_tokens, config.max_tokens)
         elif "reward" not in given and not config.reward.functions:
             config.reward.require_unset("rejection")
-        if config.kl_budget and "dev" not in given:
-            raise UserError("rejection.kl_budget: chooses weights by `dev`, which is not given")
+        scored = bool({"reward", "heldout_reward"} & given or config.reward.functions)
+        at_one = config.sampling.model_copy(update={"temperature": 1.0})  # as `dev` is answered
+        require_budget(
+            "rejection", config.kl_budget, config.train, dev="dev" in given, scored=scored, cut=at_one.truncated
+        )
         if "heldout_reward" in given and "dev" not in given:
             raise UserError("rejection: heldout_reward scores answers to `dev`, which is not given")
 
     @classmethod
     def check_names(cls, config: Any, names: Mapping[str, Sequence[str]]) -> None:
         config.reward.require_names("rejection", names.get("reward", ()))
+        sources = [*names.get("reward", ()), *(f.source for f in config.reward.functions)]
+        if len(sources) > 1 and config.score in sources:
+            raise UserError(
+                f"rejection.score: {config.score!r} is what one of {len(sources)} sources is called, whose own score "
+                "it would replace in the store: choose another name for the score of all together"
+            )
 
     @classmethod
     def withheld(cls, config: Any) -> frozenset[str]:
@@ -228,7 +242,7 @@ class Rejection(Stage):
         """Every answer scored by all sources, or as it is in the store; and by source the reward model that scored."""
         from pipeline.rollout.reward_settings import PROXY
         from pipeline.rollout.rewards import Rewards
-        from pipeline.rollout.samples import note_rendering, score_again, with_scores
+        from pipeline.rollout.samples import note_rendering, score_again, shared_scores, with_scores
 
         config: Rejection.Config = self.config
         scored_by = {name: d for a in inputs.samples for name, d in a.lineage.get("scored_by", {}).items()}
@@ -243,7 +257,7 @@ class Rejection(Stage):
             answers = score_again(answers, source, model.reward, artifact.lineage, token_budget=budget, ranks=ranks)
             scored_by |= {source: artifact.digest}
         for function in rewards.functions:
-            answers = with_scores(answers, called[function.name], function.scores(answers))
+            answers = with_scores(answers, called[function.name], shared_scores(answers, function.scores, ranks))
         found = {name: [s.scores[own] for s in answers] for name, own in called.items()}
         together = with_scores(answers, PROXY, rewards.together(found, len(answers)))
         return with_scores(answers, config.score, rewards.total(together, ranks)), scored_by

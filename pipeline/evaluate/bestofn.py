@@ -27,4 +27,4 @@ def curve(samples: Sequence[Sample], source: str, judge: GoldJudge | None, *, se
 
 def _one_sampler(samples: Sequence[Sample]) -> bool:
     drawn = {(s.origin.policy, s.origin.iteration, s.origin.temperature) if s.origin else None for s in samples}
-    return len(drawn) == 1 and None not in drawn
+    return len(drawn) == 1 and None not in drawn and all(s.origin and s.origin.temperature != 0.0 for s in samples)

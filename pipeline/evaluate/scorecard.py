@@ -203,9 +203,14 @@ def _expected(keys: Sequence[Floats], values: Sequence[Floats], most: int) -> Fl
 
 @cache
 def _subset_weights(samples: int) -> Floats:
-    """[N, N]: row n - 1 holds the chance of each rank (ascending) to be the best of a random subset of n."""
-    table = [[math.comb(rank, n - 1) / math.comb(samples, n) for rank in range(samples)] for n in range(1, samples + 1)]
-    return np.array(table)
+    """[N, N]: row n - 1 holds the chance of each rank (ascending) to be the best of a random subset of n.
+
+    It is C(rank, n - 1) / C(N, n): n / N at the top, and from there down by (rank - n + 1) / rank, which takes no whole
+    numbers of hundreds of digits.
+    """
+    n, rank = np.arange(1, samples + 1)[:, None], np.arange(samples - 1, 0, -1)
+    down = np.maximum(rank + 1 - n, 0) / rank
+    return np.cumprod(np.concatenate([n / samples, down], axis=1), axis=1)[:, ::-1]
 
 
 def _sorted_by(keys: Floats, values: Floats) -> Floats:

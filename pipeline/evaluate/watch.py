@@ -52,13 +52,14 @@ def open_watch(
     """What a row with these inputs and settings looks at; None without `dev`, UserError where no prompt of it fits.
 
     `policy` is what is trained; KL is to what the row starts from. Answers are drawn as `sampling` says, one a prompt,
-    at temperature 1. A proxy of several sources is their combined score, before length terms and missing ends.
+    at temperature 1, and never searched for by beams, whose log ratio is no KL. A proxy of several sources is their
+    combined score, before length terms and missing ends.
     """
     if inputs.dev is None:
         return None
     dev, budget = reader.read("dev", inputs.dev, "prompts"), config.train.token_budget
     panel = Panel.open(proxy=proxy, heldout=inputs.heldout_reward, judge=inputs.judge, token_budget=budget)
-    sampling = sampling.model_copy(update={"samples": 1, "temperature": 1.0})
+    sampling = sampling.model_copy(update={"samples": 1, "temperature": 1.0, "num_beams": 1})
     reference = open_frozen(inputs.policy)
     try:
         fits = fitting(dev, [reference.chat], config.max_tokens, sampling.max_new_tokens)
@@ -66,6 +67,12 @@ def open_watch(
         raise UserError(f"dev: {problem}") from problem
     if len(fits) < len(dev):
         workspace.say(f"dev: {len(dev) - len(fits)} of {len(dev)} prompts are too long and left out")
+    asked = reference.chat.prompts_ids([prompt.messages for prompt in fits])
+    if (longest := max(map(len, asked)) + sampling.max_new_tokens) > budget:
+        raise UserError(
+            f"dev: a prompt with its answer may have {longest} tokens, more than train.token_budget {budget}: raise "
+            "it, or leave long prompts out"
+        )
     key = NoiseKey(workspace.seed, "dev")
     made = Watch(
         policy, fits, panel, reference, sampling, key, config.max_tokens, budget, config.kl_budget, workspace.say

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -87,13 +88,14 @@ class FunctionSource:
         return [self._score(sample) for sample in samples]
 
     def _score(self, sample: Sample) -> float:
-        prompt = sample.prompt
+        prompt, own = sample.prompt, deepcopy(dict(self.arguments))  # a function may change what it is given
         try:
-            value = self.function(prompt.messages, sample.text, sample.stopped, prompt.answer, **self.arguments)
-        except Exception as error:
+            value = self.function(prompt.messages, sample.text, sample.stopped, prompt.answer, **own)
+        except (Exception, SystemExit) as error:
             raise UserError(f"{self._at(sample)}: {_words(error)}") from error
-        if not isinstance(value, numbers.Real) or not abs(score := float(value)) < float("inf"):
-            raise UserError(f"{self._at(sample)}: expected a finite number, but it returned {value!r:.60}")
+        score = _number(value)
+        if not abs(score) < float("inf"):
+            raise UserError(f"{self._at(sample)}: expected a finite number, but it returned {_shown(value)}")
         return score
 
     def _at(self, sample: Sample) -> str:
@@ -249,5 +251,20 @@ def _where(sample: Sample) -> str:
     return f"prompt {sample.prompt.id!r}, answer {sample.index} {text!r}"
 
 
-def _words(error: Exception) -> str:
+def _words(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
+
+
+def _number(value: Any) -> float:
+    """NaN for what is no number, or larger than any float."""
+    try:
+        return float(value) if isinstance(value, numbers.Real) else float("nan")
+    except OverflowError:
+        return float("nan")
+
+
+def _shown(value: Any) -> str:
+    try:
+        return f"{value!r:.60}"
+    except Exception:  # somebody else's repr; and Python writes no whole number of more than 4,300 digits
+        return f"a value of type {type(value).__name__}"

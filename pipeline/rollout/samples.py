@@ -23,7 +23,7 @@ scores that are there, and generates nothing:
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -182,6 +182,17 @@ def summary(samples: Sequence[Sample], drawn: Sequence[Sample], source: str) -> 
 def with_scores(samples: Sequence[Sample], source: str, scores: Sequence[float]) -> list[Sample]:
     """The same samples with one more score each; a score of that source is replaced."""
     return [replace(s, scores={**s.scores, source: float(score)}) for s, score in zip(samples, scores, strict=True)]
+
+
+def shared_scores(
+    samples: Sequence[Sample], score: Callable[[Sequence[Sample]], Sequence[float]], ranks: Any = None
+) -> list[float]:
+    """`score` of all samples, each called for on one rank alone: what it says of one needs not be the same twice (a
+    judge that is asked, say), and ranks that chose by other scores would train on other answers."""
+    mine = sorted(ranks.share([len(s.text) for s in samples])) if ranks is not None else range(len(samples))
+    own = list(zip(mine, score([samples[i] for i in mine]), strict=True))
+    found = {int(i): value for part in (ranks.gather(own) if ranks is not None else [own]) for i, value in part}
+    return [found[i] for i in range(len(samples))]
 
 
 def score_again(

@@ -63,18 +63,21 @@ def make_targets(
     temperature: float = 1.0,
     reference_head: Any = None,
     gather: Gather = lambda x: [x],
+    passes: Sequence[int] | None = None,
 ) -> Targets:
     """Old log-probs, values and reference log-probs to shaped rewards and advantages (whitened over all ranks).
 
     Each forest has the fact `score` on its answers and the token value `sampler_logprobs` (Ouyang et al. 2022, section
-    3.5: reward = score - beta * KL). With the KL in the loss the reward is the score alone.
+    3.5: reward = score - beta * KL). With the KL in the loss the reward is the score alone. `passes` says by minibatch
+    how many times every rank calls the actor, which gathers weights that are cut up: a rank with fewer forests calls it
+    on one of its own again.
     """
     measured = _Measured()
     in_reward = beta if settings.kl.where == "reward" else 0.0
     exact = settings.kl.estimator == "exact"
     needed = tuple(part for part in wanted(settings) if part != "entropy")
     done: list[list[Forest]] = []
-    for forests in minibatches:
+    for number, forests in enumerate(minibatches):
         done.append([])
         for forest in forests:
             mask = forest.weights_T > 0
@@ -99,6 +102,8 @@ def make_targets(
                 more["importance"] = importance
             measured.add(forest, at, more, k1(old.logprobs_T, base.logprobs_T, mask), gap)
             done[-1].append(forest.with_tokens(**more))
+        for _ in range(passes[number] - len(forests) if passes else 0):
+            actor(next(f for own in minibatches for f in own), want=needed, temperature=temperature)
     figures, totals = measured.figures(gather)
     if settings.whitens:
         done = [
@@ -241,20 +246,24 @@ class Learner:
         order = permutation(len(groups), trainer.seed, "minibatches", iteration)
         step = groups_each(self.settings.minibatch, sum(1 for s in groups[0] if s.facts.get("answer")))
         cuts = [[groups[i] for i in order[at : at + step]] for at in range(0, len(order), step)]
+        minibatches = [trainer.forests(trainer.share(cut)) for cut in cuts]
+        passes = [max(made) for made in zip(*trainer.strategy.gather(list(map(len, minibatches))), strict=True)]
         with fast_products(trainer.strategy.device, precision), evaluating(trainer.module):
             targets = make_targets(
                 trainer.engine,
                 self._reference,
-                [trainer.forests(trainer.share(cut)) for cut in cuts],
+                minibatches,
                 beta,
                 self.settings,
                 temperature=self.temperature,
                 reference_head=self.phase.reference_head,
                 gather=trainer.strategy.gather,
+                passes=passes,
             )
             if iteration == 0:
                 ppo_checks.require_zero_kl(targets.largest_kl, precision)
             first = targets.minibatches[0]
+            first = [*first, *first[-1:] * (passes[0] - len(first))]
             ppo_checks.require_ratio_one(trainer.engine, first, wanted(self.settings), self.temperature, precision)
         return targets
 

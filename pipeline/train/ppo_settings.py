@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from pipeline.flow.config import Settings
 
 NEED_GROUPS = ("rloo", "grpo")  # advantages that compare answers to one prompt
+LARGEST_ERROR = 0.2  # of the KL against its target, to which adaptive control clips it (Ziegler et al. 2019)
 
 
 class KlSettings(Settings):
@@ -177,6 +178,8 @@ class PpoSettings(Settings):
             said.append(
                 f"kl: in the reward the gradient of {self.kl.estimator} is not that of the KL; use k1, or where: loss"
             )
+        if self.kl.control != "fixed" and not self.kl.coefficient:
+            said.append(f"kl.control is {self.kl.control}, which multiplies kl.coefficient: from 0 it never moves")
         return said + [f"{name} is set, but has no effect: {why}" for name, why in self._idle()]
 
     def _idle(self) -> list[tuple[str, str]]:

@@ -73,8 +73,8 @@ class Progress:
     def finish(self, iteration: int, figures: dict[str, Any], *, samples: int) -> None:
         """After the updates of an iteration: adjust the KL coefficient, look at dev, log, save."""
         done = iteration + 1
-        if iteration >= max(1, self.config.critic.warmup if self.config.has_critic else 0):
-            self.kl = self.kl.update(figures["kl"], samples)  # before, the KL is 0 because nothing has moved
+        if iteration > (self.config.critic.warmup if self.config.has_critic else 0):
+            self.kl = self.kl.update(figures["kl"], samples)  # before, what was sampled is the reference's own
         self.tokens += int(figures["sampled_tokens"] + figures["trained_tokens"])
         self.figures = figures
         ppo_checks.require_finite_weights(dict(self.trainer.module.named_parameters()), self.saving.last_good)

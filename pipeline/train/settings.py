@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from pipeline.flow.config import Settings, added, not_identity
+from pipeline.flow.errors import UserError
 
 
 class TrainSettings(Settings):
@@ -122,3 +123,29 @@ class TrainSettings(Settings):
             return
         if self.batch_tokens is None or self.batch_start >= self.batch_tokens:
             raise ValueError(f"batch_start: must be less than batch_tokens, which is {self.batch_tokens}")
+
+
+def require_budget(
+    stage: str, budget: float | None, train: TrainSettings | None, *, dev: bool, scored: bool, cut: bool = False
+) -> None:
+    """UserError where a KL budget would choose nothing, or could not be held to. For a stage's `check`.
+
+    dev, scored   whether there are prompts to look at, and a reward that chooses among the looks
+    cut           whether answers are drawn from another distribution than the policy's, so that their KL is not known
+    """
+    if not budget:
+        return
+    key = f"{stage}.kl_budget"
+    if not dev:
+        raise UserError(f"{key}: chooses weights by `dev`, which is not given")
+    if not scored:
+        raise UserError(f"{key}: chooses weights by a reward, and none scores `dev`: wire reward or heldout_reward")
+    if train is None or train.keep != "best" or not train.evaluations:
+        raise UserError(
+            f"{key}: chooses weights among the looks at `dev`: set train.keep to best and train.evaluations above 0"
+        )
+    if cut:
+        raise UserError(
+            f"{key}: with top_k, top_p, min_p, min_new_tokens or repetition_penalty in {stage}.sampling the KL of the "
+            "answers to `dev` is not known; leave those at their defaults, or kl_budget out"
+        )

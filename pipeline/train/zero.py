@@ -29,6 +29,7 @@ class DeepSpeedEngine(Engine):
         return f"deepspeed, zero_stage {stage}, settings {digest[:12]}"
 
     def _prepare(self) -> None:
+        self._holding: frozenset[str] = frozenset()
         self.module, _ = self.strategy.accelerator.prepare(self.bare, self.optimizer)
         self.optimizer = self.module.optimizer
         load_whole()
@@ -50,12 +51,27 @@ class DeepSpeedEngine(Engine):
         return None
 
     def hold(self, prefixes: Collection[str]) -> None:
-        """Their rate is 0; DeepSpeed's step needs every gradient, so that their moments decay."""
+        """Their rate is 0, and `update` puts their moments and step back: DeepSpeed's own step needs every gradient."""
+        self._holding = frozenset(prefixes)
 
     def update(self) -> float | None:
+        held, self._holding = self._moments(self._holding), frozenset()
         self.module.step()
+        for flat, before in held.items():
+            self.optimizer.optimizer.state[flat] = before
         norm = self.module.get_global_grad_norm()
         return None if norm is None else float(norm)
+
+    def _moments(self, prefixes: Collection[str]) -> dict[torch.Tensor, dict[str, Any]]:
+        """Copies of what the optimiser keeps of the flat groups whose parameters' names start so."""
+        inner = self.optimizer.optimizer
+        group_of = getattr(self.optimizer, "sub_group_to_group_id", None)  # ZeRO-3 cuts its groups into smaller ones
+        found: dict[torch.Tensor, dict[str, Any]] = {}
+        for i, flat in enumerate(self._flat_groups() if prefixes else ()):
+            if inner.param_groups[group_of[i] if group_of else i].get("prefix") in prefixes:
+                kept = inner.state.get(flat, {})
+                found[flat] = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in kept.items()}
+        return found
 
     def clear(self) -> None:
         """DeepSpeed clears gradients in its step."""

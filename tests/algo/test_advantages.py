@@ -188,6 +188,14 @@ def test_group_relative_by_hand():
         group_relative(torch.ones(1), torch.zeros(1, dtype=torch.int64))
 
 
+@pytest.mark.parametrize(("answers", "reward"), [(7, 1e5 + 0.1), (3, 1000.1), (6, 1000.1)])
+def test_a_group_of_equal_rewards_has_no_advantage(answers: int, reward: float):
+    """However large they are: the rounding of their mean must not be divided by the epsilon beside a spread of 0."""
+    rewards, group = torch.full((answers,), reward), torch.zeros(answers, dtype=torch.int64)
+    assert group_relative(rewards, group).abs().max() < 1e-6
+    assert leave_one_out(rewards, group).abs().max() < 1e-6
+
+
 def test_returns_to_go_by_hand():
     """Rewards 1, 2, 4 with gamma 1/2: 1 + (2 + 4/2) / 2 = 3, 2 + 2 = 4, 4."""
     rewards = torch.tensor([[1.0, 2.0, 4.0, 99.0]])

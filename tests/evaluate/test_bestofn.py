@@ -55,6 +55,8 @@ def test_without_a_judge_the_reward_alone() -> None:
 def test_a_bound_is_given_for_draws_of_one_policy_alone(change: dict[str, Any]) -> None:
     mixed = [*SAMPLES[:3], replace(SAMPLES[3], origin=replace(ORIGIN, **change))]
     assert all(r["kl_bound"] is None for r in curve(mixed, "second", None, seed=0))
+    searched = [replace(s, origin=replace(ORIGIN, temperature=0.0)) for s in SAMPLES]  # greedy, or beams: no draws
+    assert all(r["kl_bound"] is None for r in curve(searched, "second", None, seed=0))
     unknown = [replace(s, origin=None) for s in SAMPLES]
     assert all(r["kl_bound"] is None for r in curve(unknown, "second", None, seed=0))
 

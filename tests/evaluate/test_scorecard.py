@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import pytest
 
 from pipeline.evaluate.scorecard import (
     ScoredPairs,
+    _subset_weights,
     accuracy,
     best_of_n,
     best_of_n_kl_bound,
@@ -23,6 +25,17 @@ def test_wilson_published_example():
     assert (round(got.low, 4), round(got.high, 4)) == (0.2553, 0.3662)
     assert wilson(0, 20).low == 0.0 and wilson(0, 20).high == pytest.approx(0.1611, abs=1e-4)
     assert wilson(20, 20).high == 1.0 and wilson(0, 0) is None
+
+
+def test_the_chances_of_a_rank_are_those_of_counting_subsets():
+    """Of 5 answers the best of 2 is rank 1, 2, 3, 4 in 1, 2, 3, 4 of 10 subsets; all of a thousand end at the top."""
+    assert _subset_weights(5)[1].tolist() == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
+    for samples in (1, 2, 7, 40):
+        exact = [[math.comb(r, n) / math.comb(samples, n + 1) for r in range(samples)] for n in range(samples)]
+        np.testing.assert_allclose(_subset_weights(samples), exact, rtol=1e-12)
+    many = _subset_weights(1000)
+    np.testing.assert_allclose(many.sum(1), 1.0, rtol=1e-10)
+    assert many[-1].tolist() == [0.0] * 999 + [1.0]
 
 
 def test_a_tie_counts_half():

@@ -98,13 +98,16 @@ def test_functions_alone_reward():
         (math.inf, "but it returned inf"),
         ("1", "but it returned '1'"),
         (None, "but it returned None"),
+        (10**400, "expected a finite number, but it returned 1000"),
+        (10**5000, "expected a finite number, but it returned a value of type int"),  # more digits than Python writes
         (ValueError("no name"), "ValueError: no name"),
+        (SystemExit(0), "SystemExit: 0"),
     ],
-    ids=str,
+    ids=lambda value: str(value) if not isinstance(value, int) else f"{value.bit_length()} bits",
 )
 def test_what_is_no_number_names_function_prompt_and_answer(value: Any, words: str):
     def bad(*given: Any) -> Any:
-        if isinstance(value, Exception):
+        if isinstance(value, BaseException):
             raise value
         return value
 
@@ -113,6 +116,18 @@ def test_what_is_no_number_names_function_prompt_and_answer(value: Any, words: s
         rewards.score([sample("a" * 80)])
     assert str(error.value).startswith(f"reward function tests.bad, prompt 'p17', answer 0 '{'a' * 60}...': ")
     assert words in str(error.value)
+
+
+def test_a_function_that_changes_its_arguments_changes_no_later_score():
+    """What it is given follows from the plan alone: a row that goes on scores as one that was never stopped."""
+
+    def grows(prompt: Any, text: str, stopped: bool, answer: Any, words: list[str], options: dict[str, int]) -> float:
+        words.append(text)
+        options["calls"] += 1
+        return len(words) + 10 * options["calls"]
+
+    rewards = made(functions=(function("grows", 1.0, grows, words=["a"], options={"calls": 0}),))
+    assert [found["proxy"] for found in rewards.score([sample("x"), sample("y")])] == [12.0, 12.0]
 
 
 def test_a_reward_model_that_gives_no_number_is_named():

@@ -26,6 +26,7 @@ from pipeline.rollout.samples import (
     read_stores,
     recorded,
     score_again,
+    shared_scores,
     summary,
     with_scores,
     write_samples,
@@ -306,6 +307,22 @@ def test_ranks_share_the_scoring_and_all_get_everything() -> None:
     shared = score_again(samples, "proxy", reward, OURS, token_budget=64, ranks=Rank(1, everyone))
     alone = score_again(samples, "proxy", reward, OURS, token_budget=64)
     assert [s.scores["proxy"] for s in shared] == pytest.approx([s.scores["proxy"] for s in alone], abs=1e-6)
+
+
+def test_a_function_is_asked_once_for_each_sample_whatever_ranks_there_are() -> None:
+    """One that says something else every time, as a judge that is asked may, must say one thing to all ranks."""
+    asked: list[str] = []
+
+    def count(samples: Any) -> list[float]:
+        asked.extend(s.text for s in samples)
+        return [float(len(asked) - len(samples) + i) for i in range(len(samples))]
+
+    everyone: list[Any] = [None, None]
+    with pytest.raises(KeyError):
+        shared_scores(SAMPLES, count, Rank(0, everyone))
+    assert shared_scores(SAMPLES, count, Rank(1, everyone)) == [0.0, 2.0, 1.0]  # the first rank has samples 0 and 2
+    assert asked == ["one", "three", "two"]
+    assert shared_scores(SAMPLES, count) == [3.0, 4.0, 5.0]
 
 
 def test_the_summary_by_hand() -> None:

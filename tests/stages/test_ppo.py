@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.data.forest import Segment, build
-from pipeline.data.records import Document
+from pipeline.data.records import Document, Prompt
 from pipeline.flow.errors import Damaged, NonFinite, UserError
 from pipeline.flow.stage import Workspace
 from pipeline.llama.heads import at_last
@@ -23,7 +23,7 @@ from pipeline.train.memory import human
 from pipeline.train.ppo_settings import PpoSettings
 from pipeline.train.roles import open_roles
 from stages.ppo import Ppo
-from tests.small import policy, save
+from tests.small import ask, policy, save
 from tests.stages.rows import Place, Row, train
 
 SHORT = {"samples": 4, "max_new_tokens": 6}
@@ -298,6 +298,20 @@ def test_estimators_with_a_wrong_gradient_are_warned_of():
     assert not PpoSettings().cautions()
 
 
+def test_a_coefficient_of_zero_cannot_be_controlled():
+    """It is multiplied: 0 stays 0."""
+    for control in ("adaptive", "band"):
+        (said,) = PpoSettings(kl={"control": control, "coefficient": 0.0}).cautions()
+        assert said == f"kl.control is {control}, which multiplies kl.coefficient: from 0 it never moves"
+    assert not PpoSettings(kl={"coefficient": 0.0}).cautions()
+
+
+def test_a_row_that_ends_in_its_warm_up_says_that_the_policy_stays(place: Place, inputs: dict[str, Any]):
+    row = place.run("ppo", inputs, **{**SMALL, "critic": {"warmup": 2}})
+    assert "critic.warmup: all 2 iterations train the critic alone, the policy stays what it was" in row.said
+    assert not any("critic.warmup" in said for said in place.run("ppo", inputs, **SMALL).said)
+
+
 def test_settings_without_effect_are_named():
     given = PpoSettings(
         advantage="rloo", lam=0.9, gamma=0.5, kl={"target": 3.0}, mix={"batch": 4}, importance={"cap": 3}
@@ -328,11 +342,14 @@ def test_every_policy_stage_records_and_chooses_on_dev(place: Place, inputs: dic
         assert all(line["dev/kl"] != 0 for line in looks)
 
 
-def test_the_controller_waits_until_the_policy_has_moved(place: Place, inputs: dict[str, Any]):
-    """Warm-up and the first iteration have KL 0 by construction: that says nothing about the coefficient."""
+@pytest.mark.parametrize("warmup", [0, 1, 2])
+def test_the_controller_waits_until_the_policy_has_moved(place: Place, inputs: dict[str, Any], warmup: int):
+    """What is sampled during warm-up and in the iteration after it has KL 0 by construction: that says nothing about
+    the coefficient, which halves only after the first KL that was measured on a policy that had moved."""
     band = {"control": "band", "band": [50.0, 60.0], "coefficient": 0.1}
-    row = place.run("ppo", inputs, **{**SMALL, "iterations": 4, "critic": {"warmup": 2}, "kl": band})
-    assert [line["kl_coefficient"] for line in row.log] == [0.1, 0.1, 0.1, 0.05]
+    row = place.run("ppo", inputs, **{**SMALL, "iterations": warmup + 3, "critic": {"warmup": warmup}, "kl": band})
+    assert [line["kl"] == 0.0 for line in row.log] == [True] * (warmup + 1) + [False] * 2
+    assert [line["kl_coefficient"] for line in row.log] == [0.1] * (warmup + 2) + [0.05]
 
 
 def test_a_prompt_with_all_its_answers_must_fit_a_pass(place: Place, inputs: dict[str, Any]):
@@ -340,6 +357,16 @@ def test_a_prompt_with_all_its_answers_must_fit_a_pass(place: Place, inputs: dic
         place.run(
             "ppo", inputs, **{**SMALL, "sampling": {**SHORT, "max_new_tokens": 16}, "train": train(token_budget=40)}
         )
+
+
+def test_a_prompt_of_dev_with_its_answer_must_fit_a_pass(place: Place, inputs: dict[str, Any]):
+    """Said before anything is trained: a user turn of 80 characters is 84 tokens, its answer 6 more."""
+    long = {**inputs, "dev": place.data("prompts", [Prompt("p0", ask("x" * 80))])}
+    pairs = {"policy": inputs["policy"], "comparisons": place.pairs(), "dev": long["dev"]}
+    for stage, given, more in (("ppo", long, SMALL), ("dpo", pairs, {"max_new_tokens": 6})):
+        with pytest.raises(UserError, match=r"dev: a prompt with its answer may have 90 tokens, more than train.token"):
+            place.run(stage, given, **{**more, "train": train(token_budget=89, evaluations=1)})
+        place.run(stage, given, **{**more, "train": train(token_budget=90, evaluations=1)})
 
 
 def test_dev_without_a_reward_model_is_recorded_and_chooses_nothing(place: Place, inputs: dict[str, Any]):

@@ -185,6 +185,24 @@ def test_a_ladder_draws_at_every_temperature(
     assert [s["origin"]["temperature"] for s in samples[:6]] == [0.5] * 3 + [1.0] * 3
 
 
+def test_dev_is_answered_by_draws_where_answers_are_searched_for(
+    place: Place, sft: Any, reward: Any, prompts: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The log ratio of the likeliest answers is no estimate of the KL."""
+    seen: list[tuple[int, float]] = []
+    generate = NativeEngine.generate
+
+    def noted(self: Any, asked: Any, settings: Any, *arguments: Any, **named: Any) -> Any:
+        seen.append((settings.num_beams, settings.temperature))
+        return generate(self, asked, settings, *arguments, **named)
+
+    monkeypatch.setattr(NativeEngine, "generate", noted)
+    beams = {"samples": 2, "num_beams": 2, "temperature": 0.0, "max_new_tokens": 12}
+    inputs = {"policy": sft, "reward": reward, "prompts": prompts, "dev": prompts}
+    row = place.run("rejection", inputs, sampling=beams, train=train(evaluations=1))
+    assert seen == [(2, 0.0), (1, 1.0)] and "dev/kl" in row.log[-1]
+
+
 def test_the_curve_is_of_all_samples_and_ends_at_the_mean_of_the_best(first: Row) -> None:
     """n = 1 is the mean of all 64 scores, n = 8 the mean of each prompt's highest; the bound is ln n - (n - 1) / n."""
     rows = first.metrics["best_of_n"]["rows"]

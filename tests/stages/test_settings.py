@@ -122,6 +122,65 @@ def test_short_settings_of_dpo_reach_whatever_loss_there_is() -> None:
     assert config("dpo", beta=0.3).identity()["loss"] == config("dpo", loss={"beta": 0.3}).identity()["loss"]
 
 
+BUDGET = {"kl_budget": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("stage", "values", "given", "message"),
+    [
+        ("ppo", {}, "reward", "chooses weights by `dev`, which is not given"),
+        ("ppo", {"train": {"keep": "last"}}, "reward dev", "set train.keep to best"),
+        ("ppo", {"train": {"evaluations": 0}}, "reward dev", "train.evaluations above 0"),
+        ("ppo", {"sampling": {"top_k": 5}, "importance": {"correct": True}}, "reward dev", "the KL .* is not known"),
+        ("ppo", {}, "reward dev", None),
+        ("rejection", {"sampling": {"top_p": 0.9}}, "policy prompts reward dev", "the KL .* is not known"),
+        ("rejection", {"sampling": {"temperature": 0}}, "policy prompts reward dev", None),
+        ("rejection", {}, "policy samples dev", "none scores `dev`"),
+        ("rejection", {}, "policy samples dev heldout_reward", None),
+        ("dpo", {}, "policy comparisons dev judge", "none scores `dev`"),
+        ("dpo", {}, "policy comparisons dev reward", None),
+    ],
+)
+def test_a_kl_budget_is_refused_where_it_could_not_be_held_to(
+    stage: str, values: dict[str, Any], given: str, message: str | None
+) -> None:
+    """A budget without effect would leave weights beyond it unnoticed."""
+    with pytest.raises(UserError, match=rf"{stage}\.kl_budget: .*{message}") if message else nullcontext():
+        load_stage(STAGES[stage]).check(config(stage, **values, **BUDGET), frozenset(given.split()))
+
+
+def test_adaptive_control_never_turns_its_coefficient_round() -> None:
+    """Ziegler's factor is 1 - 0.2 n / horizon at its least: 64 responses and a horizon of 12.8 make it 0."""
+    stage = load_stage(STAGES["ppo"])
+    kl = lambda horizon: {"control": "adaptive", "horizon": horizon}
+    small = {"prompts": 16, "sampling": {"samples": 4}}
+    with pytest.raises(UserError, match=r"ppo\.kl\.horizon: 12\.8 .* 64 responses an iteration"):
+        stage.check(config("ppo", **small, kl=kl(12.8)), frozenset({"reward"}))
+    stage.check(config("ppo", **small, kl=kl(12.9)), frozenset({"reward"}))
+    stage.check(config("ppo", **small, kl={"horizon": 1.0}), frozenset({"reward"}))  # nothing adapts
+
+
+def test_a_ladder_of_temperatures_draws() -> None:
+    beams = {"temperature": 0.0, "num_beams": 4, "samples": 2}
+    with pytest.raises(UserError, match=r"rejection\.temperatures: .*num_beams"):
+        load_stage(STAGES["rejection"]).check(
+            config("rejection", sampling=beams, temperatures=[0.5, 1.0]), frozenset({"policy", "prompts", "reward"})
+        )
+
+
+def test_the_score_that_chooses_is_no_single_sources() -> None:
+    """It would stand in the store in place of that reward model's own."""
+    stage = load_stage(STAGES["rejection"])
+    two, one = {"reward": ["reward", "reward@b"]}, {"reward": ["reward"]}
+    with pytest.raises(UserError, match=r"rejection\.score: 'reward' is what one of 2 sources is called"):
+        stage.check_names(config("rejection", score="reward"), two)
+    stage.check_names(config("rejection", score="both"), two)
+    stage.check_names(config("rejection", score="reward"), one)
+    checked = {"functions": [{"call": "pipeline.rollout.checks.exact_match", "name": "exact"}]}
+    with pytest.raises(UserError, match=r"rejection\.score: 'exact' is what one of 2 sources is called"):
+        stage.check_names(config("rejection", score="exact", reward=checked), one)
+
+
 @pytest.mark.parametrize("name", STAGES)
 def test_every_stage_describes_itself(name: str) -> None:
     stage = load_stage(STAGES[name])

@@ -39,7 +39,7 @@ from tests.small import ask, chat, comparison, forget_gradients, policy, scorer 
 UPDATES = 6
 BUDGETS = (2000, 120, 60)  # everything in one pass; several groups in each; one or two
 BETA = 0.1
-PPO = PpoSettings(epochs=3, minibatch=16, lam=0.9)  # 8 groups of 4 answers: two updates an epoch
+PPO = PpoSettings(epochs=3, minibatch=20, lam=0.9)  # 8 groups of 4 answers: updates on 5 and on 3 of them an epoch
 Weigh = Callable[[list[Group]], dict[str, float]]
 
 

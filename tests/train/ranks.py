@@ -2,7 +2,7 @@
 
 torchrun --nproc_per_node 2 tests/train/ranks.py OUT STRATEGY [ZERO_STAGE [WHAT [OFFLOAD [PRECISION]]]]
 
-WHAT is records, ratings, parked, poisoned, spikes or stopped.
+WHAT is records, ratings, held, parked, poisoned, spikes or stopped.
 
 `stopped` leaves without a word in the third step, and goes on with checkpoints under OUT.work when called again.
 """
@@ -90,6 +90,27 @@ def train_spiky(strategy: Strategy) -> dict[str, object]:
         "rank": strategy.rank,
         "skipped": [step["skipped"] for step in steps],
         "losses": [step["loss"] for step in steps],
+        "weights": {name: tensor.flatten().tolist() for name, tensor in state.items()},
+    }
+
+
+def train_held(strategy: Strategy) -> dict[str, object]:
+    """5 steps, in the first 2 of which embedding and norm are held, as a policy is while its critic warms up."""
+    settings = TrainSettings(batch=4, token_budget=14, learning_rate=1e-2, epochs=2, weight_decay=0.1)
+    plan = Plan(records(9), settings, seed=1, strategy=strategy)
+    rates = dict.fromkeys(("embedding.", "norm.", "middle.", "head."), 1.0)
+    trainer = Trainer(Tiny(), next_token, settings, strategy, total=len(plan), seed=3, rates=rates)
+    losses, embeddings = [], []
+    for number, batch in enumerate(plan):
+        trainer.held = ("embedding.", "norm.") if number < 2 else ()
+        losses.append(trainer.step(batch.groups, batch.weights, batch.filler)["loss"])
+        with trainer.whole():
+            state = {name: tensor.detach().clone() for name, tensor in trainer.module.state_dict().items()}
+        embeddings.append(state["embedding.weight"])
+    return {
+        "rank": strategy.rank,
+        "losses": losses,
+        "still": [torch.equal(e, Tiny().embedding.weight) for e in embeddings],
         "weights": {name: tensor.flatten().tolist() for name, tensor in state.items()},
     }
 
@@ -197,6 +218,8 @@ def main(
     )
     if what == "ratings":
         found = train_ratings(made)
+    elif what == "held":
+        found = train_held(made)
     elif what == "spikes":
         found = train_spiky(made)
     elif what == "poisoned":

@@ -139,7 +139,8 @@ def padded_ppo(left: bool) -> tuple[float, float]:
 
     groups = rollout()
     order = permutation(len(groups), 0, "minibatches", 1)
-    everything, first = Rows([groups[i] for i in order], left), Rows([groups[i] for i in order[:4]], left)
+    everything = Rows([groups[i] for i in order], left)
+    first = Rows([groups[i] for i in order[: PPO.minibatch // 4]], left)
     actor, critic, reference = policy(), scorer(), policy(1)
     with torch.no_grad():
         old, base, values = everything.logprobs(actor.model), everything.logprobs(reference.model), None

@@ -11,7 +11,7 @@ from torch import nn
 
 from pipeline.algo.kl import controller
 from pipeline.data.forest import Forest, build
-from pipeline.data.groups import continuations
+from pipeline.data.groups import answers, continuations
 from pipeline.data.records import Prompt
 from pipeline.flow.errors import RowFailed
 from pipeline.llama.adapters import LoraSettings, add_adapter
@@ -21,7 +21,7 @@ from pipeline.rollout.engine import SamplingSettings
 from pipeline.rollout.noise import NoiseKey
 from pipeline.train.loop import Trainer
 from pipeline.train.ppo import Learner, PromptStream, RecordStream, groups_each, make_targets
-from pipeline.train.ppo_checks import require_ratio_one, require_sampler, require_zero_kl
+from pipeline.train.ppo_checks import require_ratio_one, require_sampler, require_scores_last, require_zero_kl
 from pipeline.train.ppo_loss import Phase, ppo_loss, token_weights, wanted
 from pipeline.train.ppo_settings import PpoSettings
 from pipeline.train.reference import without_dropout
@@ -97,6 +97,19 @@ def test_the_score_is_one_reward_at_the_end_of_each_answer(lengths: tuple[int, .
     same(found.tokens["returns"], expected)
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.1, 1e5])
+def test_a_score_that_stands_elsewhere_is_refused(beta: float):
+    """T40: one token early, on another answer's, or missing; not where a huge penalty swallows its last digits."""
+    forest = build([group((2, 0.8), (1, 0.5))])
+    at = answers(forest)
+    scores, kl = forest.facts["score"][at], torch.tensor([0.0, 0.0, 0.3, -4.7, 2.1])
+    right = -beta * kl + torch.tensor([0.0, 0.0, 0.0, 0.8, 0.5])
+    require_scores_last(right, kl, scores, forest, at, beta)
+    for wrong in ([0, 0, 0.8, 0, 0.5], [0, 0, 0, 0, 1.3], [0, 0, 0, 0.8, 0], [0.5, 0, 0, 0.8, 0]):
+        with pytest.raises(RowFailed, match="a score does not stand on the last token of its answer"):
+            require_scores_last(-beta * kl + torch.tensor(wrong), kl, scores, forest, at, beta)
+
+
 def test_an_empty_answer_takes_no_reward_from_others():
     forest = build([group((2, 1.0), (0, 50.0), (1, 3.0))])
     silent = Told([0.0] * 5)
@@ -116,6 +129,17 @@ def test_advantages_are_whitened_over_all_minibatches_together():
     there = {"sums": {}, "spread": moments, "explained": [0.0] * 5}
     here = make_targets(silent, silent, [forests[:2]], 0.0, PLAIN, gather=lambda mine: [mine, there])
     assert [float(f.tokens["advantages"][2]) for f in here.minibatches[0]] == pytest.approx(flat[:2], abs=1e-6)
+
+
+def test_a_rank_with_fewer_forests_makes_the_passes_of_the_others():
+    """Each pass gathers weights that are cut up over the ranks. What the extra ones say is not used."""
+    forests = [build([group((1, s))]) for s in (1.0, 2.0)]
+    silent = Told([0.0] * 3)
+    plain = make_targets(silent, Told([0.0] * 3), [forests, []], 0.0, PLAIN)
+    assert len(silent.temperatures) == 2
+    counted = make_targets(silent, Told([0.0] * 3), [forests, []], 0.0, PLAIN, passes=[3, 2])
+    assert len(silent.temperatures) == 2 + 3 + 2
+    assert counted.figures == plain.figures and [len(own) for own in counted.minibatches] == [2, 0]
 
 
 def test_values_are_a_baseline_and_explain_returns():

@@ -14,7 +14,7 @@ import torch
 from pipeline.flow.errors import UserError
 from pipeline.train import zero
 from pipeline.train.strategy import Strategy, build, for_row
-from tests.train.ranks import train, train_spiky
+from tests.train.ranks import train, train_held, train_spiky
 
 
 def torchrun(
@@ -69,6 +69,23 @@ def test_two_ranks_skip_the_steps_that_one_skips(tmp_path: Path, strategy: str) 
     alone: dict[str, Any] = train_spiky(build(device="cpu"))
     for rank in torchrun(tmp_path / strategy, 2, strategy, "2", "spikes"):
         assert rank["skipped"] == alone["skipped"] == [0, 0, 0, 0, 0, 1, 0]
+        assert rank["losses"] == pytest.approx(alone["losses"], rel=1e-5)
+        for name, values in alone["weights"].items():
+            assert rank["weights"][name] == pytest.approx(values, rel=1e-4, abs=1e-6), name
+
+
+HOLDING = [("fsdp", "2"), ("deepspeed", "1"), ("deepspeed", "2"), ("deepspeed", "3")]
+
+
+@pytest.mark.parametrize(
+    "way", [("ddp", "2"), *(pytest.param(way, marks=pytest.mark.slow) for way in HOLDING)], ids=str
+)
+def test_what_is_held_for_a_while_starts_as_if_it_had_never_waited(tmp_path: Path, way: tuple[str, str]) -> None:
+    """Adam's step counts the updates that reached a parameter: steps of rate 0 would shorten the first real ones."""
+    alone: dict[str, Any] = train_held(build(device="cpu"))
+    assert alone["still"] == [True, True, False, False, False]
+    for rank in torchrun(tmp_path / way[0], 2, *way, "held"):
+        assert rank["still"] == alone["still"]
         assert rank["losses"] == pytest.approx(alone["losses"], rel=1e-5)
         for name, values in alone["weights"].items():
             assert rank["weights"][name] == pytest.approx(values, rel=1e-4, abs=1e-6), name
