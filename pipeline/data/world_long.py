@@ -1,7 +1,6 @@
 """Long documents of the small world: its texts one after another, and keys that are stated and named again later.
 
-What a key is can only be known from the document, at any distance, so a model that reads far predicts more. No key is
-named twice in a row: a model could predict that from the statement just before, and would learn nothing else.
+What a key is can only be known from the document, at any distance, so a model that reads far predicts more.
 """
 
 from __future__ import annotations
@@ -22,16 +21,16 @@ def long_document(rng: random.Random, words: int, write: Callable[[random.Random
     """At least `words` words. `write` gives a short text of the world."""
     said: list[str] = []
     known: dict[str, str] = {}
-    length, last = 0, ""
+    length = 0
     while length < words:
         kind = rng.random()
-        fresh = [name for name in KEYS if name not in known] if kind < STATED else []
-        others = sorted(known.keys() - {last}) if kind < STATED + NAMED else []
-        if fresh or others:
-            last = rng.choice(fresh or others)
-            if last not in known:
-                known[last] = draw_key(rng, KEY_LENGTH)
-            said.append(statement(last, known[last]))
+        if kind < STATED and len(known) < len(KEYS):
+            name = rng.choice([k for k in KEYS if k not in known])
+            known[name] = draw_key(rng, KEY_LENGTH)
+            said.append(statement(name, known[name]))
+        elif kind < STATED + NAMED and known:
+            name = rng.choice(sorted(known))
+            said.append(statement(name, known[name]))
         else:
             said.append(write(rng))
         length += said[-1].count(" ") + 1
