@@ -48,7 +48,10 @@ class Rejection(Stage):
     class Config(Settings):
         prompts: int | None = Field(default=None, ge=1, description="Prompts to sample for; null takes all of them.")
         round: int = Field(
-            default=0, ge=0, description="Number of this draw: another round takes other prompts and other noise."
+            default=0,
+            ge=0,
+            description="Number of this draw, with noise of its own: rounds go on along the shuffled prompts, which are "
+            "shuffled anew when too few for another round are left.",
         )
         sampling: SamplingSettings = Field(
             default=SamplingSettings(samples=8, max_new_tokens=64), description="How answers are drawn, N by `samples`."
