@@ -50,8 +50,8 @@ class Rejection(Stage):
         round: int = Field(
             default=0,
             ge=0,
-            description="Number of this draw, with noise of its own: rounds go on along the shuffled prompts, which are "
-            "shuffled anew when too few for another round are left.",
+            description="Number of this draw, with noise of its own: rounds go on along the shuffled prompts, "
+            "which are shuffled anew when too few for another round are left.",
         )
         sampling: SamplingSettings = Field(
             default=SamplingSettings(samples=8, max_new_tokens=64), description="How answers are drawn, N by `samples`."
