@@ -10,7 +10,7 @@ window's number in it alone, so that order, ranks and batches do not matter, and
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import compress
 from random import Random
@@ -174,13 +174,16 @@ class _Layouts:
         return laid
 
     def _texts(self, pieces: Iterable[_Piece]) -> list[str]:
-        return [self.backends[not p.first].decode(p.ids, skip_special_tokens=False) for p in pieces]
+        parts = [(not p.first, p.ids) for p in pieces]
+        return list(self._by(lambda backend, ids: backend.decode_batch(ids, skip_special_tokens=False), parts))
 
     def _encode(self, parts: Sequence[tuple[bool, str]]) -> Iterator[list[int]]:
-        """Ids of texts, each with whether it continues another: SentencePiece puts a space before one that does not."""
-        done = {
-            c: iter(encode_with(self.backends[c], [text for later, text in parts if later == c])) for c in self.backends
-        }
+        return self._by(encode_with, parts)
+
+    def _by(self, call: Callable[[Any, list[Any]], list[Any]], parts: Sequence[tuple[bool, Any]]) -> Iterator[Any]:
+        """`call` on texts or ids, each with whether it continues another: SentencePiece puts a space before one that
+        does not. A batch for each kind, the results in the order of `parts`."""
+        done = {c: iter(call(self.backends[c], [part for later, part in parts if later == c])) for c in self.backends}
         return (next(done[later]) for later, _ in parts)
 
     def _rearranged(self, piece: _Piece, parts: Sequence[Sequence[int]], spm: bool) -> Laid:
