@@ -150,7 +150,7 @@ class Ppo(Stage):
         from pipeline.rollout.samples import SampleLog, describe_samples, origin_of, recorded
         from pipeline.train import memory, ppo_checks, strategy
         from pipeline.train.loop import Trainer
-        from pipeline.train.parked import Parked
+        from pipeline.train.parked import placed
         from pipeline.train.ppo import Learner, PromptStream, groups_each
         from pipeline.train.ppo_loss import Phase, ppo_loss
         from pipeline.train.ppo_state import Progress
@@ -166,15 +166,8 @@ class Ppo(Stage):
         share = told_share(roles.policy.model, config.adapter, workspace)
         rewards = Rewards.open(inputs.reward, config.reward, inputs.policy.lineage, config.train.token_budget)
         watch = open_watch(
-            inputs, config, roles.policy, reader, workspace, ranks.device, proxy=rewards, sampling=config.sampling
+            inputs, config, roles.policy, reader, workspace, "cpu", proxy=rewards, sampling=config.sampling
         )
-        frozen = [*roles.frozen, *rewards.networks, *(watch.networks if watch else [])]
-        alike = [*roles.actor.children(), *roles.still, *rewards.networks, *(watch.networks if watch else [])]
-        shared, there = 0, []  # one by one, so that a device holds a shared base once, and once more for a moment
-        for model in (*roles.actor.children(), *frozen):
-            model.to(ranks.device)
-            there += [model] if model in alike else []
-            shared += share_frozen(*there)
         for caution in config.cautions():
             workspace.say(caution)
         if config.has_critic and config.critic.warmup >= config.iterations:
@@ -203,6 +196,19 @@ class Ppo(Stage):
                 f"ppo.minibatch: {config.minibatch} samples are {together} whole prompt groups, fewer than the "
                 f"{ranks.world} processes that share them: raise minibatch (and prompts)"
             )
+        seen = watch.networks if watch else []
+        still = [*roles.still, *rewards.networks, *seen]
+        moving = [model for model in roles.frozen if model not in still]
+        trained: list[Any] = [m for m in (roles.actor.policy, roles.actor.value) if m is not None]
+        shared = share_frozen(*([] if ranks.sharded else trained), *still)
+        told = memory.statement(
+            trained, [*moving, *still], config, ranks, workspace.launch, prompts.ids, shared=shared, looks=bool(watch)
+        )
+        workspace.say(told)
+        head = [roles.reference.module.head] if config.kl.where == "loss" and config.kl.estimator == "exact" else []
+        parked = placed(ranks, workspace.frozen, roles.actor, still, moving, staying=head)
+        if parked.bytes:
+            workspace.say(f"{memory.human(parked.bytes)} of frozen models are elsewhere during updates (launch.frozen)")
         phase = Phase()
         trainer = Trainer(
             roles.actor,
@@ -233,15 +239,6 @@ class Ppo(Stage):
             token_budget=config.train.token_budget,
             engine=config.engine,
         )
-        trained: list[Any] = [m for m in (roles.actor.policy, roles.actor.value) if m is not None]
-        seen = watch.networks if watch else []
-        told = memory.statement(
-            trained, frozen, config, ranks, workspace.launch, prompts.ids, shared=shared, looks=watch is not None
-        )
-        workspace.say(told)
-        parked = Parked(ranks, workspace.frozen, [*roles.still, *rewards.networks, *seen], staying=learner.modules)
-        if parked.bytes:
-            workspace.say(f"{memory.human(parked.bytes)} of frozen models are elsewhere during updates (launch.frozen)")
         progress = Progress(workspace, trainer, roles, config, watch, controller(config.kl.controller()), rewards)
         start = progress.resume()
         origin = origin_of(inputs.policy, workspace.stage, workspace.seed, temperature=temperature)

@@ -316,14 +316,13 @@ def _resident(work: Work, whole: str) -> float:
     mine = whole_weights(bare, work.shared and not engine)
     mine += 4.0 * sum(m.whole - m.trained for m in work.trained if m.patterns)
     beside = bare if work.shared and not engine else []
-    parked = {"sharded": 1 / layout.ranks, "offloaded": float(layout.on_cpu)}.get(layout.frozen, 1.0)
     others = whole_weights([*beside, *work.frozen], work.shared) - whole_weights(beside, work.shared)
     in_use = [m for m in work.frozen if whole == "all" or m.scalar == (whole == "scalars")] if whole != "none" else []
     used = whole_weights([*beside, *in_use], work.shared) - whole_weights(beside, work.shared)
     if engine:
         width = 0.0 if layout.offload == "all" else layout.widths.weights / (layout.ranks if layout.stage == 3 else 1)
         mine *= width / 4
-    return mine + used + (others - used) * parked
+    return mine + used + (others - used) * _share(layout)
 
 
 def cache_rows(drawing: Drawing, shape: Shape, width: float) -> int:
@@ -384,9 +383,10 @@ def peak(work: Work, tokens: int | None = None) -> Peak:
             phases["updating"]["left"] = cache + guests
         saved = (4.0 + _written(layout) * (work.saves and not work.snapshots)) * moved if layout.on_cpu else 0.0
         phases["saving"] = own | {"frozen": frozen["none"], "whole": together, "copies": saved, "cache": staying}
-    elif work.guests:  # one after another: the next is opened before the last one goes
-        another = 4.0 * max(m.whole for m in work.guests)
-        phases["starting"] = {"frozen": frozen["all"], "guests": guests, "next": another, "file": another}
+    # Nothing trained: guests come one after another, and the next is opened before the last one goes.
+    following = 0.0 if work.trained else 4.0 * max((m.whole for m in work.guests), default=0)
+    if following and layout.on_cpu:
+        phases["starting"] = {"frozen": frozen["all"], "guests": guests, "next": following, "file": following}
     while_drawn = own | {"frozen": frozen["scalars"], "guests": guests, "whole": together}
     if work.draws_first:
         while_drawn = {"weights": whole_weights(work.trained, False), "frozen": 0.0, "guests": guests, "whole": 0.0}
@@ -399,7 +399,8 @@ def peak(work: Work, tokens: int | None = None) -> Peak:
         phases["scoring"] = while_drawn | {"cache": staying, "answering": answer}
     if work.asks and (asked := [*work.trained, *(m for m in work.frozen if not m.scalar)]):
         phases["comparing"] = own | {
-            "frozen": frozen["policies"], "cache": staying, "answering": max(_asked(m, work, tokens) for m in asked),
+            "frozen": frozen["policies"], "guests": 0.0 if work.trained else guests, "cache": staying,
+            "answering": max(_asked(m, work, tokens) for m in asked),
         }  # fmt: skip
     if not phases:
         return Peak("nothing", {"fixed": FIXED[_kind(layout)]})
@@ -413,20 +414,33 @@ def peak(work: Work, tokens: int | None = None) -> Peak:
     totals = {name: sum(parts.values()) for name, parts in phases.items()}
     largest = max(totals, key=lambda name: totals[name])
     found = {name: size for name, size in phases[largest].items() if size}
-    return Peak(largest, found, 0.0 if layout.on_cpu else max(opened + guests, held.host + copies), totals)
+    host = 0.0 if layout.on_cpu else max(opened + guests + 2 * following, held.host + copies)
+    return Peak(largest, found, host, totals)
 
 
 def _starting(work: Work, moved: float, opened: float) -> dict[str, float]:
-    """Every model is opened whole, in float32 and in CPU memory, the last one beside its file; then on the device one
-    after another, bases that are shared once; engines that cut weights up cut what is there whole."""
-    layout, models = work.layout, (*work.trained, *work.frozen)
+    """Every model is opened whole, in float32 and in CPU memory, the last one beside its file. Then on the device, as
+    pipeline/train/parked.py and the engines bring them there: what is parked comes in parts; what is not, one after
+    another, bases that are shared once; ZeRO-3 brings trained models itself, cast, and cuts up what is there whole."""
+    layout = work.layout
     if layout.on_cpu:
-        return {"opened": opened, "file": 4.0 * max(m.whole for m in models)}
-    held = most = 0.0
+        return {"opened": opened, "file": 4.0 * max(m.whole for m in (*work.trained, *work.frozen))}
+    itself = layout.deepspeed and layout.stage == 3
+    parked = layout.frozen != "whole"
+    parts = whole_weights(work.frozen, work.shared) * (_share(layout) if parked else 0.0)
+    models = (*(() if itself else work.trained), *(() if parked else work.frozen))
+    held = most = parts
     for number, model in enumerate(models, 1):
         most = max(most, held + whole_weights([model], False))
-        held = whole_weights(models[:number], work.shared)
+        held = parts + whole_weights(models[:number], work.shared)
+    if itself:
+        most = max(most, held + layout.widths.weights * sum(m.whole for m in work.trained))
     return {"opened": most, "cut": 4.0 * moved / layout.ranks if layout.stage else 0.0}
+
+
+def _share(layout: Layout) -> float:
+    """Of frozen weights that are parked, what a device holds between phases."""
+    return {"sharded": 1 / layout.ranks, "offloaded": float(layout.on_cpu)}.get(layout.frozen, 1.0)
 
 
 def _kind(layout: Layout) -> str:

@@ -516,13 +516,13 @@ def _evaluate(seen: Following, row: Row) -> tuple[Work, Cost]:
     _prompt(seen, row, prompts, new)
     largest = max(policies, key=lambda m: m.whole)
     beside: tuple[Model, ...] = (reference, *rewards)
-    if not seen.device.on_cpu:  # reference and reward models take turns there
+    if not seen.device.on_cpu:  # where they take turns, and lie in CPU memory meanwhile
         beside = max((reference,), tuple(rewards), key=lambda models: sum(m.whole for m in models))
     count = config.prompts if prompts.count is None else min(config.prompts or prompts.count, prompts.count)
     rows = ROWS if count is None else min(ROWS, int(count * max(config.samples, config.best_of)))
     drawing = Drawing(rows, _columns(row, prompts, new), CACHE, new)
     work = Work(
-        layout=Layout(on_cpu=seen.device.on_cpu),
+        layout=Layout(on_cpu=seen.device.on_cpu, frozen="whole" if seen.device.on_cpu else "offloaded"),
         frozen=beside,
         guests=(largest,),
         token_budget=config.token_budget,

@@ -107,7 +107,8 @@ class Trainer:
         module.train()
         if settings.checkpointing:
             enable_checkpointing(module)
-        module.to(strategy.device)
+        if not strategy.places:
+            module.to(strategy.device)
         self.engine = strategy.engine(module, optim.optimizer(module, settings, rates), settings.precision)
         self._filler: Forest | None = None
 

@@ -5,7 +5,8 @@
         targets = learner.targets(...)
 
 An update of PPO, where memory is highest, reads neither reference nor reward models. Every rank holds 1 / world of them
-then (as ZeRO-3's shards, Rajbhandari et al. 2020, section 5.3), or none on its device. Bits do not change.
+then (as ZeRO-3's shards, Rajbhandari et al. 2020, section 5.3), or none on its device. Bits do not change. Models are
+parked from CPU memory, where they are opened, so that a device never holds all of them whole.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from pipeline.llama.adapters import share_frozen
 from pipeline.train.strategy import Strategy
 
 Kind = Literal["whole", "sharded", "offloaded"]
@@ -60,12 +62,37 @@ class Parked:
             yield
 
 
+def placed(
+    ranks: Strategy,
+    kind: Kind,
+    actor: nn.Module,
+    still: Sequence[nn.Module],
+    moving: Sequence[nn.Module] = (),
+    staying: Sequence[nn.Module] = (),
+) -> Parked:
+    """A row's models, opened in CPU memory, on this rank's device; those that are `still` parked.
+
+    actor    trained; ZeRO-3 brings it to the device itself. Where an engine cuts it up it shares nothing with others.
+    moving   frozen, but with weights that follow others: whole
+    staying  parts of models that are still, which updates read as well
+    """
+    own = list(actor.children())
+    parked = Parked(ranks, kind, still, staying=staying if ranks.sharded else [*own, *staying])
+    there: list[nn.Module] = []
+    for model in (*([] if ranks.places else own), *moving, *still):
+        model.to(ranks.device)
+        if model in still or (model in own and not ranks.sharded):
+            there.append(model)  # one by one, so that a device holds a shared base once, and once more for a moment
+            share_frozen(*there)
+    return parked
+
+
 class _Space:
     """One tensor of weights, and all parameters that are it."""
 
     def __init__(self, ranks: Strategy, kind: Kind, parameter: nn.Parameter) -> None:
         self.ranks, self.kind, self.parameters = ranks, kind, []  # type: Strategy, Kind, list[nn.Parameter]
-        self.shape, self.device, self.size = parameter.shape, parameter.device, parameter.numel()
+        self.shape, self.device, self.size = parameter.shape, ranks.device, parameter.numel()
         self.inside = 0  # phases that read it now
         self.part: Tensor | None = None
         self.saved = 0
@@ -77,7 +104,7 @@ class _Space:
         whole = self.parameters[0].data
         if self.part is None:  # its bits never change, so that they are taken once
             self.part = self._part_of(whole)
-            kept = self.part.numel() if self.part.device == self.device else 0
+            kept = 0 if self.kind == "offloaded" and self.device.type != "cpu" else self.part.numel()
             self.saved = (self.size - kept) * whole.element_size()
         for parameter in self.parameters:
             parameter.data = whole.new_empty(0)
@@ -102,7 +129,7 @@ class _Space:
             return whole.detach().cpu()
         each = -(-self.size // self.ranks.world)
         flat = torch.nn.functional.pad(whole.detach().reshape(-1), (0, each * self.ranks.world - self.size))
-        return flat[self.ranks.rank * each : (self.ranks.rank + 1) * each].clone()
+        return flat[self.ranks.rank * each : (self.ranks.rank + 1) * each].clone().to(self.device)
 
 
 def _once(spaces: Iterable[_Space]) -> list[_Space]:

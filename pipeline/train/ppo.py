@@ -233,13 +233,6 @@ class Learner:
         self.temperature, self.mix, self.after_update = temperature, mix, after_update
         phase.reference_head = getattr(reference, "head", None)
 
-    @property
-    def modules(self) -> list[nn.Module]:
-        """What updates read: the actor, and the reference's head where the loss holds the exact KL."""
-        kl = self.settings.kl
-        head = [self.phase.reference_head] if kl.where == "loss" and kl.estimator == "exact" else []
-        return [self.trainer.module, *head]
-
     def targets(self, groups: Sequence[Group], beta: float, iteration: int) -> Targets:
         """Minibatches of whole groups in a shuffled order, cut into micro-batches once, with their targets."""
         trainer, precision = self.trainer, self.trainer.settings.precision

@@ -59,6 +59,11 @@ class Strategy:
         """Whether weights are cut up over ranks."""
         return self.fsdp or (self.deepspeed is not None and self.deepspeed.zero_stage == 3)
 
+    @property
+    def places(self) -> bool:
+        """Whether the engine brings a module to the device: ZeRO-3, which casts it before and cuts it up there."""
+        return self.sharded and not self.fsdp
+
     def barrier(self) -> None:
         self.accelerator.wait_for_everyone()
 

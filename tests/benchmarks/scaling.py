@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.benchmarks.common import Figure, say, wanted
-from tests.benchmarks.shapes import shapes
+from tests.benchmarks.shapes import SMOKE, shapes
 
 SCRIPT = Path(__file__).with_name("scaling_rank.py")
 WAYS: dict[str, dict[str, Any]] = {
@@ -30,14 +30,23 @@ WAYS: dict[str, dict[str, Any]] = {
 
 def run(*, small: bool = False, repeats: int | None = None) -> list[dict[str, Any]]:
     lines = []
-    for name, shape in shapes(small).items():
-        told = {"shape": shape, "records": 8 if small else 32, "longest": 32 if small else 256}
+    for name, told in _sizes(small).items():
         cases = [(1, "one process", {})]
         cases += [(n, way, launch) for n in ((2,) if small else (2, 4)) for way, launch in WAYS.items()]
         cases = [c for c in cases if c[0] == 1 or wanted(f"{name}, {c[0]} processes, {c[1]}")]
         if len(cases) > 1:
             lines += _measure(name, told, cases, repeats or (1 if small else 2))
     return lines
+
+
+def _sizes(small: bool) -> dict[str, dict[str, Any]]:
+    """Shapes with the number and length of a batch's records; the last is large enough for its states to weigh more
+    than buffers do (98 million parameters, 1.6 GB in one process)."""
+    if small:
+        return {"smoke": {"shape": SMOKE, "records": 8, "longest": 32}}
+    sizes = {name: {"shape": shape, "records": 32, "longest": 256} for name, shape in shapes(small).items()}
+    large = {"hidden": 1024, "layers": 8, "heads": 8, "kv_heads": 4, "vocabulary": 4096}
+    return sizes | {"hidden 1024": {"shape": large, "records": 8, "longest": 64}}
 
 
 def _measure(name: str, told: dict[str, Any], cases: list[Any], repeats: int) -> list[dict[str, Any]]:

@@ -151,3 +151,19 @@ def test_the_largest_budget_is_the_last_that_fits():
 )
 def test_sizes_for_people(size: float, text: str):
     assert memory.human(size) == text
+
+
+def test_what_a_gpu_holds_while_models_come_to_it():
+    """A policy, a reference and a reward model of 7B, in float32; ZeRO-3 casts what is trained to 16 bits first."""
+    reward = Model(SEVEN, "reward", scalar=True)
+    work = Work(layout=Layout(on_cpu=False), trained=(POLICY,), frozen=(Model(SEVEN, "reference"), reward))
+    started = lambda **layout: memory.peak(replace(work, layout=replace(work.layout, half=True, **layout))).phases[
+        "starting"
+    ]
+    room = lambda phase: (phase - memory.FIXED["cuda"]) / memory.SLACK["cuda"] / 4
+    whole, scalar = POLICY.whole, reward.whole
+    assert room(started()) == pytest.approx(2 * whole + scalar)
+    assert room(started(ranks=4, strategy="ddp", frozen="sharded")) == pytest.approx(whole + (whole + scalar) / 4)
+    assert room(started(ranks=4, strategy="ddp", frozen="offloaded")) == pytest.approx(whole)
+    zero = {"ranks": 4, "strategy": "deepspeed", "stage": 3, "frozen": "sharded"}
+    assert room(started(**zero)) == pytest.approx((whole + scalar) / 4 + whole / 2 + whole / 4)  # its cut beside it

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from pipeline.train.parked import Parked
+from pipeline.train.parked import Parked, placed
 from pipeline.train.strategy import build
 from tests.train.ranks import frozen_models
 from tests.train.test_strategy import torchrun
@@ -62,3 +63,22 @@ def test_two_ranks_hold_half_each(tmp_path: Path) -> None:
         assert rank["inside"] == [expected, expected]  # in two phases
         assert rank["between"] == [0, 0, 0, 3] and rank["bytes"] == 4 * (7 + 1)
         assert rank["half"] == [0.5, 1.5, -2.0]
+
+
+@pytest.mark.parametrize(("sharded", "places"), [(False, False), (True, False), (True, True)])
+def test_models_come_to_the_device_parked_and_share_what_the_actor_has_too(sharded: bool, places: bool) -> None:
+    """Nothing of a still model that can be parked is ever moved whole; ZeRO-3's actor is not moved here at all."""
+    one, other, trained = frozen_models()
+    came: list[tuple[str, int]] = []
+    follower = nn.Linear(5, 3)
+    for name, module in {"one": one, "other": other, "trained": trained, "follower": follower}.items():
+        size = lambda module=module: sum(p.numel() for p in module.parameters())
+        module.to = lambda device, name=name, size=size: came.append((name, size()))  # type: ignore[method-assign,assignment]
+    ranks = SimpleNamespace(sharded=sharded, places=places, device=torch.device("cpu"), world=1, rank=0)
+    actor = nn.Sequential(trained)
+    parked = placed(ranks, "offloaded", actor, [one, other], [follower])  # type: ignore[arg-type]
+    own = [] if places else [("trained", sum(p.numel() for p in trained.parameters()))]
+    # a bias that one shares with what is trained stays, unless an engine has a copy of its own
+    assert came == [*own, ("follower", 18), ("one", 0 if sharded else 3), ("other", 0)]
+    with parked.whole(one):
+        assert one(torch.ones(5)).shape == (3,)
