@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from pipeline.data.world_text import GOODS, PETS, WORDS
 
-PASS = "pass"
+QUESTION = "The pass key is"
 KEY_WORDS = (*WORDS, *PETS, *GOODS)
 _SENTENCE = re.compile(r"[^.!?]+[.!?]+\s*")
 
@@ -25,18 +25,14 @@ def draw_key(rng: random.Random, words: int) -> str:
     return " ".join(rng.choice(KEY_WORDS) for _ in range(words))
 
 
-def statement(name: str, key: str) -> str:
-    return f"The {name} key is {key}."
-
-
-def question(name: str) -> str:
-    return f"The {name} key is"
+def statement(key: str) -> str:
+    return f"{QUESTION} {key}."
 
 
 def filler(texts: Sequence[str]) -> list[str]:
     """The sentences of texts, each with a space before it, without those that name the pass key."""
     found = [sentence.strip() for text in texts for sentence in _SENTENCE.findall(text)]
-    return [f" {sentence}" for sentence in found if f"{PASS} key" not in sentence]
+    return [f" {sentence}" for sentence in found if QUESTION not in sentence]
 
 
 def hide(sentences: Sequence[Sequence[int]], needle: Sequence[int], room: int, depth: float, first: int) -> list[int]:

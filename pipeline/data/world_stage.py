@@ -39,7 +39,9 @@ class WorldStage(Stage):
         prompts: int = Field(default=Sizes.prompts, ge=1, description="Prompts to sample from in training.")
         dev: int = Field(default=Sizes.dev, ge=1, description="Prompts for tuning.")
         heldout: int = Field(default=Sizes.heldout, ge=1, description="Prompts for the figures that are reported.")
-        long_documents: int = added(0, "Texts of `long_words` words that state keys and name them again later.", ge=0)
+        long_documents: int = added(
+            0, "Texts of `long_words` words that state a pass key and name it again and again.", ge=0
+        )
         heldout_long_documents: int = added(0, "The same, for perplexity by position and retrieval.", ge=0)
         long_words: int = added(LONG_WORDS, "Words of each of them, at least.", ge=1)
 

@@ -24,7 +24,7 @@ import torch
 from pipeline.data.chat import ChatFormat
 from pipeline.data.forest import Forest, Group, Segment, build, cut
 from pipeline.data.groups import document_groups, sum_by_segment
-from pipeline.data.passkey import PASS, draw_key, filler, hide, question, statement
+from pipeline.data.passkey import QUESTION, draw_key, filler, hide, statement
 from pipeline.data.records import Document
 from pipeline.data.template import encode_texts
 from pipeline.evaluate.context_settings import ContextMeasures
@@ -107,7 +107,7 @@ def passkey_group(
     """A text of `length` tokens that ends with the key, whose tokens alone have weight."""
     rng = random.Random(draw)
     key = draw_key(rng, words)
-    needle, asked, answer = encode_texts(chat.tokenizer, [f" {statement(PASS, key)}", f" {question(PASS)}", f" {key}"])
+    needle, asked, answer = encode_texts(chat.tokenizer, [f" {statement(key)}", f" {QUESTION}", f" {key}"])
     head = [] if chat.bos_id is None else [chat.bos_id]
     room = length - len(head) - len(asked) - len(answer)
     try:

@@ -4,12 +4,11 @@ import random
 
 import pytest
 
-from pipeline.data.passkey import KEY_WORDS, draw_key, filler, hide, question, statement
+from pipeline.data.passkey import KEY_WORDS, QUESTION, draw_key, filler, hide, statement
 
 
 def test_texts() -> None:
-    assert statement("pass", "4 8 2") == "The pass key is 4 8 2."
-    assert statement("pass", "4 8 2").startswith(question("pass"))
+    assert statement("4 8 2") == "The pass key is 4 8 2." and statement("4 8 2").startswith(QUESTION)
     key = draw_key(random.Random(0), 5)
     assert len(key.split()) == 5 and set(key.split()) <= set(KEY_WORDS)
     assert draw_key(random.Random(0), 5) == key
