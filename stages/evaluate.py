@@ -75,6 +75,7 @@ class Evaluate(Stage):
         from pipeline.evaluate.context import context_figures, untrained_figures
         from pipeline.evaluate.panel import Panel
         from pipeline.evaluate.policies import answer, exhibits, kl_to, text_perplexity
+        from pipeline.flow.heap import give_back
         from pipeline.llama.device import chosen_device, placed
         from pipeline.llama.open import open_frozen
         from pipeline.report.samples import write_samples
@@ -120,6 +121,8 @@ class Evaluate(Stage):
             with placed(device, *panel.networks):
                 panel.score(found)
             everyone.append(found)
+            del role  # before the next one is opened
+            give_back()
         untrained = {}
         if config.context and documents:
             with placed(device, reference.module):

@@ -245,9 +245,14 @@ def between(model: Model, layout: Layout, tokens: float) -> float:
     passing = tokens * (gates * b * shape.active * shape.inner + (4 + layout.residual) * shape.hidden)
     product = 0.0 if model.adapter else (b if layout.half else 0) + 4
     restored = 4.0 * max(a * b for a, b in shape.projections.values()) if model.quantise else 0.0
-    if isinstance(model.quantise, Int8Settings):  # whole numbers of a product, and what they are worth
-        passing += 3 * 4.0 * tokens * shape.inner
+    if isinstance(model.quantise, Int8Settings):
+        passing += tokens * _whole_numbers(shape)
     return passing + product * 2 * shape.inner * shape.hidden + restored
+
+
+def _whole_numbers(shape: Shape) -> float:
+    """Bytes a token of the largest product over int8 weights: whole numbers, and what they are worth."""
+    return 3 * 4.0 * shape.inner
 
 
 def activations(model: Model, layout: Layout, tokens: float, *, checkpointing: bool, longest: int) -> float:
@@ -351,6 +356,8 @@ def decoding(model: Model, layout: Layout, drawing: Drawing) -> float:
         if layout.on_cpu and shape.hidden <= IN_ONE_UP_TO and not drawing.half:
             copies += width * (shape.trunk + shape.table)
     prompts = min(PREFILL, rows * drawing.columns) * (3 * shape.hidden + 3 * shape.inner + 2 * shape.queries) * width
+    if isinstance(model.quantise, Int8Settings):
+        prompts += min(PREFILL, rows * drawing.columns) * _whole_numbers(shape)
     step = rows * (4 * 4 * shape.vocabulary + 20 * drawing.new)
     return copies + prompts + step
 
@@ -383,10 +390,10 @@ def peak(work: Work, tokens: int | None = None) -> Peak:
             phases["updating"]["left"] = cache + guests
         saved = (4.0 + _written(layout) * (work.saves and not work.snapshots)) * moved if layout.on_cpu else 0.0
         phases["saving"] = own | {"frozen": frozen["none"], "whole": together, "copies": saved, "cache": staying}
-    # Nothing trained: guests come one after another, and the next is opened before the last one goes.
+    # Nothing trained: guests come one after another, each opened whole, beside its file.
     following = 0.0 if work.trained else 4.0 * max((m.whole for m in work.guests), default=0)
     if following and layout.on_cpu:
-        phases["starting"] = {"frozen": frozen["all"], "guests": guests, "next": following, "file": following}
+        phases["starting"] = {"frozen": frozen["all"], "guest": following, "file": following}
     while_drawn = own | {"frozen": frozen["scalars"], "guests": guests, "whole": together}
     if work.draws_first:
         while_drawn = {"weights": whole_weights(work.trained, False), "frozen": 0.0, "guests": guests, "whole": 0.0}
@@ -414,7 +421,7 @@ def peak(work: Work, tokens: int | None = None) -> Peak:
     totals = {name: sum(parts.values()) for name, parts in phases.items()}
     largest = max(totals, key=lambda name: totals[name])
     found = {name: size for name, size in phases[largest].items() if size}
-    host = 0.0 if layout.on_cpu else max(opened + guests + 2 * following, held.host + copies)
+    host = 0.0 if layout.on_cpu else max(opened + max(guests, 2 * following), held.host + copies)
     return Peak(largest, found, host, totals)
 
 
@@ -473,7 +480,8 @@ def _updating(work: Work, tokens: int, held: States) -> dict[str, float]:
     again = [tokens * kept(m, layout, work.longest) + copied_weights(m, layout) for m in work.trained]
     if work.checkpointing:  # of one model at a time is a layer whole again
         graph -= sum(again) - max(again)
-    at_work = max(between(m, layout, tokens) for m in work.trained)
+    each = [between(m, layout, tokens) for m in work.trained]
+    at_work = max(each)
     # A heap keeps the room of a layer that is computed again in pieces, and makes as much anew: what is in use is as
     # counted here, what the heap held beyond it was 0.5 to 3 times a layer at work, differently from run to run of the
     # same row. What adapters pass on to each other likewise.
@@ -481,7 +489,7 @@ def _updating(work: Work, tokens: int, held: States) -> dict[str, float]:
     if layout.on_cpu and work.checkpointing:
         pieces = 1.3 * (sum(again) + at_work)
     elif layout.on_cpu and any(m.adapter for m in work.trained):
-        pieces = at_work
+        pieces = sum(each)
     scored = [m for m in work.trained if not m.scalar]
     head, stays = 0.0, 0.0
     if scored:

@@ -26,6 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from pipeline.flow.artifacts import members
 from pipeline.flow.errors import UserError
+from pipeline.flow.heap import give_back
 from pipeline.llama import adapters, quantise_settings
 from pipeline.llama.adapter_settings import AnyAdapter
 from pipeline.llama.config import check_config, read_json, refuse_code
@@ -262,6 +263,7 @@ def _quantise(model: nn.Module, settings: AnyQuantise | None, dtype: torch.dtype
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
+    give_back()
 
 
 def _align(model: nn.Module) -> None:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from pipeline.data.forest import Forest, Group, build, cut, size
 from pipeline.flow.errors import Damaged, NonFinite, UserError
+from pipeline.flow.heap import Heap
 from pipeline.llama.arithmetic import fast_products
 from pipeline.llama.virtual import refuse_checkpointing
 from pipeline.train import balance, optim
@@ -110,6 +111,7 @@ class Trainer:
         if not strategy.places:
             module.to(strategy.device)
         self.engine = strategy.engine(module, optim.optimizer(module, settings, rates), settings.precision)
+        self.heap = Heap()
         self._filler: Forest | None = None
 
     def step(self, work: Work, weights: Mapping[str, float], filler: Group | Forest | None = None) -> dict[str, float]:
@@ -257,7 +259,9 @@ class Trainer:
         loss = torch.stack([p.float() for p in parts]).sum() * float(real)
         if not loss.requires_grad:
             raise ValueError("the loss does not depend on any trained parameter")
+        self.heap.mark()
         self.engine.backward(loss)
+        self.heap.tidy()
         if real:
             sums.add({LOSS + term: (total, 1) for term, total in out.terms.items()})
             sums.add(out.metrics)

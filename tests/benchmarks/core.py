@@ -134,7 +134,7 @@ def _measure(case: str, task: Task, repeats: int) -> list[dict[str, Any]]:
 def ours(task: Task) -> Any:
     """A function that makes one step and gives its loss."""
     from pipeline.data.forest import Group, Segment
-    from pipeline.flow.worker import keep_freed_memory
+    from pipeline.flow import heap
     from pipeline.llama.heads import PolicyModel
     from pipeline.llama.modeling import LlamaForCausalLM
     from pipeline.train.batches import weigh_tokens
@@ -143,7 +143,7 @@ def ours(task: Task) -> Any:
     from pipeline.train.settings import TrainSettings
     from pipeline.train.strategy import build
 
-    keep_freed_memory()  # as every worker of the project does
+    heap.keep_freed()  # as every worker of the project does
     source = task.model()
     model = LlamaForCausalLM(source.config)
     model.load_state_dict(source.state_dict())

@@ -11,11 +11,11 @@ from pathlib import Path
 
 
 def main() -> None:
+    from pipeline.flow import heap
     from pipeline.flow.stage import Request, run_stage
-    from pipeline.flow.worker import keep_freed_memory
     from tests.benchmarks.common import MARK, peak_mb
 
-    keep_freed_memory()  # as workers do
+    heap.keep_freed()  # as workers do
     request = Request.read(Path(sys.argv[1]))
     manifest = run_stage(request, lambda event: None)
     Path(sys.argv[2]).write_text(json.dumps(manifest))

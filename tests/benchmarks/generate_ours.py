@@ -15,13 +15,13 @@ GREEDY = 8  # prompts and tokens that are compared before the first turn
 def main(task: Task) -> None:
     import torch
 
-    from pipeline.flow.worker import keep_freed_memory
+    from pipeline.flow import heap
     from pipeline.llama.open import open_policy
     from pipeline.rollout.engine import SamplingSettings
     from pipeline.rollout.native import NativeEngine
     from pipeline.rollout.noise import NoiseKey
 
-    keep_freed_memory()  # as every worker of the project does
+    heap.keep_freed()  # as every worker of the project does
     torch.set_num_threads(THREADS)
     model = open_policy(policy_files(task.models)).model
     engine = NativeEngine(model, (STOP,) if task.stops else (), pad_id=0, rows=task.batch)

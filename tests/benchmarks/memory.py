@@ -45,10 +45,10 @@ def ways(layers: int, tokens: int) -> dict[str, dict[str, Any]]:
 
 
 def run(*, small: bool = False, repeats: int | None = None) -> list[dict[str, Any]]:
-    from pipeline.flow.worker import keep_freed_memory
+    from pipeline.flow import heap
     from tests.benchmarks import memory_way  # all imports, once: ways are forked, and nothing is computed here
 
-    keep_freed_memory()
+    heap.keep_freed()
     shape, records = (SMOKE, 4) if small else (SHAPE, RECORDS)
     chosen = {k: v for k, v in ways(shape["layers"], records * LENGTH).items() if k == "plain" or wanted(k)}
     found: dict[str, list[dict[str, float]]] = {name: [] for name in chosen}

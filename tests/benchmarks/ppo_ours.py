@@ -38,7 +38,7 @@ def run(task: Any, settings: PpoSettings, *, samples: int, per_turn: int) -> Non
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
     from pipeline.data.records import Prompt
-    from pipeline.flow.worker import keep_freed_memory
+    from pipeline.flow import heap
     from pipeline.llama.heads import ActorCritic, ScalarModel, ValueHead
     from pipeline.llama.open import open_classifier, open_frozen, open_trainable, open_trainable_classifier
     from pipeline.rollout.collect import EncodedPrompts, Sampler
@@ -51,7 +51,7 @@ def run(task: Any, settings: PpoSettings, *, samples: int, per_turn: int) -> Non
     from pipeline.train.settings import TrainSettings
     from pipeline.train.strategy import build
 
-    keep_freed_memory()  # as every worker of the project does
+    heap.keep_freed()  # as every worker of the project does
     torch.set_num_threads(THREADS)
     policy = open_trainable(policy_files(task.models), None, 0)
     policy.chat.stop_ids = (STOP,) if task.stops else ()

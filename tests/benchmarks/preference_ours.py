@@ -42,10 +42,10 @@ def main(task: Task) -> None:
     import torch
 
     from pipeline.data.groups import continuations
-    from pipeline.flow.worker import keep_freed_memory
+    from pipeline.flow import heap
     from pipeline.train.objectives import weigh_pairs
 
-    keep_freed_memory()  # as every worker of the project does
+    heap.keep_freed()  # as every worker of the project does
     torch.set_num_threads(THREADS)
     worth = [{"answer": 1.0, "worth": float(task.answers - 1 - place)} for place in range(task.answers)]
     groups = [continuations(prompt, answers, worth) for prompt, answers in task.records()]

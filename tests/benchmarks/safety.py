@@ -35,7 +35,7 @@ def _measure(case: str, shape: Shape, every: int, small: bool, repeats: int) -> 
     import torch
 
     from pipeline.data.forest import Segment
-    from pipeline.flow.worker import keep_freed_memory
+    from pipeline.flow import heap
     from pipeline.llama.open import open_trainable
     from pipeline.train import checkpoints
     from pipeline.train.loop import Trainer
@@ -44,7 +44,7 @@ def _measure(case: str, shape: Shape, every: int, small: bool, repeats: int) -> 
     from pipeline.train.strategy import build
 
     say(f"{case}: {repeats} repetitions of {TURN} steps of {BATCH} records")
-    keep_freed_memory()
+    heap.keep_freed()
     torch.set_num_threads(THREADS)
     with tempfile.TemporaryDirectory() as folder:
         save_models(shape, Path(folder))

@@ -23,7 +23,7 @@ def main(out: str, shape_text: str, launch_text: str) -> None:
     import torch
 
     from pipeline.data.forest import Segment
-    from pipeline.flow.worker import keep_freed_memory
+    from pipeline.flow import heap
     from pipeline.llama.open import open_trainable
     from pipeline.train.loop import Trainer
     from pipeline.train.objectives import next_token
@@ -31,7 +31,7 @@ def main(out: str, shape_text: str, launch_text: str) -> None:
     from pipeline.train.strategy import build
     from tests.benchmarks.shapes import Shape, draw_ids, draw_lengths, policy_files, save_models
 
-    keep_freed_memory()
+    heap.keep_freed()
     torch.set_num_threads(1)
     told = json.loads(shape_text)
     shape, records, longest = Shape(**told["shape"]), told["records"], told["longest"]

@@ -14,7 +14,7 @@ def main(task: Task) -> None:
     import torch
 
     from pipeline.data.forest import Group, Segment
-    from pipeline.flow.worker import keep_freed_memory
+    from pipeline.flow import heap
     from pipeline.llama.heads import PolicyModel
     from pipeline.llama.modeling import LlamaForCausalLM
     from pipeline.train.batches import weigh_tokens
@@ -23,7 +23,7 @@ def main(task: Task) -> None:
     from pipeline.train.settings import TrainSettings
     from pipeline.train.strategy import build
 
-    keep_freed_memory()  # as every worker of the project does
+    heap.keep_freed()  # as every worker of the project does
     torch.set_num_threads(THREADS)
     source = task.model()
     model = LlamaForCausalLM(source.config)

@@ -161,4 +161,4 @@ def test_a_model_that_is_gone_on_from_keeps_its_shape_and_reading_far_is_counted
     pairs = texts * 256 * 257 / 2
     products = 2 * (texts * 256 * shape.trunk + texts * 3 * shape.table) + 4 * shape.layers * shape.queries * pairs
     assert more == pytest.approx(models * products)
-    assert one["pretrain"].cost.tokens == 600 * 2048 and one["pretrain@yarn-4x"].cost.tokens == 30 * 2048
+    assert one["pretrain"].cost.tokens == 2400 * 2048 and one["pretrain@yarn-4x"].cost.tokens == 30 * 2048

@@ -118,7 +118,3 @@ def test_what_one_rank_writes_stays_whole(tmp_path: Path, monkeypatch: pytest.Mo
     with os.fdopen(read) as pipe:
         line = pipe.read()
     assert len(line.encode()) <= 4096 and json.loads(line)["rank"] == 1
-
-
-def test_the_allocator_is_told_to_keep_what_is_freed() -> None:
-    worker.keep_freed_memory()  # no error where there is no glibc either
