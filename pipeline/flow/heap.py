@@ -47,11 +47,10 @@ class Heap:
 
     def __init__(self) -> None:
         self._libc = _libc("mallinfo2", "malloc_trim")
+        self.most = self.others = 0
         if self._libc:
             self._libc.mallinfo2.restype = _Info
-            give_back()
-        self.most = self._used()
-        self.others = _resident() - self.most if self._libc else 0  # code, libraries, mapped files
+            self._give_back()
 
     def mark(self) -> None:
         self.most = self._used()
@@ -60,8 +59,14 @@ class Heap:
         """Whether anything was given back."""
         if not self._libc or _resident() - self.others - self.most <= max(LEAST, SHARE * self.most):
             return False
-        give_back()
+        self._give_back()
         return True
+
+    def _give_back(self) -> None:
+        """What stays beyond what is in use now is not the heap's: code, libraries, mapped files."""
+        give_back()
+        self.most = self._used()
+        self.others = _resident() - self.most
 
     def _used(self) -> int:
         if not self._libc:
