@@ -56,8 +56,15 @@ def test_a_preset_that_stands_in_for_nothing_is_told(capsys: Any):
 
 
 def test_where_nothing_fits_it_says_what_to_change(capsys: Any):
-    code, out, _ = rlhf(capsys, EIGHT, "--model", "llama-3-8b", "--memory", "42", "--set", "launch.zero_stage=1")
+    sets = ("--set", "launch.zero_stage=1", "--set", "launch.offload=none")
+    code, out, _ = rlhf(capsys, EIGHT, "--model", "llama-3-8b", "--memory", "42", *sets)
     assert code == 0 and "sft: nothing fits (42 GB a rank); --set " in out
+
+
+@pytest.mark.parametrize("plan", [EIGHT, LORA])
+def test_the_plans_for_8b_fit_gpus_of_80_gb(capsys: Any, plan: str):
+    _, out, _ = rlhf(capsys, plan, "--model", "llama-3-8b")
+    assert "h100: 80 GB" in out and "fits" not in out and "too much" not in out and "!" not in out
 
 
 def test_a_budget_that_is_too_large_is_told_the_largest(capsys: Any):
