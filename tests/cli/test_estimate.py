@@ -12,7 +12,8 @@ from pipeline.cli import main
 from pipeline.cli.estimate import duration, quantity
 
 ROOT = Path(__file__).resolve().parents[2]
-QUICKSTART, EIGHT = str(ROOT / "configs" / "quickstart.yaml"), str(ROOT / "configs" / "llama3-8b-zero3.yaml")
+QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
+LORA, EIGHT = (str(ROOT / "configs" / f"llama3-8b-{kind}.yaml") for kind in ("lora", "zero3"))
 
 
 def rlhf(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
