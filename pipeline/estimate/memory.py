@@ -23,7 +23,7 @@ MB = 1e6
 # Python with PyTorch, transformers, accelerate and peft, measured; a CUDA context, its libraries and NCCL's buffers.
 FIXED = {"cpu": 480 * MB, "cuda": 1200 * MB}
 # Held by the allocator beyond what was asked for: pieces between blocks that no later block fits into.
-SLACK = {"cpu": 1.08, "cuda": 1.05}
+SLACK = {"cpu": 1.05, "cuda": 1.05}
 # The same of a CPU's heap where adapters pass tensors on to each other: beside 470 MB in use at a step of SFT another
 # 350 MB lay free (mallinfo2). Fitted on the rows of tests/benchmarks/estimate.py with LoRA, NF4 and int8.
 ADAPTED_SLACK = 1.5
@@ -386,8 +386,6 @@ def peak(work: Work, tokens: int | None = None) -> Peak:
     if work.trained:
         phases["starting"] = _starting(work, moved, opened)
         phases["updating"] = _updating(work, tokens, held) | {"frozen": frozen["none"], "cache": staying}
-        if work.draws_first and layout.on_cpu:  # freed, in pieces that activations did not fit into (measured)
-            phases["updating"]["left"] = cache + guests
         saved = (4.0 + _written(layout) * (work.saves and not work.snapshots)) * moved if layout.on_cpu else 0.0
         phases["saving"] = own | {"frozen": frozen["none"], "whole": together, "copies": saved, "cache": staying}
     # Nothing trained: guests come one after another, each opened whole, beside its file.
