@@ -355,7 +355,9 @@ def decoding(model: Model, layout: Layout, drawing: Drawing) -> float:
         )
         if layout.on_cpu and shape.hidden <= IN_ONE_UP_TO and not drawing.half:
             copies += width * (shape.trunk + shape.table)
-    prompts = min(PREFILL, rows * drawing.columns) * (3 * shape.hidden + 3 * shape.inner + 2 * shape.queries) * width
+    prompts: float = (
+        min(PREFILL, rows * drawing.columns) * (3 * shape.hidden + 3 * shape.inner + 2 * shape.queries) * width
+    )
     if isinstance(model.quantise, Int8Settings):  # of gate and up, in rooms that the heap does not join (measured)
         prompts += min(PREFILL, rows * drawing.columns) * 2 * _whole_numbers(shape)
     step = rows * (4 * 4 * shape.vocabulary + 20 * drawing.new)
