@@ -150,7 +150,7 @@ class Ppo(Stage):
         from pipeline.rollout.samples import SampleLog, describe_samples, origin_of, recorded
         from pipeline.train import memory, ppo_checks, strategy
         from pipeline.train.loop import Trainer
-        from pipeline.train.parked import placed
+        from pipeline.train.parked import bring
         from pipeline.train.ppo import Learner, PromptStream, groups_each
         from pipeline.train.ppo_loss import Phase, ppo_loss
         from pipeline.train.ppo_state import Progress
@@ -206,7 +206,7 @@ class Ppo(Stage):
         )
         workspace.say(told)
         head = [roles.reference.module.head] if config.kl.where == "loss" and config.kl.estimator == "exact" else []
-        parked = placed(ranks, workspace.frozen, roles.actor, still, moving, staying=head)
+        parked = bring(ranks, workspace.frozen, roles.actor, still, moving, staying=head)
         if parked.bytes:
             workspace.say(f"{memory.human(parked.bytes)} of frozen models are elsewhere during updates (launch.frozen)")
         phase = Phase()

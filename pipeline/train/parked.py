@@ -62,7 +62,7 @@ class Parked:
             yield
 
 
-def placed(
+def bring(
     ranks: Strategy,
     kind: Kind,
     actor: nn.Module,

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.train.parked import Parked, placed
+from pipeline.train.parked import Parked, bring
 from pipeline.train.strategy import build
 from tests.train.ranks import frozen_models
 from tests.train.test_strategy import torchrun
@@ -76,7 +76,7 @@ def test_models_come_to_the_device_parked_and_share_what_the_actor_has_too(shard
         module.to = lambda device, name=name, size=size: came.append((name, size()))  # type: ignore[method-assign,assignment]
     ranks = SimpleNamespace(sharded=sharded, places=places, device=torch.device("cpu"), world=1, rank=0)
     actor = nn.Sequential(trained)
-    parked = placed(ranks, "offloaded", actor, [one, other], [follower])  # type: ignore[arg-type]
+    parked = bring(ranks, "offloaded", actor, [one, other], [follower])  # type: ignore[arg-type]
     own = [] if places else [("trained", sum(p.numel() for p in trained.parameters()))]
     # a bias that one shares with what is trained stays, unless an engine has a copy of its own
     assert came == [*own, ("follower", 18), ("one", 0 if sharded else 3), ("other", 0)]
