@@ -153,7 +153,7 @@ class Dpo(Stage):
         trainer = training.trainer(policy.module, config.train, ranks, total=len(plan), seed=workspace.seed)
         if loss.needs_reference:
             plan = make_plan(with_reference(trainer, plan, workspace, training.parts))
-            require_start(trainer, plan.batch(0).groups, loss.start, config.train.precision)
+            require_start(trainer, plan.batch(0).groups, loss.start)
         evaluate = None
         if inputs.heldout or inputs.heldout_rated:
             held = encode(heldout=inputs.heldout, heldout_rated=inputs.heldout_rated).groups

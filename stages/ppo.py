@@ -255,7 +255,7 @@ class Ppo(Stage):
                 if not config.importance.correct:
                     coarse = config.engine.precision != "model" or config.engine.engine != "native"
                     coarse |= rounds(policy.model)
-                    precision = "bf16" if coarse else config.train.precision
+                    precision = "bf16" if coarse else trainer.precision
                     ppo_checks.require_sampler(targets.largest_gap, targets.figures["sampler_gap"], precision)
                 updated = learner.optimise(targets, progress.kl.coefficient, iteration)
                 roles.after_iteration(iteration + 1)

@@ -20,6 +20,7 @@ from pipeline.llama.adapter_settings import TARGETS, AnyAdapter, WeightsSettings
 from pipeline.llama.config import check_config, read_json
 from pipeline.llama.presets import PRESETS
 from pipeline.llama.quantise_settings import AnyQuantise
+from pipeline.train.precision import bfloat16_is_fast
 
 # Mean tokens of a record of the embedded world under the quickstart's tokenizer of 1,024 tokens, measured.
 WORLD = {
@@ -145,7 +146,7 @@ def layout_of(launch: LaunchSettings, precision: str, on_cpu: bool, optimizer: s
         stage={"deepspeed": launch.zero_stage, "fsdp": 3}.get(strategy, 0),
         offload=launch.offload if strategy == "deepspeed" else "none",
         frozen=launch.frozen,
-        half=precision == "bf16",
+        half=precision == "bf16" or (precision == "auto" and (not on_cpu or bfloat16_is_fast("cpu"))),
         on_cpu=on_cpu,
         optimizer=optimizer,
     )

@@ -33,6 +33,7 @@ from pipeline.llama.virtual import refuse_checkpointing
 from pipeline.train import balance, optim
 from pipeline.train.batches import Plan, check_sizes
 from pipeline.train.metrics import Number, Sums, exact_sum, merge
+from pipeline.train.precision import chosen_precision
 from pipeline.train.randomness import seed_dropout
 from pipeline.train.resume import Resume
 from pipeline.train.settings import TrainSettings
@@ -110,7 +111,8 @@ class Trainer:
             enable_checkpointing(module)
         if not strategy.places:
             module.to(strategy.device)
-        self.engine = strategy.engine(module, optim.optimizer(module, settings, rates), settings.precision)
+        self.precision = chosen_precision(settings.precision, strategy.device.type)
+        self.engine = strategy.engine(module, optim.optimizer(module, settings, rates), self.precision)
         self.heap = Heap()
         self._filler: Forest | None = None
 
@@ -130,7 +132,7 @@ class Trainer:
             weights = {**weights, balance.TERM: sum(_tokens(micro) for micro in micros)}
         scales, passes = self._agree(weights, len(micros))
         sums = Sums()
-        with fast_products(self.strategy.device, self.settings.precision):
+        with fast_products(self.strategy.device, self.precision):
             for i in range(passes):
                 with self.engine.accumulate(last=i == passes - 1):
                     self._pass(number, i, micros[i] if i < len(micros) else None, filler, scales, sums)
@@ -190,7 +192,7 @@ class Trainer:
 
     @contextmanager
     def arithmetic(self) -> Iterator[None]:
-        with self.engine.autocast(), fast_products(self.strategy.device, self.settings.precision):
+        with self.engine.autocast(), fast_products(self.strategy.device, self.precision):
             yield
 
     def whole(self) -> AbstractContextManager[None]:

@@ -235,7 +235,7 @@ class Learner:
 
     def targets(self, groups: Sequence[Group], beta: float, iteration: int) -> Targets:
         """Minibatches of whole groups in a shuffled order, cut into micro-batches once, with their targets."""
-        trainer, precision = self.trainer, self.trainer.settings.precision
+        trainer, precision = self.trainer, self.trainer.precision
         order = permutation(len(groups), trainer.seed, "minibatches", iteration)
         step = groups_each(self.settings.minibatch, sum(1 for s in groups[0] if s.facts.get("answer")))
         cuts = [[groups[i] for i in order[at : at + step]] for at in range(0, len(order), step)]

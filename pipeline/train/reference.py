@@ -119,7 +119,6 @@ def require_start(
     trainer: Trainer,
     groups: Sequence[Group],
     start: Callable[[Mapping[str, float]], float | None],
-    precision: str,
 ) -> None:
     """With policy and reference equal the loss has a known value, `start` of its figures; anything else is a wrong
     reference. RowFailed then.
@@ -128,7 +127,7 @@ def require_start(
     found, expected = figures["loss"], start(figures)
     if expected is None:
         return
-    if not abs(found - expected) <= EXACT[precision] * max(1.0, 4 * expected):
+    if not abs(found - expected) <= EXACT[trainer.precision] * max(1.0, 4 * expected):
         raise RowFailed(
             f"at step 0 the loss is {found:.9g}, expected {expected:.9g}: policy and reference are not the same "
             "(dropout active? an adapter merged or left out? another precision?)"

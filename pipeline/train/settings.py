@@ -39,8 +39,10 @@ class TrainSettings(Settings):
     token_budget: int = not_identity(
         8192, "Tokens a forward pass at most; it decides memory and speed, never the result.", ge=1
     )
-    precision: Literal["fp32", "bf16"] = Field(
-        default="fp32", description="bf16 computes in bfloat16 over float32 master weights."
+    precision: Literal["fp32", "bf16", "auto"] = Field(
+        default="fp32",
+        description="bf16 computes in bfloat16 over float32 master weights; auto is bf16 where this machine has "
+        "arithmetic for it, and fp32 elsewhere.",
     )
     checkpointing: bool = not_identity(
         False, "Recompute activations in the backward pass: less memory, about a third more time."

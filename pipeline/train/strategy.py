@@ -20,6 +20,7 @@ from torch import nn
 from pipeline.flow.errors import Damaged, UserError
 from pipeline.llama.device import chosen_device
 from pipeline.train.optim import put_state, state_shapes
+from pipeline.train.precision import bfloat16_is_fast, chosen_precision
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -277,7 +278,16 @@ def for_row(workspace: Any, *, precision: str = "fp32", clip: float = 1.0) -> St
     """`build` from a row's workspace: its launch settings, and the ranks its worker was started with."""
     known = ("strategy", "device", "zero_stage", "offload", "deepspeed")
     chosen = {key: workspace.launch[key] for key in known if key in workspace.launch}
-    return build(processes=workspace.world, **chosen, precision=precision, clip=clip)
+    device = chosen_device(chosen.get("device", "auto")).type
+    computed = chosen_precision(precision, device)
+    made = build(processes=workspace.world, **chosen, precision=computed, clip=clip)
+    if len(set(made.gather(computed))) > 1:
+        raise UserError("train.precision: auto is bf16 on some ranks and fp32 on others: choose one of them")
+    if precision == "auto":
+        workspace.say(f"train.precision: auto, which is {computed} on this {device}")
+    elif computed == "bf16" and not bfloat16_is_fast(device):
+        workspace.say(f"train.precision: bf16 is many times slower than fp32 on this {device}; auto would choose fp32")
+    return made
 
 
 def _ddp_keywords() -> dict[str, Any]:

@@ -119,7 +119,7 @@ MUTATIONS: list[tuple[str, tuple[str, ...]]] = [
     ("stages: " + "{dpo: " * 99, ("nested too deeply",)),
     # words that are none, with those that are
     (setting("sft.train_on", "everything"), ("sft.train_on", "'all_rounds'", "'last_round'")),
-    (setting("sft.train.precision", "fp16"), ("sft.train.precision", "'fp32' or 'bf16'")),
+    (setting("sft.train.precision", "fp16"), ("sft.train.precision", "'fp32', 'bf16' or 'auto'")),
     (setting("sft.train.schedule", "cosin"), ("sft.train.schedule", "'cosine'", "'wsd'")),
     (setting("pretrain.objective", "fmi"), ("pretrain.objective", "'fmi'", "'fim'")),
     (setting("pretrain.objective", "{name: spans, densty: 1}"), ("unknown key 'densty'", "did you mean 'density'?")),

@@ -34,7 +34,7 @@ for in_use, freed in ((0, 200), (0, 300), (800, 300), (800, 500)):
         libc.free(block)
     before = heap._resident()
     told = watched.tidy()
-    found.append((told, (before - heap._resident()) // MB))
+    found.append((told, round((before - heap._resident()) / MB)))
     heap.give_back()
     for block in (*blocks, *last):
         libc.free(block)

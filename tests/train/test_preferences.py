@@ -105,7 +105,7 @@ def test_the_start_is_a_half_and_the_reference_point_zero() -> None:
         plan = UnpairedPlan(records, settings, seed=0, strategy=strategy, weigh=training_of(loss).weigh)
         trainer = UnpairedTrainer(loss, policy().module, settings, strategy, total=1, seed=0)
         annotated = with_reference(trainer, plan, Listener(), PARTS)
-        require_start(trainer, annotated, loss.start, "fp32")
+        require_start(trainer, annotated, loss.start)
         found = trainer.evaluate(annotated, {"answers": 6.0})
         assert found["loss"] == pytest.approx(expected, rel=1e-7) and found["reference_point"] == 0.0
         held = held_with_reference(trainer, records, Listener(), PARTS)

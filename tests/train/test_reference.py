@@ -63,7 +63,7 @@ def test_the_first_loss_is_ln_2_and_training_moves_it():
     trainer, plan = make(policy().module, groups())
     annotated = with_reference(trainer, plan, Listener())
     first = Plan(annotated, trainer.settings, seed=0, strategy=trainer.strategy, weigh=weigh_pairs("pair"))
-    require_start(trainer, first.batch(0).groups, SIGMOID.start, "fp32")
+    require_start(trainer, first.batch(0).groups, SIGMOID.start)
     batch = first.batch(0)
     figures = trainer.step(batch.groups, batch.weights)
     assert figures["loss"] == pytest.approx(math.log(2), abs=1e-7) and figures["margin"] == 0.0
@@ -79,7 +79,7 @@ def test_another_reference_is_refused():
     with torch.no_grad():
         next(trainer.module.parameters()).mul_(1.05)
     with pytest.raises(RowFailed, match="policy and reference are not the same"):
-        require_start(trainer, annotated[:3], SIGMOID.start, "fp32")
+        require_start(trainer, annotated[:3], SIGMOID.start)
 
 
 @pytest.mark.parametrize(("name", "expected"), [("ipo", 25.0), ("hinge", 1.0), ("apo_zero", 1.0), ("llama3", LN2)])
@@ -90,12 +90,12 @@ def test_every_known_start_is_asserted(name: str, expected: float):
     trainer.loss_fn = preference(loss)
     annotated = with_reference(trainer, plan, Listener())
     assert trainer.evaluate(annotated[:3])["loss"] == pytest.approx(expected, rel=2e-7)
-    require_start(trainer, annotated[:3], loss.start, "fp32")
+    require_start(trainer, annotated[:3], loss.start)
     with torch.no_grad():
         next(trainer.module.parameters()).mul_(1.05)
     with pytest.raises(RowFailed, match=f"expected {expected:.9g}"):
-        require_start(trainer, annotated[:3], loss.start, "fp32")
-    require_start(trainer, annotated[:3], make_loss("simpo").start, "fp32")
+        require_start(trainer, annotated[:3], loss.start)
+    require_start(trainer, annotated[:3], make_loss("simpo").start)
 
 
 def test_parts_are_taken_apart_each_as_it_is_trained():
@@ -119,7 +119,7 @@ def test_dropout_does_not_reach_the_reference():
     annotated = with_reference(trainer, plan, Listener())
     assert trainer.module.training and trainer.module.dropout.training
     assert references(annotated) == references(with_reference(again, plan, Listener()))
-    require_start(trainer, annotated, SIGMOID.start, "fp32")
+    require_start(trainer, annotated, SIGMOID.start)
     batch = Plan(annotated, trainer.settings, seed=0, strategy=trainer.strategy, weigh=weigh_pairs("pair")).batch(0)
     assert without_dropout(trainer.module) and not without_dropout(trainer.module)
     assert trainer.module.training
