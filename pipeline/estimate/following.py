@@ -18,9 +18,9 @@ from pipeline.flow.plan import Plan, Ref, Row, Source
 from pipeline.llama import quantise_settings
 from pipeline.llama.adapter_settings import TARGETS, AnyAdapter, WeightsSettings, settings_of
 from pipeline.llama.config import check_config, read_json
+from pipeline.llama.precision import bfloat16_is_fast
 from pipeline.llama.presets import PRESETS
 from pipeline.llama.quantise_settings import AnyQuantise
-from pipeline.train.precision import bfloat16_is_fast
 
 # Mean tokens of a record of the embedded world under the quickstart's tokenizer of 1,024 tokens, measured.
 WORLD = {

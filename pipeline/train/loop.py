@@ -29,11 +29,11 @@ from pipeline.data.forest import Forest, Group, build, cut, size
 from pipeline.flow.errors import Damaged, NonFinite, UserError
 from pipeline.flow.heap import Heap
 from pipeline.llama.arithmetic import fast_products
+from pipeline.llama.precision import chosen_precision
 from pipeline.llama.virtual import refuse_checkpointing
 from pipeline.train import balance, optim
 from pipeline.train.batches import Plan, check_sizes
 from pipeline.train.metrics import Number, Sums, exact_sum, merge
-from pipeline.train.precision import chosen_precision
 from pipeline.train.randomness import seed_dropout
 from pipeline.train.resume import Resume
 from pipeline.train.settings import TrainSettings

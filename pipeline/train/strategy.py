@@ -19,8 +19,8 @@ from torch import nn
 
 from pipeline.flow.errors import Damaged, UserError
 from pipeline.llama.device import chosen_device
+from pipeline.llama.precision import bfloat16_is_fast, chosen_precision
 from pipeline.train.optim import put_state, state_shapes
-from pipeline.train.precision import bfloat16_is_fast, chosen_precision
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from pipeline.flow.errors import UserError
-from pipeline.train import precision
-from pipeline.train.precision import bfloat16_is_fast, chosen_precision
+from pipeline.llama import precision
+from pipeline.llama.precision import bfloat16_is_fast, chosen_precision
 from pipeline.train.strategy import Strategy, for_row
 
 ZEN_3 = "processor\t: 0\nflags\t\t: fpu sse2 avx2 fma\n\nprocessor\t: 1\nflags\t\t: fpu\n"
