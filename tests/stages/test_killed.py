@@ -137,7 +137,10 @@ def test_one_of_two_ranks_killed_ends_the_other_and_the_same_command_goes_on(cha
     assert same_again(chain, "sft", settings)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGTERM, 143)],
+)
 def test_a_signal_saves_and_says_how_to_go_on(chain: Any, first: Any, number: signal.Signals, code: int) -> None:
     settings = settings_of("sft", code, "sft.train.checkpoint_every=100")  # the signal makes the only one
     begun = Try(chain, "sft", f"signal-{code}", settings)

@@ -135,7 +135,7 @@ def assert_same_bits(found: list[dict[str, Any]], whole: list[dict[str, Any]]) -
         ]
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_two_ranks_that_were_stopped_go_on_to_the_same_bits(tmp_path: Path, strategy: str) -> None:
     whole = torchrun(tmp_path / "whole", 2, strategy)
     assert_same_bits(stopped(tmp_path / "parts", 2, strategy, "2", "stopped"), whole)
