@@ -39,6 +39,8 @@ def main(out: str, shape_text: str, launch_text: str) -> None:
         save_models(
             shape, Path(folder)
         )  # before the ranks meet: transformers lets the first one alone write afterwards
+        heap.give_back()  # else what the ranks take is what this model left
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again (proc(5))
         ranks = build(processes=int(os.environ.get("WORLD_SIZE", "1")), device="cpu", **json.loads(launch_text))
         before = memory("VmRSS")
         policy = open_trainable(policy_files(folder), None, 0)
